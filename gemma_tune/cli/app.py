@@ -1,0 +1,56 @@
+"""The command line: one registration line a command. Heavy libraries are imported inside the commands."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from gemma_tune.cli.console import Terminal
+from gemma_tune.cli.data import show_data
+from gemma_tune.cli.generate import generate
+from gemma_tune.cli.merge import merge
+from gemma_tune.cli.models import models_app
+from gemma_tune.cli.recipes import recipes_app
+from gemma_tune.cli.report import report
+from gemma_tune.cli.train import train
+from gemma_tune.cli.validate import validate
+from gemma_tune.errors import GemmaTuneError
+
+app = typer.Typer(
+    name="gemma-tune",
+    help="QLoRA fine-tuning of Google's Gemma: from a recipe to a merged model that is proven to be what was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+app.command("train")(train)
+app.command("validate")(validate)
+app.command("data")(show_data)
+app.command("generate")(generate)
+app.command("merge")(merge)
+app.command("report")(report)
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(models_app, name="models")
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is told in a sentence, with its exit code and without a traceback."""
+    terminal = Terminal()
+    try:
+        app()
+    except GemmaTuneError as error:
+        terminal.error(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        terminal.note("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.FIELD=VALUE]...", help="Settings that replace those of the recipe.", show_default=False),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory that `gemma-tune train` made.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]

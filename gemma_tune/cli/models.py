@@ -1,0 +1,75 @@
+"""`gemma-tune models list|show`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from gemma_tune.cli.arguments import AsJson
+from gemma_tune.cli.console import Terminal, make_table
+
+if TYPE_CHECKING:
+    from gemma_tune.models.registry import GemmaModel
+
+models_app = typer.Typer(help="The Gemma models that gemma-tune knows.", no_args_is_help=True)
+
+
+@models_app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """List the known models."""
+    from gemma_tune.models.registry import MODELS
+
+    terminal = Terminal()
+    if as_json:
+        terminal.json([{**asdict(model), "config": asdict(model.config), "num_params": model.num_params} for model in MODELS.values()])
+        return
+    terminal.result(make_table(("name", "parameters", "context", "kind", "licence", "hub id"), [_row(m) for m in MODELS.values()], right=(1, 2)))
+
+
+def _row(model: GemmaModel) -> tuple[str | None, ...]:
+    kind = ("instruction" if model.is_instruction_tuned else "base") + ("" if model.modality == "text" else f", {model.modality}")
+    return (model.name, _millions(model.num_params), f"{model.config.context_tokens:,}", kind, model.licence, model.hub_id)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+@models_app.command("show")
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name, hub id, Keras preset, or a directory.", show_default=False)],
+    modules: Annotated[bool, typer.Option("--modules", help="One row a module instead of one a decoder layer.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA rank for the count of trained parameters.")] = 16,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's facts and its layer table with parameter counts."""
+    from gemma_tune.models.fetch import fetch_model
+    from gemma_tune.models.registry import describe_config, describe_model, resolve_model
+    from gemma_tune.models.summary import count_lora_params, count_weight_bytes, summarize
+
+    terminal = Terminal()
+    source = resolve_model(name)
+    config = source.config or fetch_model(name).config
+    rows = summarize(config, by="module" if modules else "layer")
+    targets = source.model.lora_targets if source.model else ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    lora = count_lora_params(config, rank=rank, targets=targets)
+    sizes = {load: count_weight_bytes(config, load=load) for load in ("16bit", "4bit")}
+    facts = describe_model(source.model) if source.model else [("Directory", source.location), *describe_config(config)]
+    if as_json:
+        terminal.json({"facts": dict(facts), "layers": [asdict(row) for row in rows], "lora_params": lora, "weight_bytes": sizes})
+        return
+    terminal.result(make_table(("", ""), facts))
+    terminal.result("")
+    table = [(row.name, row.kind, row.shape_text, f"{row.num_params:,}", row.connected_to) for row in rows]
+    terminal.result(make_table(("layer", "kind", "output shape", "parameters", "connected to"), table, right=(3,)))
+    terminal.result(
+        Text(
+            f"\nLoRA rank {rank}: {lora:,} trained parameters · weights {sizes['16bit'] / 1e9:.2f} GB in 16 bits, "
+            f"{sizes['4bit'] / 1e9:.2f} GB in 4 bits"
+        )
+    )
+
+

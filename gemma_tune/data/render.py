@@ -1,0 +1,211 @@
+"""From a row and a data template to segments, for training and for asking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.segments import RowError, Segment
+from gemma_tune.data.sources import SourceRow
+from gemma_tune.data.template import DataTemplate, render_pieces, render_text
+from gemma_tune.errors import DataError
+
+# The names under which the three roles are known: OpenAI's messages, ShareGPT's conversations, Gemma's own turns.
+ROLES: Mapping[str, str] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+}
+END_OF_TEXT = Segment("", supervised=True, control=True, stop=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One rendered row.
+
+    Attributes:
+        where: the row's place in its source.
+        segments: in order; the last one is a supervised stop token. The encoder puts the BOS before them.
+        question: what the row asks: the question field, or the last message of the user.
+        response: the last answer, without the stop token; what a model's answer is compared with.
+        category: the row's category, where it has one.
+    """
+
+    where: str
+    segments: tuple[Segment, ...]
+    question: str
+    response: str
+    category: str | None
+
+    @property
+    def prompt_segments(self) -> tuple[Segment, ...]:
+        """The segments before the last answer: what the model is given when it is asked."""
+        end = len(self.segments)
+        while end and self.segments[end - 1].supervised:
+            end -= 1
+        return self.segments[:end]
+
+    @property
+    def prompt_text(self) -> str:
+        """Everything before the last answer as text, without the BOS."""
+        return "".join(segment.text for segment in self.prompt_segments)
+
+
+def render_example(
+    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
+) -> Example:
+    """Render one row for training. `columns` maps a template's field to a row's column; `chat` is for chat templates.
+
+    Raises:
+        RowError: the row lacks a field, a field is not text, the answer is empty, or the chat template refuses the row.
+        DataError: a chat template without `chat`.
+    """
+    named = {columns.get(name, name): name for name in template.fields}
+    fields = {name: row.fields.get(column) for column, name in named.items()}
+    category = row.fields.get(columns.get(template.category, template.category)) if template.category else None
+    if template.kind == "text":
+        values = _values(template, fields, where=row.where)
+        response = render_text(template.response, values)
+        response = response.strip() if template.strip_response else response
+        if not response.strip():
+            raise RowError(row.where, "the response is empty")
+        prompt = _text_prompt(template, values)
+        segments = (*prompt, Segment(response, supervised=True, control=False), END_OF_TEXT)
+        question = values.get(template.question or "", "")
+    else:
+        messages = _messages(template, row.fields, fields, columns=columns, where=row.where)
+        segments = _renderer(chat).row(messages, where=row.where)
+        # The renderer has checked that the last message is an answer; its text is the last but one segment.
+        response = segments[-2].text
+        question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+    _check_encodable(segments, where=row.where)
+    return Example(
+        where=row.where,
+        segments=segments,
+        question=question,
+        response=response,
+        category=category if isinstance(category, str) and category else None,
+    )
+
+
+def render_prompt(
+    template: DataTemplate, fields: Mapping[str, object], *, chat: ChatRenderer | None
+) -> tuple[Segment, ...]:
+    """The segments that ask the model for an answer, exactly as they stand before it in training.
+
+    `fields` holds what the template's prompt reads, such as `{"instruction": …, "context": …}`, or the list of messages
+    of a conversation; the response is not needed. See `question_fields` for a single question.
+
+    Raises:
+        RowError, DataError: as `render_example`.
+    """
+    where = "the question"
+    if template.kind == "text":
+        return _text_prompt(template, _values(template, fields, where=where, answered=False))
+    if template.conversation:
+        messages = _conversation(template, fields, columns={}, where=where)
+    else:
+        values = _values(template, fields, where=where, answered=False)
+        messages = [
+            {"role": message.role, "content": render_text(message.content, values).strip()} for message in template.messages[:-1]
+        ]
+    segments = _renderer(chat).prompt(messages, where=where)
+    _check_encodable(segments, where=where)
+    return segments
+
+
+def question_fields(template: DataTemplate, question: str) -> dict[str, object]:
+    """The fields of a row that asks `question` and nothing else.
+
+    Raises:
+        DataError: the template does not say which of its fields a question goes to.
+    """
+    if template.conversation:
+        return {template.conversation[0]: [{"role": "user", "content": question}]}
+    if template.question is None:
+        raise DataError(
+            f"the data template {template.name} does not say which field holds the question",
+            hint=f"add `question: FIELD` to it, one of: {', '.join(template.fields)}",
+        )
+    return {template.question: question}
+
+
+def _renderer(chat: ChatRenderer | None) -> ChatRenderer:
+    if chat is None:
+        raise DataError("a chat data template needs the model's chat template", hint="take a plain data template such as dolly")
+    return chat
+
+
+def _check_encodable(segments: tuple[Segment, ...], *, where: str) -> None:
+    """JSON can spell half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be tokenized."""
+    for segment in segments:
+        try:
+            segment.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RowError(where, f"holds half a character (\\u{ord(segment.text[error.start]):04x})") from None
+
+
+def _values(template: DataTemplate, fields: Mapping[str, object], *, where: str, answered: bool = True) -> dict[str, str]:
+    """The template's fields as text. With `answered` off a missing required field is empty, so that the prompt can be rendered."""
+    values: dict[str, str] = {}
+    for name in template.fields:
+        value = fields.get(name)
+        if value is None and (not answered or name in template.optional):
+            value = ""
+        if not isinstance(value, str):
+            found = "is missing" if name not in fields or value is None else f"is {type(value).__name__}, not text"
+            raise RowError(where, f"{name} {found}")
+        values[name] = value
+    return values
+
+
+def _text_prompt(template: DataTemplate, values: Mapping[str, str]) -> tuple[Segment, ...]:
+    return tuple(
+        Segment(text, supervised=False, control=not from_row) for text, from_row in render_pieces(template.prompt, values)
+    )
+
+
+def _messages(
+    template: DataTemplate,
+    row: Mapping[str, object],
+    fields: Mapping[str, object],
+    *,
+    columns: Mapping[str, str],
+    where: str,
+) -> list[dict[str, str]]:
+    if template.conversation:
+        return _conversation(template, row, columns=columns, where=where)
+    values = _values(template, fields, where=where)
+    return [{"role": message.role, "content": render_text(message.content, values).strip()} for message in template.messages]
+
+
+def _conversation(
+    template: DataTemplate, row: Mapping[str, object], *, columns: Mapping[str, str], where: str
+) -> list[dict[str, str]]:
+    names = [columns.get(name, name) for name in template.conversation]
+    column = next((name for name in names if row.get(name) is not None), None)
+    if column is None:
+        raise RowError(where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
+    value = row[column]
+    if not isinstance(value, list) or not value:
+        raise RowError(where, f"{column} is {'an empty list' if value == [] else type(value).__name__}, not a list of messages")
+    return [_message(item, where=f"{column}[{index}]", row=where) for index, item in enumerate(value)]
+
+
+def _message(item: object, *, where: str, row: str) -> dict[str, str]:
+    """One message as role and content, from either of the two spellings."""
+    if not isinstance(item, Mapping):
+        raise RowError(row, f"{where} is {type(item).__name__}, not a message with role and content")
+    role_key, content_key = ("from", "value") if "from" in item else ("role", "content")
+    for key in (role_key, content_key):
+        if not isinstance(item.get(key), str):
+            found = "is missing" if item.get(key) is None else f"is {type(item[key]).__name__}, not text"
+            raise RowError(row, f"{where}: {key} {found}")
+    role = ROLES.get(item[role_key])
+    if role is None:
+        raise RowError(row, f"{where}: unknown {role_key} {item[role_key]!r} (known: {', '.join(ROLES)})")
+    return {"role": role, "content": item[content_key]}

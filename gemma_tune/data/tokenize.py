@@ -1,0 +1,184 @@
+"""From segments to token ids and labels.
+
+One code path for training and for asking, for all templates: row text is never read as control tokens, the control
+tokens of a template are looked up instead of parsed, and the labels follow from the segments, never from a search.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal, Protocol
+
+from gemma_tune.data.chat import control_strings
+from gemma_tune.data.segments import Segment
+from gemma_tune.errors import DataError
+
+IGNORED = -100  # cross-entropy's ignore_index: a token without loss
+# What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
+TURN_ENDS = ("<end_of_turn>", "<turn|>")
+# Pieces per call of the tokenizer: large enough to keep its threads busy, small enough that the Encoding objects (offsets,
+# masks, token strings: about 40 times their ids) of a large set are never all in memory.
+_BATCH_PIECES = 8192
+
+
+class FastTokenizer(Protocol):
+    """What is read from a transformers tokenizer."""
+
+    chat_template: Any
+    bos_token: Any
+    eos_token: Any
+    bos_token_id: Any
+    eos_token_id: Any
+    all_special_tokens: Any
+    backend_tokenizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row as the model gets it.
+
+    Attributes:
+        input_ids: the BOS, then the row, which ends with a stop token.
+        labels: of the same length; the token's own id where it is in the loss, -100 elsewhere (not shifted).
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Text without control tokens, or one control token by its id."""
+
+    text: str
+    token_id: int | None
+    supervised: bool
+
+
+class Encoder:
+    """Encodes segments with one tokenizer."""
+
+    def __init__(self, tokenizer: FastTokenizer) -> None:
+        """Take a transformers tokenizer; it is not changed.
+
+        Raises:
+            DataError: it is not a fast tokenizer, has no BOS or eos, or reads control tokens in plain text.
+        """
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise DataError("the model's tokenizer has no tokenizer.json, which is needed to tell text from control tokens")
+        for name, value in (("BOS", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
+            if value is None:
+                raise DataError(f"the model's tokenizer has no {name} token; every Gemma has one", hint="check its tokenizer_config.json")
+        self._backend = backend
+        self._lock = threading.Lock()
+        self.bos_token_id: int = tokenizer.bos_token_id
+        self.eos_token_id: int = tokenizer.eos_token_id
+        self._control_ids: dict[str, int] = {}
+        for string in control_strings(tokenizer):
+            token_id = backend.token_to_id(string)
+            if token_id is not None:
+                self._control_ids[string] = token_id
+        self._control = re.compile("|".join(re.escape(string) for string in self._control_ids))
+        self._require_plain_text()
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The ids that end an answer: the eos and the turn end, as far as the tokenizer has them."""
+        ends = (self._control_ids.get(string) for string in TURN_ENDS)
+        return tuple(dict.fromkeys([self.eos_token_id, *(token_id for token_id in ends if token_id is not None)]))
+
+    def encode(self, segments: Sequence[Segment], *, train_on: Literal["response", "all"] = "response") -> EncodedRow:
+        """Encode one row; see `encode_rows`."""
+        return self.encode_rows([segments], train_on=train_on)[0]
+
+    def encode_rows(
+        self, rows: Sequence[Sequence[Segment]], *, train_on: Literal["response", "all"] = "response"
+    ) -> list[EncodedRow]:
+        """Encode rows: exactly one BOS at position 0, then the segments.
+
+        Neighbouring text is tokenized together unless one part is supervised and the other is not, so that a prompt has
+        the same ids in training and when it is asked. With `all`, every token but the BOS has a label.
+        """
+        pieces = [list(self._pieces(segments)) for segments in rows]
+        texts = iter(self._encode_texts([piece.text for row in pieces for piece in row if piece.token_id is None]))
+        encoded = []
+        for row in pieces:
+            input_ids, labels = [self.bos_token_id], [IGNORED]
+            for piece in row:
+                token_ids = next(texts) if piece.token_id is None else [piece.token_id]
+                input_ids += token_ids
+                labels += token_ids if piece.supervised or train_on == "all" else [IGNORED] * len(token_ids)
+            encoded.append(EncodedRow(input_ids, labels))
+        return encoded
+
+    def encode_prompt(self, segments: Sequence[Segment]) -> list[int]:
+        """The ids of a prompt, the BOS first."""
+        return self.encode(segments).input_ids
+
+    def count_control_strings(self, segments: Sequence[Segment]) -> int:
+        """How often the row's own text spells a control token (S8). Such text is encoded as text."""
+        return sum(len(self._control.findall(segment.text)) for segment in segments if not segment.control)
+
+    def offsets(self, text: str) -> list[tuple[int, int]]:
+        """Start and end of each token of a plain text, in characters."""
+        with self._lock:
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+            try:
+                return list(self._backend.encode(text, add_special_tokens=False).offsets)
+            finally:
+                self._backend.encode_special_tokens = False
+
+    def _pieces(self, segments: Sequence[Segment]) -> Iterator[_Piece]:
+        atoms = (atom for segment in segments for atom in self._atoms(segment))
+        for (token_id, supervised), group in groupby(atoms, key=lambda atom: atom[1:]):
+            if token_id is None:
+                yield _Piece("".join(atom[0] for atom in group), None, supervised)
+            else:
+                yield from (_Piece("", token_id, supervised) for _ in group)
+
+    def _atoms(self, segment: Segment) -> Iterator[tuple[str, int | None, bool]]:
+        """A segment as texts (id None) and control tokens (text empty)."""
+        if segment.stop:
+            yield "", self.eos_token_id, segment.supervised
+            return
+        if not segment.control:
+            if segment.text:
+                yield segment.text, None, segment.supervised
+            return
+        end = 0
+        for found in self._control.finditer(segment.text):
+            if found.start() > end:
+                yield segment.text[end : found.start()], None, segment.supervised
+            yield "", self._control_ids[found[0]], segment.supervised
+            end = found.end()
+        if end < len(segment.text):
+            yield segment.text[end:], None, segment.supervised
+
+    def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain text to ids, whatever state the shared backend was left in."""
+        ids: list[list[int]] = []
+        with self._lock:
+            # transformers leaves the settings of its last call in the backend, and sets its own before every call.
+            self._backend.no_truncation()
+            self._backend.no_padding()
+            self._backend.encode_special_tokens = True
+            try:
+                for start in range(0, len(texts), _BATCH_PIECES):
+                    batch = self._backend.encode_batch_fast(list(texts[start : start + _BATCH_PIECES]), add_special_tokens=False)
+                    ids += [encoding.ids for encoding in batch]
+            finally:
+                self._backend.encode_special_tokens = False
+        return ids
+
+    def _require_plain_text(self) -> None:
+        strings = list(self._control_ids)
+        for string, ids in zip(strings, self._encode_texts(strings), strict=True):
+            if self._control_ids[string] in ids:
+                raise DataError(f"the model's tokenizer reads {string!r} as a control token even in plain text", hint="its tokenizer.json is damaged")

@@ -1,0 +1,62 @@
+"""What the rest of the package sees of an engine: a small protocol and the loaded model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma_tune.engines.precision import Precision
+from gemma_tune.recipe.schema import LoraSection, ModelSection
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in memory, possibly with an adapter attached.
+
+    Attributes:
+        model: a transformers causal language model, or the PEFT model around it.
+        engine: name of the engine that loaded it.
+        precision: what it computes in.
+        num_quantized_layers: linear layers held in 4 or 8 bits; 0 for a 16- or 32-bit model.
+    """
+
+    model: Any
+    engine: str
+    precision: Precision
+    num_quantized_layers: int
+
+
+@dataclass(frozen=True)
+class AttachedLora:
+    """What got an adapter.
+
+    Attributes:
+        loaded: the model with the adapter.
+        num_modules: modules with an adapter, by target name.
+        num_trainable: trained parameters.
+        num_total: all parameters, quantised ones counted unpacked.
+    """
+
+    loaded: LoadedModel
+    num_modules: dict[str, int]
+    num_trainable: int
+    num_total: int
+
+
+class Engine(Protocol):
+    """Loads Gemma and attaches LoRA. One engine a process: Unsloth rewires transformers and TRL when it is imported."""
+
+    name: str
+
+    def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
+        """Load the base from a local Hugging Face directory."""
+        ...
+
+    def attach_lora(self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int) -> AttachedLora:
+        """Attach a fresh adapter; its effect is zero until it is trained."""
+        ...
+
+    def set_mode(self, loaded: LoadedModel, *, training: bool) -> None:
+        """Switch between training and generation."""
+        ...

@@ -1,0 +1,74 @@
+"""From a recipe's `lora` section to PEFT's names, and the check of what was attached (LEAF)."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.errors import EngineError, did_you_mean
+from gemma_tune.recipe.schema import LoraSection
+
+# Modules of a multimodal Gemma that a text run never trains: SigLIP and the audio tower also have a q_proj.
+FROZEN_TOWERS = r".*(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio).*"
+_INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
+
+
+def to_lora_settings(section: LoraSection) -> dict[str, Any]:
+    """The keyword arguments that PEFT's LoraConfig and Unsloth's get_peft_model share."""
+    return {
+        "r": section.rank,
+        "lora_alpha": section.alpha,
+        "lora_dropout": section.dropout,
+        "target_modules": "all-linear" if section.targets == ("all-linear",) else list(section.targets),
+        "use_rslora": section.use_rslora,
+        "use_dora": section.use_dora,
+        "init_lora_weights": _INIT[section.init],
+        "modules_to_save": list(section.modules_to_save) or None,
+    }
+
+
+def require_targets(model: torch.nn.Module, *, section: LoraSection) -> None:
+    """Refuse a target or a module to save that the model does not have, before anything is attached (F32)."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if not re.fullmatch(FROZEN_TOWERS, name)}
+    linear = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and not re.fullmatch(FROZEN_TOWERS, name)
+        }
+    )
+    for field, wanted, allowed in (
+        ("lora.targets", set(section.targets) - {"all-linear"}, linear),
+        ("lora.modules_to_save", set(section.modules_to_save), sorted(names - {""})),
+    ):
+        for name in sorted(wanted - set(allowed)):
+            near = did_you_mean(name, allowed)
+            raise EngineError(
+                f"{field}: the model has no module named {name!r}" + (f"; {near}" if near else ""),
+                hint=f"linear modules of this model: {', '.join(linear)}",
+            )
+
+
+def check_attached(loaded: LoadedModel, *, section: LoraSection) -> AttachedLora:
+    """Count what got an adapter; a target without one, or a trained tower, stops the run (F32)."""
+    model = loaded.model
+    num_modules: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            leaf = name.rpartition(".")[2]
+            num_modules[leaf] = num_modules.get(leaf, 0) + 1
+    missing = [target for target in section.targets if target != "all-linear" and target not in num_modules]
+    if missing or not num_modules:
+        raise EngineError(f"no adapter was attached to {', '.join(missing) or 'any module'}")
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    towers = [name for name in trainable if re.fullmatch(FROZEN_TOWERS, name)]
+    if towers:
+        raise EngineError(f"{len(towers)} parameters of the image or audio tower would be trained, such as {towers[0]}")
+    for parameter in trainable.values():
+        parameter.data = parameter.data.float()  # trained weights are float32 whatever the base computes in (F32)
+    num_trainable, num_total = model.get_nb_trainable_parameters()
+    return AttachedLora(loaded=loaded, num_modules=num_modules, num_trainable=num_trainable, num_total=num_total)

@@ -1,0 +1,74 @@
+"""The engines by name, and the choice between them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+
+from gemma_tune.engines.base import Engine
+from gemma_tune.engines.precision import Device
+from gemma_tune.errors import EngineError
+from gemma_tune.recipe.schema import LoraSection, ModelSection, TrainingSection
+
+ENGINES = {
+    "unsloth": "gemma_tune.engines.unsloth_engine:UnslothEngine",
+    "transformers": "gemma_tune.engines.transformers_engine:TransformersEngine",
+}
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that will be used and the reason, for the user to read."""
+
+    name: str
+    reason: str
+
+
+def _unsloth_refusal(lora: LoraSection, device: Device) -> str | None:
+    """Why Unsloth cannot do what the recipe asks, or None. Facts of unsloth 2026.10.9."""
+    if importlib.util.find_spec("unsloth") is None:
+        return "unsloth is not installed"
+    if device.kind == "cuda" and lora.use_dora:
+        return "its fused LoRA kernels leave out DoRA's magnitudes"
+    return None
+
+
+_GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion_8bit")
+
+
+def choose_engine(model: ModelSection, *, lora: LoraSection, training: TrainingSection, device: Device) -> EngineChoice:
+    """Pick the engine for a recipe on a device.
+
+    Raises:
+        EngineError: the named engine cannot do what the recipe asks here, or no engine can.
+    """
+    if device.kind == "cpu":
+        _require_cpu_settings(model, training)
+    if model.engine != "auto":
+        if model.engine == "unsloth" and (refusal := _unsloth_refusal(lora, device)):
+            raise EngineError(f"model.engine=unsloth cannot run this recipe: {refusal}", hint="use model.engine=auto")
+        return EngineChoice(model.engine, "the recipe asks for it")
+    refusal = _unsloth_refusal(lora, device)
+    if refusal:
+        return EngineChoice("transformers", f"not unsloth: {refusal}")
+    return EngineChoice("unsloth", "it is installed and can run this recipe")
+
+
+def _require_cpu_settings(model: ModelSection, training: TrainingSection) -> None:
+    """Refuse what needs a CUDA card, by name, instead of replacing it silently as Unsloth's CPU backend does."""
+    refused = [
+        (training.optimizer in _GPU_OPTIMIZERS, f"training.optimizer={training.optimizer}", "training.optimizer=adamw"),
+        (model.load_in_8bit, "model.load_in_8bit=true", "model.load_in_4bit=true model.load_in_8bit=false"),
+        (model.attention == "flash_attention_2", "model.attention=flash_attention_2", "model.attention=auto"),
+    ]
+    for is_asked, setting, instead in refused:
+        if is_asked:
+            raise EngineError(f"{setting} needs a CUDA card, and this machine has none", hint=f"use {instead}")
+
+
+def start_engine(name: str) -> Engine:
+    """Import and build an engine. Must come before any import of transformers or trl, as Unsloth patches both."""
+    module_name, class_name = ENGINES[name].split(":")
+    engine: Engine = getattr(importlib.import_module(module_name), class_name)()
+    return engine

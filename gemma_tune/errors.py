@@ -1,0 +1,63 @@
+"""The errors a user can cause, and how each one is told.
+
+Every error carries a message (what is wrong, where, what was found) and a hint (what is allowed, or the next command).
+The command line prints both and exits with `exit_code`; nothing else in the package calls `sys.exit` or prints.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GemmaTuneError(Exception):
+    """A problem that the user can mend. `exit_code` is 2 unless a subclass says otherwise."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RecipeError(GemmaTuneError):
+    """The recipe file, or an override given on the command line, is wrong."""
+
+
+class ModelError(GemmaTuneError):
+    """The model is unknown, is not a Gemma, is gated, or its files are incomplete."""
+
+
+class DataError(GemmaTuneError):
+    """The rows or the data template are wrong."""
+
+
+class EngineError(GemmaTuneError):
+    """The engine cannot do what the recipe asks on this machine."""
+
+
+class RunError(GemmaTuneError):
+    """The run directory is missing, in use, incomplete or not writable."""
+
+
+class ExportError(GemmaTuneError):
+    """A merge or an export cannot be made, or its result did not pass its check."""
+
+
+class TrainingStopped(GemmaTuneError):
+    """Training stopped by itself because going on would lose the run (non-finite loss, no supervised token)."""
+
+    exit_code = 3
+
+
+class TrainingInterrupted(GemmaTuneError):
+    """The user (or the system) asked the run to stop; what was trained is saved."""
+
+    exit_code = 130
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,82 @@
+"""Eval rows answered by the model, before and after training (LEAF)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_tune.data.render import Example
+from gemma_tune.data.tokenize import Encoder
+from gemma_tune.engines.base import Engine, LoadedModel
+from gemma_tune.evaluation.metrics import is_exact_match
+from gemma_tune.inference.generate import Completion, generate_completions
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One eval row with the answers of the base and of the tuned model."""
+
+    where: str
+    category: str | None
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    before_matches: bool
+    after_matches: bool
+    after_stopped: bool
+
+
+def answer_examples(
+    loaded: LoadedModel,
+    *,
+    engine: Engine,
+    tokenizer: Any,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> list[Completion]:
+    """Answer the last turn of each example greedily; the model is left in generation mode."""
+    engine.set_mode(loaded, training=False)
+    prompts = [encoder.encode_prompt(example.prompt_segments) for example in examples]
+    return generate_completions(
+        loaded.model,
+        tokenizer,
+        prompts,
+        stop_token_ids=encoder.stop_token_ids,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=on_progress,
+    )
+
+
+def pair_answers(examples: Sequence[Example], before: Sequence[Completion], after: Sequence[Completion]) -> list[Answer]:
+    """Put the answers of both models beside the expected ones."""
+    return [
+        Answer(
+            where=example.where,
+            category=example.category,
+            prompt=example.question,
+            expected=example.response,
+            before=old.text,
+            after=new.text,
+            before_matches=is_exact_match(old.text, example.response),
+            after_matches=is_exact_match(new.text, example.response),
+            after_stopped=new.stopped,
+        )
+        for example, old, new in zip(examples, before, after, strict=True)
+    ]
+
+
+def choose_questions(answers: Sequence[Answer], *, count: int) -> list[Answer]:
+    """`count` answers to print, each of another category as long as there are categories left."""
+    chosen: list[Answer] = []
+    categories: set[str | None] = set()
+    for answer in answers:
+        if answer.category not in categories and len(chosen) < count:
+            categories.add(answer.category)
+            chosen.append(answer)
+    return (chosen + [answer for answer in answers if answer not in chosen])[:count]

@@ -1,0 +1,100 @@
+"""What a name or path stands for when it is asked something: a run, an adapter, a merged directory or a model.
+
+No heavy imports: a wrong path is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.data.template import DataTemplate, load_template
+from gemma_tune.errors import ModelError, RunError
+from gemma_tune.models.fetch import LocalModel, fetch_model
+from gemma_tune.recipe.load import load_recipe
+from gemma_tune.recipe.schema import ModelSection
+from gemma_tune.runs.layout import RunDir, open_run
+from gemma_tune.runs.record import read_json
+
+TEMPLATE_FILE = "template.yaml"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to ask.
+
+    Attributes:
+        base: the base model's files.
+        adapter: directory of the adapter on top of it, or None.
+        tokenizer: directory of the tokenizer and its chat template.
+        template: the data template it was trained with, or that fits it.
+        section: how the base is loaded.
+    """
+
+    base: LocalModel
+    adapter: Path | None
+    tokenizer: Path
+    template: DataTemplate
+    section: ModelSection
+
+
+def find_target(name: str, *, template: str | None = None, without_adapter: bool = False) -> Target:
+    """Resolve what the user named; `without_adapter` takes the base of a run.
+
+    Raises:
+        GemmaTuneError: there is no such run or model, the run has no adapter yet, or no template is known.
+    """
+    path = Path(name)
+    if (path / "manifest.json").is_file():
+        return _from_run(open_run(path), template=template, without_adapter=without_adapter)
+    if (path / "adapter_config.json").is_file():
+        return _from_adapter(path, template=template, without_adapter=without_adapter)
+    base = fetch_model(name)
+    section = ModelSection(name=name, load_in_4bit=base.config.quantization is not None)
+    return Target(base, None, base.directory, _template(template, directory=base.directory, base=base), section)
+
+
+def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Target:
+    if not (run.adapter / "adapter_config.json").is_file() and not without_adapter:
+        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+    recipe = load_recipe(run.resolved_recipe).recipe
+    locked = read_json(run.lock)["base"]
+    base = fetch_model(locked["name"], revision=locked["revision"])
+    return Target(
+        base=base,
+        adapter=None if without_adapter else run.adapter,
+        tokenizer=base.directory if without_adapter else run.adapter,
+        template=load_template(template or run.template),
+        section=recipe.model,
+    )
+
+
+def _from_adapter(directory: Path, *, template: str | None, without_adapter: bool) -> Target:
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    name = config.get("base_model_name_or_path")
+    if not name:
+        raise ModelError(f"{directory} does not name its base model", hint="set base_model_name_or_path in its adapter_config.json")
+    base = fetch_model(name, revision=config.get("revision"))
+    tokenizer = directory if (directory / "tokenizer_config.json").is_file() and not without_adapter else base.directory
+    return Target(
+        base=base,
+        adapter=None if without_adapter else directory,
+        tokenizer=tokenizer,
+        template=_template(template, directory=directory, base=base),
+        section=ModelSection(name=name, load_in_4bit=base.config.quantization is not None),
+    )
+
+
+def _template(name: str | None, *, directory: Path, base: LocalModel) -> DataTemplate:
+    """The named template, else the one that lies beside the weights, else Gemma's turns for an instruction-tuned model."""
+    if name is not None:
+        return load_template(name)
+    if (directory / TEMPLATE_FILE).is_file():
+        return load_template(directory / TEMPLATE_FILE)
+    if base.model is not None and base.model.is_instruction_tuned:
+        return load_template("chat")
+    raise ModelError(
+        f"{base.name} does not say which data template it is asked with",
+        hint="name one with --template: dolly for plain instructions, chat for the model's own turns, completion for bare text",
+    )

@@ -1,0 +1,533 @@
+"""The facts of a Gemma's architecture, read from its config.json without importing transformers.
+
+A hub config leaves out what equals the class default (google/gemma-3-4b-pt names neither heads nor vocabulary), so the
+defaults of each configuration class are repeated here; the tests compare them with the installed transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_tune.errors import ModelError
+
+Json = Mapping[str, Any]
+Family = Literal["gemma", "gemma2", "gemma3", "gemma3n", "gemma4"]
+Attention = Literal["full", "sliding"]
+# own: has k_proj and v_proj; keys_as_values: has k_proj, whose output serves as values, too; shared: has neither and
+# takes both from an earlier layer.
+KeyValues = Literal["own", "keys_as_values", "shared"]
+
+_FAMILIES: dict[str, Family] = {
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "gemma3_text": "gemma3",
+    "gemma3n": "gemma3n",
+    "gemma3n_text": "gemma3n",
+    "gemma4": "gemma4",
+    "gemma4_text": "gemma4",
+    "gemma4_unified": "gemma4",
+    "gemma4_unified_text": "gemma4",
+}
+_MULTIMODAL_TYPES = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
+
+# Class defaults of transformers 5.17: models/<family>/configuration_<family>.py.
+_COMMON: dict[str, Any] = {
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma": {
+        "vocab_size": 256_000,
+        "hidden_size": 3072,
+        "intermediate_size": 24_576,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 8192,
+    },
+    "gemma2": {
+        "vocab_size": 256_000,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "final_logit_softcapping": 30.0,
+        "attn_logit_softcapping": 50.0,
+    },
+    "gemma3": {
+        "vocab_size": 262_208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+    },
+    "gemma3n": {
+        "vocab_size": 262_400,
+        "hidden_size": 2048,
+        "intermediate_size": 16_384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 512,
+        "final_logit_softcapping": 30.0,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "altup_num_inputs": 4,
+        "num_kv_shared_layers": 15,
+        "laurel_rank": 64,
+    },
+    "gemma4": {
+        "vocab_size": 262_144,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 131_072,
+        "sliding_window": 512,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 512,
+    },
+}
+# Gemma 4's encoder-free ("unified") class differs from Gemma 4's in these defaults only.
+_UNIFIED_DEFAULTS: dict[str, Any] = {
+    "max_position_embeddings": 262_144,
+    "sliding_window": 1024,
+    "hidden_size_per_layer_input": 0,
+}
+# Every n-th layer attends to everything, the others within the sliding window.
+_FULL_ATTENTION_EVERY: dict[Family, int] = {"gemma": 1, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gemma4": 6}
+
+# Keys through which a config makes transformers import code: from the model's own repository, or (in any of the second
+# group, CVE-2026-4372) from a kernel repository that the value names.
+_CODE_KEYS = frozenset({"auto_map"})
+_IMPLEMENTATION_KEYS = frozenset(
+    {
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)
+_IMPLEMENTATIONS = frozenset(
+    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm", "grouped_mm"}
+)
+_LAYER_OVERRIDES = frozenset({"head_dim", "num_key_value_heads"})
+_MAX_LAYERS = 1024
+_MAX_SIZE = 1 << 31
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One decoder layer. Sizes are numbers of features."""
+
+    attention: Attention
+    head_dim: int
+    num_kv_heads: int
+    key_values: KeyValues
+    intermediate_size: int
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text model inside a Gemma checkpoint.
+
+    `head_dim`, `num_kv_heads` and `intermediate_size` are the file's own values; Gemma 4 has layers that differ from
+    them, so whoever counts goes by `layers`. `rope_theta` is that of full attention, `rope_local_theta` that of sliding
+    attention (None where there is only one). A size of 0 means that the model has no such part.
+    """
+
+    model_type: str
+    family: Family
+    is_multimodal: bool
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_tokens: int
+    activation: str
+    norm_eps: float
+    rope_theta: float
+    rope_local_theta: float | None
+    rope_scaling: str | None
+    sliding_window: int | None
+    query_pre_attn_scalar: float | None
+    attention_softcap: float | None
+    final_softcap: float | None
+    has_tied_embeddings: bool
+    has_attention_bias: bool
+    num_kv_shared_layers: int
+    per_layer_vocab_size: int
+    per_layer_hidden_size: int
+    laurel_rank: int
+    altup_num_inputs: int
+    num_experts: int
+    num_experts_per_token: int
+    expert_intermediate_size: int
+    quantization: str | None
+    dtype: str | None
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def norm(self) -> str:
+        """Which norm, with what gain, and where it stands."""
+        gain = "weight" if self.family in ("gemma3n", "gemma4") else "1 + weight"
+        place = "before attention and MLP" if self.family == "gemma" else "before and after attention and MLP"
+        return f"RMSNorm, gain {gain}, eps {self.norm_eps:g}, {place}"
+
+    @property
+    def num_sliding_layers(self) -> int:
+        return sum(layer.attention == "sliding" for layer in self.layers)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises ModelError when the file is missing, unreadable or no object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: holds a {type(content).__name__}, a JSON object is expected")
+    return content
+
+
+def read_config(directory: Path) -> TextConfig:
+    """Read `<directory>/config.json`. Raises ModelError when it is missing or not a Gemma's."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError(
+            f"{directory}: has no config.json",
+            hint="A model directory holds config.json, a tokenizer and *.safetensors files.",
+        )
+    return check_config(read_json(path), str(path))
+
+
+def check_no_code(content: Any, where: str) -> None:
+    """Raise ModelError when a JSON document asks the loader to run code that came with the model."""
+    for key, value in _walk(content):
+        if key in _CODE_KEYS and value:
+            raise ModelError(
+                f"{where}: has {key!r}, which makes the loader run code that came with the model",
+                hint="gemma-tune runs no model code. Remove the key if you know that the model is a plain Gemma.",
+            )
+        if key in _IMPLEMENTATION_KEYS and value is not None and not _is_known_implementation(value):
+            raise ModelError(
+                f"{where}: {key} is {value!r}, which may name a kernel to download",
+                hint=f"Remove the key, or use one of: {', '.join(sorted(_IMPLEMENTATIONS))}.",
+            )
+
+
+def check_config(content: Json, where: str) -> TextConfig:
+    """Turn a parsed config.json into facts; `where` names the file in messages.
+
+    Raises ModelError when the model is no Gemma that generates text, when a value makes no sense (a size that is no
+    positive integer, a list of the wrong length), or when the config asks for code of its own.
+    """
+    check_no_code(content, where)
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or not model_type.startswith("gemma"):
+        raise ModelError(
+            f"{where}: model_type is {model_type!r}, which is no Gemma",
+            hint="gemma-tune trains Gemma models only; `gemma-tune models list` shows them.",
+        )
+    if model_type not in _FAMILIES:
+        raise ModelError(
+            f"{where}: model_type {model_type!r} is not a Gemma that gemma-tune can train",
+            hint=f"Supported types: {', '.join(sorted(_FAMILIES))}.",
+        )
+    is_multimodal = model_type in _MULTIMODAL_TYPES
+    text = content
+    if is_multimodal:
+        text = content.get("text_config") or {}
+        if not isinstance(text, Mapping):
+            raise ModelError(f"{where}: text_config is {text!r}, an object is expected")
+        inner = text.get("model_type", f"{model_type}_text")
+        if inner != f"{model_type}_text":
+            raise ModelError(f"{where}: text_config.model_type is {inner!r}, {model_type + '_text'!r} is expected")
+    return _Reader(model_type, content, text, where, is_multimodal=is_multimodal).read()
+
+
+def _is_known_implementation(value: Any) -> bool:
+    """A multimodal config may give one name for each of its parts."""
+    names = value.values() if isinstance(value, Mapping) else (value,)
+    return all(isinstance(name, str) and name in _IMPLEMENTATIONS for name in names)
+
+
+def _walk(content: Any) -> Iterator[tuple[str, Any]]:
+    """Every key with its value, at any depth."""
+    pending = [content]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Mapping):
+            yield from node.items()
+            pending.extend(node.values())
+        elif isinstance(node, list):
+            pending.extend(node)
+
+
+class _Reader:
+    """Reads one text config; holds what every message and every default needs."""
+
+    def __init__(self, model_type: str, outer: Json, text: Json, where: str, *, is_multimodal: bool) -> None:
+        self.model_type = model_type
+        self.family = _FAMILIES[model_type]
+        self.outer = outer
+        self.text = text
+        self.where = where
+        self.is_multimodal = is_multimodal
+        self.defaults = _COMMON | _DEFAULTS[self.family]
+        if model_type.startswith("gemma4_unified"):
+            self.defaults = self.defaults | _UNIFIED_DEFAULTS
+
+    def value(self, key: str) -> Any:
+        return self.text.get(key, self.defaults.get(key))
+
+    def wrong(self, key: str, value: Any, expected: str) -> ModelError:
+        return ModelError(f"{self.where}: {key} is {reprlib.repr(value)}, {expected} is expected")
+
+    def size(self, key: str, *, maximum: int = _MAX_SIZE) -> int:
+        value = self.value(key)
+        if type(value) is not int or not 1 <= value <= maximum:
+            raise self.wrong(key, value, f"an integer from 1 to {maximum}")
+        return value
+
+    def count(self, key: str) -> int:
+        """A size that may be 0 or absent."""
+        return self.size(key) if self.value(key) else 0
+
+    def number(self, key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.wrong(key, value, "a positive number")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        value = self.value(key)
+        return None if value is None else self.number(key, value)
+
+    def flag(self, key: str) -> bool:
+        value = self.value(key)
+        if not isinstance(value, bool | None):
+            raise self.wrong(key, value, "true or false")
+        return bool(value)
+
+    def read(self) -> TextConfig:
+        self.refuse_encoder()
+        num_layers = self.size("num_hidden_layers", maximum=_MAX_LAYERS)
+        attention = self.attention_kinds(num_layers)
+        num_shared = self.count("num_kv_shared_layers")
+        if num_shared >= num_layers:
+            raise self.wrong("num_kv_shared_layers", num_shared, f"fewer than the {num_layers} layers")
+        rope_theta, rope_local_theta, rope_scaling = self.rope()
+        per_layer_hidden_size = self.count("hidden_size_per_layer_input")
+        has_experts = self.flag("enable_moe_block")
+        activation = self.text.get("hidden_activation") or self.text.get("hidden_act")
+        return TextConfig(
+            model_type=self.model_type,
+            family=self.family,
+            is_multimodal=self.is_multimodal,
+            vocab_size=self.size("vocab_size"),
+            hidden_size=self.size("hidden_size"),
+            num_layers=num_layers,
+            num_heads=self.size("num_attention_heads"),
+            num_kv_heads=self.size("num_key_value_heads"),
+            head_dim=self.size("head_dim"),
+            intermediate_size=self.intermediate_sizes(num_layers)[0],
+            context_tokens=self.size("max_position_embeddings"),
+            activation=str(activation or self.defaults["hidden_activation"]),
+            norm_eps=self.number("rms_norm_eps", self.value("rms_norm_eps")),
+            rope_theta=rope_theta,
+            rope_local_theta=rope_local_theta,
+            rope_scaling=rope_scaling,
+            sliding_window=self.size("sliding_window") if "sliding" in attention else None,
+            query_pre_attn_scalar=self.optional_number("query_pre_attn_scalar"),
+            attention_softcap=self.optional_number("attn_logit_softcapping"),
+            final_softcap=self.optional_number("final_logit_softcapping"),
+            has_tied_embeddings=self.has_tied_embeddings(),
+            has_attention_bias=self.flag("attention_bias"),
+            num_kv_shared_layers=num_shared,
+            per_layer_vocab_size=self.count("vocab_size_per_layer_input") if per_layer_hidden_size else 0,
+            per_layer_hidden_size=per_layer_hidden_size,
+            laurel_rank=self.count("laurel_rank"),
+            altup_num_inputs=self.count("altup_num_inputs"),
+            num_experts=self.size("num_experts") if has_experts else 0,
+            num_experts_per_token=self.size("top_k_experts") if has_experts else 0,
+            expert_intermediate_size=self.size("moe_intermediate_size") if has_experts else 0,
+            quantization=self.quantization(),
+            dtype=self.dtype(),
+            layers=self.layers(attention, num_shared),
+        )
+
+    def refuse_encoder(self) -> None:
+        """Gemma 4's "vision" lets image tokens see each other; text stays causal. True and "all" make an encoder."""
+        if self.text.get("use_bidirectional_attention") in (True, "all"):
+            raise ModelError(
+                f"{self.where}: use_bidirectional_attention is set: this Gemma is an encoder and generates no text",
+                hint="gemma-tune trains models that generate text; `gemma-tune models list` shows them.",
+            )
+
+    def has_tied_embeddings(self) -> bool:
+        """The outer value counts for a multimodal checkpoint: there the head belongs to the outer model."""
+        value = self.outer.get("tie_word_embeddings", self.text.get("tie_word_embeddings", True))
+        if not isinstance(value, bool):
+            raise self.wrong("tie_word_embeddings", value, "true or false")
+        return value
+
+    def attention_kinds(self, num_layers: int) -> list[Attention]:
+        names = self.text.get("layer_types") if self.family != "gemma" else None
+        if names is None:
+            every = self.text.get("sliding_window_pattern", self.text.get("_sliding_window_pattern"))
+            if self.family != "gemma3" or every is None:
+                every = _FULL_ATTENTION_EVERY[self.family]
+            if type(every) is not int or every < 1:
+                raise self.wrong("sliding_window_pattern", every, "a positive integer")
+            kinds: list[Attention] = ["sliding" if (i + 1) % every else "full" for i in range(num_layers)]
+        else:
+            known: dict[str, Attention] = {"sliding_attention": "sliding", "full_attention": "full"}
+            if not isinstance(names, list) or len(names) != num_layers or any(name not in known for name in names):
+                raise self.wrong("layer_types", names, f"a list of {num_layers} of {', '.join(known)}")
+            kinds = [known[name] for name in names]
+        if self.family == "gemma4":
+            # transformers makes the last layer a full one whatever the file says.
+            kinds[-1] = "full"
+        return kinds
+
+    def intermediate_sizes(self, num_layers: int) -> list[int]:
+        """Gemma 3n's MatFormer slices may have an MLP width of their own in every layer."""
+        value = self.value("intermediate_size")
+        if self.family != "gemma3n" or not isinstance(value, list):
+            return [self.size("intermediate_size")] * num_layers
+        if len(value) != num_layers or any(type(size) is not int or not 1 <= size <= _MAX_SIZE for size in value):
+            raise self.wrong("intermediate_size", value, f"an integer or a list of {num_layers} integers")
+        return list(value)
+
+    def layers(self, attention: list[Attention], num_shared: int) -> tuple[LayerShape, ...]:
+        num_layers = len(attention)
+        overrides = self.layer_overrides(attention)
+        keys_as_values = self.flag("attention_k_eq_v")
+        # Layers without keys of their own get twice the MLP width in Gemma 4 E2B.
+        shared_factor = 2 if self.flag("use_double_wide_mlp") else 1
+        shapes = []
+        for index, (kind, width) in enumerate(zip(attention, self.intermediate_sizes(num_layers), strict=True)):
+            is_shared = index >= num_layers - num_shared
+            key_values: KeyValues = "shared" if is_shared else "own"
+            if keys_as_values and kind == "full" and not is_shared:
+                key_values = "keys_as_values"
+            head_dim, num_kv_heads = overrides[index]
+            shapes.append(
+                LayerShape(
+                    attention=kind,
+                    head_dim=head_dim,
+                    num_kv_heads=num_kv_heads,
+                    key_values=key_values,
+                    intermediate_size=width * (shared_factor if is_shared else 1),
+                )
+            )
+        return tuple(shapes)
+
+    def layer_overrides(self, attention: list[Attention]) -> list[tuple[int, int]]:
+        """(head_dim, num_kv_heads) of each layer.
+
+        Gemma 4 files up to transformers 5.16 say `global_head_dim` and `num_global_key_value_heads`; 5.17 writes the
+        same as `per_layer_config: {"5": {"head_dim": 512}}`.
+        """
+        shapes = [(self.size("head_dim"), self.size("num_key_value_heads"))] * len(attention)
+        if self.family != "gemma4":
+            return shapes
+        given = self.text.get("per_layer_config")
+        if given is None:
+            num_kv_heads = self.size("num_key_value_heads")
+            if self.flag("attention_k_eq_v") and self.text.get("num_global_key_value_heads") is not None:
+                num_kv_heads = self.size("num_global_key_value_heads")
+            full = (self.size("global_head_dim"), num_kv_heads)
+            return [full if kind == "full" else shape for kind, shape in zip(attention, shapes, strict=True)]
+        if not isinstance(given, Mapping):
+            raise self.wrong("per_layer_config", given, "an object")
+        for name, override in given.items():
+            is_index = str(name).isdecimal() and int(name) < len(attention)
+            if not is_index or not isinstance(override, Mapping) or not set(override) <= _LAYER_OVERRIDES:
+                expected = f"a layer's number with {' and '.join(sorted(_LAYER_OVERRIDES))}"
+                raise self.wrong(f"per_layer_config.{name}", override, expected)
+            if any(type(size) is not int or not 1 <= size <= _MAX_SIZE for size in override.values()):
+                raise self.wrong(f"per_layer_config.{name}", override, "positive integers")
+            head_dim, num_kv_heads = shapes[int(name)]
+            shapes[int(name)] = (override.get("head_dim", head_dim), override.get("num_key_value_heads", num_kv_heads))
+        return shapes
+
+    def rope(self) -> tuple[float, float | None, str | None]:
+        """(theta, theta of sliding layers or None, scaling in words or None)."""
+        given = self.text.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise self.wrong("rope_parameters", given, "an object")
+        has_two = self.family in ("gemma3", "gemma3n", "gemma4")
+        full = given.get("full_attention", {} if has_two else given)
+        sliding = given.get("sliding_attention", {})
+        if not isinstance(full, Mapping) or not isinstance(sliding, Mapping):
+            raise self.wrong("rope_parameters", given, "an object of objects")
+        scaling = self.text.get("rope_scaling") or {}
+        if not isinstance(scaling, Mapping):
+            raise self.wrong("rope_scaling", scaling, "an object")
+        full = {**scaling, **full}
+        if self.family == "gemma4" and not given:
+            full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, **full}
+        theta = full.get("rope_theta", self.text.get("rope_theta", 1_000_000.0 if has_two else 10_000.0))
+        theta = self.number("rope_theta", theta)
+        if not has_two:
+            return theta, None, _describe_rope(full)
+        local = sliding.get("rope_theta", self.text.get("rope_local_base_freq", 10_000.0))
+        return theta, self.number("rope_local_base_freq", local), _describe_rope(full)
+
+    def quantization(self) -> str | None:
+        """`bitsandbytes 4-bit`, `gptq`… as the file says it, or None for plain weights."""
+        given = self.outer.get("quantization_config", self.text.get("quantization_config"))
+        if not isinstance(given, Mapping):
+            return None
+        method = str(given.get("quant_method", "unknown"))
+        for key, bits in (("load_in_4bit", " 4-bit"), ("load_in_8bit", " 8-bit")):
+            if given.get(key):
+                method += bits
+        return method
+
+    def dtype(self) -> str | None:
+        for source in (self.text, self.outer):
+            value = source.get("dtype", source.get("torch_dtype"))
+            if isinstance(value, str):
+                return value
+        return None
+
+
+def _describe_rope(parameters: Json) -> str | None:
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return None
+    for key, text in (("factor", "factor"), ("partial_rotary_factor", "share of the head")):
+        if key in parameters:
+            return f"{kind}, {text} {parameters[key]}"
+    return str(kind)

@@ -1,0 +1,19 @@
+"""Where the shipped files are: in a checkout beside the package, in a wheel inside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+PACKAGE_DIR = Path(__file__).resolve().parent
+TINY_MODEL_DIR = PACKAGE_DIR / "models" / "tiny" / "model"
+TINY_ROWS_DIR = PACKAGE_DIR / "models" / "tiny" / "rows"
+
+
+def _shipped(name: str) -> Path:
+    """`gemma_tune/_shipped/<name>` in an installed wheel, `<checkout>/<name>` otherwise (see the wheel's force-include)."""
+    installed = PACKAGE_DIR / "_shipped" / name
+    return installed if installed.is_dir() else PACKAGE_DIR.parent / name
+
+
+RECIPES_DIR = _shipped("recipes")
+DATA_TEMPLATES_DIR = _shipped("data_templates")

@@ -1,0 +1,140 @@
+"""What a run writes about itself: manifest, lock and metrics. JSON, replaced atomically, so a reader never sees half a file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_tune.errors import RunError
+from gemma_tune.runs.layout import RunDir
+
+Status = Literal["running", "finished", "stopped", "failed"]
+
+# The packages whose versions decide what a run computes.
+RECORDED_PACKAGES = (
+    "gemma-tune", "torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo",
+    "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The state of a run. Times are UTC, ISO 8601; `step` counts optimizer steps."""
+
+    status: Status
+    started: str
+    updated: str
+    step: int = 0
+    total_steps: int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Lock:
+    """Everything a run depends on. Hashes are SHA-256 in hex.
+
+    Attributes:
+        base: name, revision (hub commit, or null), directory-independent file hashes of the base model.
+        data: label and hash of the rows and of the template.
+        engine, precision: what was chosen, and why.
+        hardware: device, processor, memory.
+        packages: versions; null for what is not installed.
+    """
+
+    recipe: str
+    overrides: list[str]
+    base: dict[str, Any]
+    data: dict[str, Any]
+    engine: dict[str, str]
+    precision: dict[str, Any]
+    hardware: dict[str, Any]
+    seed: int
+    python: str = field(default_factory=platform.python_version)
+    platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
+    packages: dict[str, str | None] = field(default_factory=lambda: {name: installed_version(name) for name in RECORDED_PACKAGES})
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 beside the target, flush to disk, and rename."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run; a missing or broken one is a `RunError` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} has no {path.name}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: {error}") from None
+
+
+def start_manifest(run: RunDir) -> Manifest:
+    now = utc_now()
+    manifest = Manifest(status="running", started=now, updated=now)
+    write_json(run.manifest, asdict(manifest))
+    return manifest
+
+
+def read_manifest(run: RunDir) -> Manifest:
+    return Manifest(**read_json(run.manifest))
+
+
+def update_manifest(run: RunDir, **changes: Any) -> Manifest:
+    """Change fields of the manifest on disk."""
+    manifest = Manifest(**{**asdict(read_manifest(run)), **changes, "updated": utc_now()})
+    write_json(run.manifest, asdict(manifest))
+    return manifest
+
+
+def append_metrics(run: RunDir, values: dict[str, Any]) -> None:
+    """Append one line to metrics.jsonl; non-finite numbers are written as null, as JSON has none."""
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    with run.metrics.open("a", encoding="utf-8", newline="\n") as stream:
+        stream.write(line + "\n")
+
+
+def read_metrics(run: RunDir) -> list[dict[str, Any]]:
+    """Every line of metrics.jsonl; a last line cut by a crash is left out."""
+    if not run.metrics.is_file():
+        return []
+    rows = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

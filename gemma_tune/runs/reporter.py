@@ -1,0 +1,75 @@
+"""How the long-running stages tell the user where they are, without printing themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepProgress:
+    """One logged optimizer step.
+
+    Attributes:
+        step, total_steps: optimizer steps done and planned.
+        epoch: passes over the rows.
+        loss: mean over the supervised tokens since the last log, in nats a token.
+        learning_rate, grad_norm: of this step.
+        tokens_per_second: tokens that are not padding, since the last log.
+        eta_seconds: time left at the mean speed so far.
+        memory_bytes: peak memory, of the card on CUDA and of the process elsewhere.
+    """
+
+    step: int
+    total_steps: int
+    epoch: float
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens_per_second: float
+    eta_seconds: float
+    memory_bytes: int
+
+
+class Reporter(Protocol):
+    """Receives what happens during a run. The command line draws it; a test records it."""
+
+    def stage(self, title: str) -> None:
+        """A stage begins, such as 'load'."""
+        ...
+
+    def detail(self, text: str) -> None:
+        """A fact worth a line, such as the chosen engine and why."""
+        ...
+
+    def warn(self, text: str) -> None:
+        """Something the user should act on or know; the run goes on."""
+        ...
+
+    def step(self, progress: StepProgress) -> None:
+        """Training made a step."""
+        ...
+
+    def evaluated(self, *, step: int, loss: float) -> None:
+        """An evaluation while training; `loss` in nats a supervised token."""
+        ...
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """A counted task moved on, such as rows answered or bytes written."""
+        ...
+
+
+class SilentReporter:
+    """Says nothing; for library use."""
+
+    def stage(self, title: str) -> None: ...
+
+    def detail(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None: ...
+
+    def step(self, progress: StepProgress) -> None: ...
+
+    def evaluated(self, *, step: int, loss: float) -> None: ...
+
+    def progress(self, what: str, done: int, total: int) -> None: ...

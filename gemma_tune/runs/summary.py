@@ -1,0 +1,71 @@
+"""What came out of a run, as it is stored in summary.json and shown at the end."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import read_json, write_json
+
+
+@dataclass(frozen=True)
+class Question:
+    """An eval row with the base's and the tuned model's answer."""
+
+    prompt: str
+    expected: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The figures of a finished run.
+
+    Attributes:
+        train_rows, eval_rows, dropped_rows: rows after the length policy; dropped ones were too long.
+        num_trainable: trained parameters.
+        steps: optimizer steps.
+        training_seconds, total_seconds: the steps alone, and the command from start to end.
+        num_tokens: real tokens trained on.
+        peak_memory_bytes: of the card on CUDA, of the process elsewhere.
+        train_loss: mean of the last tenth of the steps; all losses are in nats a supervised token.
+        exact_match_before, exact_match_after: share of `exact_match_rows` answered word for word, 0 to 1.
+    """
+
+    model: str
+    engine: str
+    quantization: str
+    precision: str
+    train_rows: int
+    eval_rows: int
+    dropped_rows: int
+    num_trainable: int
+    steps: int
+    training_seconds: float
+    total_seconds: float
+    num_tokens: int
+    peak_memory_bytes: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    exact_match_before: float | None
+    exact_match_after: float | None
+    exact_match_rows: int
+    questions: list[Question]
+    merged: bool
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.training_seconds if self.training_seconds else 0.0
+
+
+def write_summary(run: RunDir, summary: RunSummary) -> None:
+    write_json(run.summary, {**asdict(summary), "tokens_per_second": summary.tokens_per_second})
+
+
+def read_summary(run: RunDir) -> RunSummary:
+    """The summary of a finished run; a `RunError` when there is none yet."""
+    values = read_json(run.summary)
+    values.pop("tokens_per_second", None)
+    return RunSummary(**{**values, "questions": [Question(**question) for question in values["questions"]]})

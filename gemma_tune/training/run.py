@@ -1,0 +1,127 @@
+"""One training: from a model with an adapter and encoded rows to a trained adapter on disk (LEAF)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from gemma_tune.data.build import Datasets
+from gemma_tune.engines.base import Engine, LoadedModel
+from gemma_tune.errors import TrainingInterrupted
+from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.reporter import Reporter
+from gemma_tune.training.callbacks import CheckpointCallback, GuardCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
+from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a training came to.
+
+    Attributes:
+        steps: optimizer steps done, those before a resume included.
+        seconds: wall time of the steps done in this process.
+        num_tokens: real tokens trained on in this process, padding left out.
+        train_loss: mean loss of the last tenth of the logged steps, nats a supervised token.
+        eval_loss_before, eval_loss_after: on the eval rows, nats a supervised token; None without eval rows.
+        peak_memory_bytes: of the card on CUDA, of the process elsewhere.
+    """
+
+    steps: int
+    seconds: float
+    num_tokens: int
+    train_loss: float
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    peak_memory_bytes: int
+
+
+def train_adapter(
+    loaded: LoadedModel,
+    *,
+    engine: Engine,
+    tokenizer: Any,
+    datasets: Datasets,
+    recipe: Recipe,
+    run: RunDir,
+    reporter: Reporter,
+    resume_from: Path | None = None,
+) -> TrainingResult:
+    """Train, and save the adapter with its tokenizer into `run.adapter`.
+
+    Raises:
+        TrainingStopped: going on would ruin the run.
+        TrainingInterrupted: a signal came; a checkpoint was saved.
+    """
+    interrupt = InterruptCallback()
+    trainer = _build(loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run)
+    metrics = MetricsCallback(run, reporter=reporter, count_tokens=lambda: trainer.num_real_tokens)
+    for callback in (GuardCallback(), metrics, CheckpointCallback(run), interrupt):
+        trainer.add_callback(callback)
+
+    eval_loss_before = trainer.mean_eval_loss() if datasets.eval else None
+    engine.set_mode(loaded, training=True)
+    set_seed(recipe.training.seed)
+    started = time.monotonic()
+    with interrupt.listening(reporter):
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.monotonic() - started
+    if interrupt.signal is not None:
+        raise TrainingInterrupted(
+            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}; everything is saved",
+            hint=None,
+        )
+    save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter)
+    return TrainingResult(
+        steps=trainer.state.global_step,
+        seconds=seconds,
+        num_tokens=trainer.num_real_tokens,
+        train_loss=_closing_loss(trainer),
+        eval_loss_before=eval_loss_before,
+        eval_loss_after=trainer.mean_eval_loss() if datasets.eval else None,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def _build(loaded: LoadedModel, *, tokenizer: Any, datasets: Datasets, recipe: Recipe, run: RunDir) -> TokenWeightedTrainer:
+    config = to_sft_config(
+        recipe.training,
+        evaluation=recipe.evaluation,
+        logging=recipe.logging,
+        precision=loaded.precision,
+        run=run,
+        on_cpu=loaded.model.device.type == "cpu",
+        has_eval_rows=bool(datasets.eval),
+    )
+    return build_trainer(
+        loaded,
+        config=config,
+        tokenizer=tokenizer,
+        train_rows=datasets.train,
+        eval_rows=datasets.eval,
+        early_stop_patience=recipe.training.early_stop_patience,
+        callbacks=(),
+    )
+
+
+def _closing_loss(trainer: TokenWeightedTrainer) -> float:
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    last = losses[-max(len(losses) // 10, 1) :]
+    return float(sum(last) / len(last))
+
+
+def save_adapter(loaded: LoadedModel, *, tokenizer: Any, directory: Path) -> None:
+    """Write the adapter in PEFT's format, with the tokenizer beside it.
+
+    The embedding is saved only when it was trained: PEFT's `auto` asks the hub whether the vocabulary changed (F6).
+    """
+    trained = {
+        name for config in loaded.model.peft_config.values() for name in (config.modules_to_save or ()) if name in ("embed_tokens", "lm_head")
+    }
+    loaded.model.save_pretrained(str(directory), save_embedding_layers=bool(trained), safe_serialization=True)
+    tokenizer.save_pretrained(str(directory))
