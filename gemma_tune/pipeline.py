@@ -257,6 +257,8 @@ def _train_and_summarise(
         recipe=recipe,
         run=run,
         reporter=reporter,
+        base_name=setting.base.name,
+        base_revision=setting.base.revision,
         resume_from=resume_from,
     )
     write_text(run.adapter / run.template.name, setting.template.source_text)

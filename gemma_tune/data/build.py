@@ -23,6 +23,7 @@ from gemma_tune.errors import DataError, did_you_mean
 from gemma_tune.recipe.schema import DataSection
 
 MAX_SHOWN = 5
+_MAX_LISTED = 3  # on one line
 # Above this share the rows are of another kind than the template, and training on the rest would not be what was meant.
 MAX_BAD_SHARE = 0.5
 # A common ending of at least this many characters, in at least this share of the responses, is told: a full stop is
@@ -41,7 +42,8 @@ class ReadReport:
         rows_read: rows of all sources.
         rows_bad: rows left out because a field is missing, is not text, or the chat template refuses them.
         bad_samples: the first of them, as `where: problem`.
-        num_duplicates: rows whose text equals that of an earlier row; those in train are kept, in eval not.
+        num_duplicates: rows whose text equals that of an earlier row, white space at the ends aside; those in train are
+            kept, in eval not.
         num_leaked: train rows left out because they are also eval rows.
         num_unused: rows beyond max_train_rows and max_eval_rows.
         train_rows, eval_rows: what is encoded.
@@ -75,7 +77,7 @@ class DataReport(ReadReport):
         train_supervised_tokens, eval_supervised_tokens: those of them in the loss.
         control_strings: control tokens spelled out in the rows' own text; they are encoded as text.
         control_samples: where the first of them stand.
-        dropped_samples: where the first dropped or cut rows stand, with their tokens.
+        dropped_samples: where the first dropped rows stand, with their tokens.
         sha256: of everything that decides which rows are trained; see `datasets_sha256`.
     """
 
@@ -99,31 +101,31 @@ class DataReport(ReadReport):
     def lines(self) -> list[str]:
         """The report for a person, a line a fact; what did not happen is not mentioned."""
         share = self.train_supervised_tokens / self.train_tokens
+        limit = f"max_seq_tokens {self.max_seq_tokens}"
         told = [
-            f"{self.label} with template {self.template}: {self.rows_read:,} rows → {self.train_rows:,} train, {self.eval_rows:,} eval",
+            f"{self.label} with template {self.template}: {_counted(self.rows_read, 'row')} → "
+            f"{self.train_rows:,} train, {self.eval_rows:,} eval",
             f"{self.train_tokens:,} tokens to train on, {share:.0%} of them in the loss; row length "
             f"{self.length_p50} (median), {self.length_p99} (99 %), {self.length_max} (longest, {self.longest_row})",
         ]
-        if self.rows_bad:
-            told.append(f"{self.rows_bad:,} rows left out: {_listed(self.bad_samples, self.rows_bad)}")
-        if self.dropped_too_long:
-            told.append(
-                f"{self.dropped_too_long:,} rows dropped, longer than max_seq_tokens {self.max_seq_tokens}: "
-                f"{_listed(self.dropped_samples, self.dropped_too_long)}"
-            )
-        if self.truncated:
-            told.append(f"{self.truncated:,} prompts cut on the left to fit max_seq_tokens {self.max_seq_tokens}; no answer was cut")
-        if self.num_duplicates:
-            told.append(f"{self.num_duplicates:,} rows repeat another row; train keeps them, eval does not")
-        if self.num_leaked:
-            told.append(f"{self.num_leaked:,} train rows left out because they are also eval rows")
-        if self.num_unused:
-            told.append(f"{self.num_unused:,} rows not used (max_train_rows, max_eval_rows)")
-        if self.control_strings:
-            told.append(
-                f"{self.control_strings:,} control tokens spelled out in row text, encoded as plain text: "
-                f"{_listed(self.control_samples, len(self.control_samples))}"
-            )
+        facts = (
+            (self.rows_bad, "row", f"left out: {_listed(self.bad_samples, self.rows_bad)}"),
+            (
+                self.dropped_too_long,
+                "row",
+                f"dropped, over {limit}: {_listed(self.dropped_samples, self.dropped_too_long)}",
+            ),
+            (self.truncated, "prompt", f"cut on the left to fit {limit}; no answer was cut"),
+            (self.num_duplicates, "row", "with the text of another row; train keeps such rows, eval does not"),
+            (self.num_leaked, "train row", "left out, being eval rows, too"),
+            (self.num_unused, "row", "not used (max_train_rows, max_eval_rows)"),
+            (
+                self.control_strings,
+                "control token",
+                f"spelled out in row text, kept as text: {', '.join(self.control_samples)}",
+            ),
+        )
+        told += [f"{_counted(count, what)} {fact}" for count, what, fact in facts if count]
         return told + list(self.notes)
 
 
@@ -168,8 +170,9 @@ class Datasets:
 def read_examples(section: DataSection, *, chat: ChatRenderer | None) -> Examples:
     """Read, render, check and divide the rows that a recipe names. `chat` is needed by chat templates only.
 
-    Rows that cannot be used are left out and counted; more than half of them stop everything. Rows are divided by a hash
-    of their text and `data.seed`: a row stays on its side when others are added, and equal rows are on the same side.
+    Rows that cannot be used are left out and counted; more than half of them stop everything. Rows are divided by a
+    hash of their fields and `data.seed`: a row stays on its side when others are added or another template reads the
+    same fields, and equal rows are on the same side.
 
     Raises:
         DataError: the source, the template or the mapping is wrong, or too many rows are.
@@ -184,7 +187,7 @@ def read_examples(section: DataSection, *, chat: ChatRenderer | None) -> Example
     for (_, found), source in zip(rendered, sources, strict=True):
         _stop_if_most_are_bad(found, source=source, template=template)
 
-    keyed = [[(example_key(example), example) for example in examples] for examples, _ in rendered]
+    keyed = [[(example.key, example) for example in examples] for examples, _ in rendered]
     order = _Order(section.seed)
     if len(keyed) == 2:
         train, held_out = keyed
@@ -196,7 +199,10 @@ def read_examples(section: DataSection, *, chat: ChatRenderer | None) -> Example
     kept = [example for key, example in train if key not in eval_keys]
     num_leaked = len(train) - len(kept)
     if not kept:
-        raise DataError("no row is left to train on: every train row is also an eval row", hint="check data.source and data.eval_source")
+        raise DataError(
+            "no row is left to train on: every train row is also an eval row",
+            hint="check data.source and data.eval_source",
+        )
     random.Random(section.seed).shuffle(kept)
     used_train = kept[: section.max_train_rows]
     used_eval = [example for _, example in eval_rows[: section.max_eval_rows]]
@@ -257,10 +263,18 @@ def _check_columns(section: DataSection, template: DataTemplate, source: SourceD
     if template.conversation:
         missing = [] if any(column in source.columns for column in wanted) else [" or ".join(wanted)]
     else:
-        missing = [column for name, column in zip(known, wanted, strict=True) if name in template.required and column not in source.columns]
+        missing = [
+            column
+            for name, column in zip(known, wanted, strict=True)
+            if name in template.required and column not in source.columns
+        ]
     if missing:
         fitting = [name for name in list_templates() if name != template.name and _fits(load_template(name), source)]
-        hint = f"these columns fit data.template={fitting[0]}" if fitting else f"map it: data.columns.{missing[0].split()[0]}=COLUMN"
+        hint = (
+            f"these columns fit data.template={fitting[0]}"
+            if fitting
+            else f"map it: data.columns.{missing[0].split()[0]}=COLUMN"
+        )
         raise DataError(
             f"{source.label} has no column {', '.join(missing)}, which the template {template.name} needs; "
             f"its columns: {', '.join(source.columns)}",
@@ -295,19 +309,13 @@ def _stop_if_most_are_bad(problems: Sequence[str], *, source: SourceData, templa
     if len(problems) > MAX_SHOWN:
         shown.append(f"  and {len(problems) - MAX_SHOWN:,} more")
     example = json.dumps(dict(template.example), ensure_ascii=False)
+    count = f"{len(problems):,} of {_counted(len(source.rows), 'row')}"
     raise DataError(
-        f"{len(problems):,} of {len(source.rows):,} rows of {source.label} cannot be used with the template {template.name}\n"
-        + "\n".join(shown),
-        hint=f"a row of the right form: {example}" if template.example else "mend the rows, or take another data.template",
+        f"{count} of {source.label} cannot be used with the template {template.name}\n" + "\n".join(shown),
+        hint=f"a row of the right form: {example}"
+        if template.example
+        else "mend the rows, or take another data.template",
     )
-
-
-def example_key(example: Example) -> bytes:
-    """A hash of a row's whole text; equal for equal rows wherever they stand."""
-    digest = hashlib.blake2b(digest_size=16)
-    for segment in example.segments:
-        digest.update(f"{len(segment.text)}:{segment.supervised:d}:{segment.text}".encode())
-    return digest.digest()
 
 
 class _Order:
@@ -329,7 +337,10 @@ def _split(rows: _Keyed, *, fraction: float, order: Callable[[bytes], float]) ->
     if fraction == 0:
         return rows, []
     if len(keys) < 2:
-        raise DataError("there is only one distinct row, so none can be held out", hint="set data.eval_fraction=0, or give more rows")
+        raise DataError(
+            "there is only one distinct row, so none can be held out",
+            hint="set data.eval_fraction=0, or give more rows",
+        )
     num_eval = sum(order(key) < fraction for key in keys)
     eval_keys = set(keys[: min(max(num_eval, 1), len(keys) - 1)])
     return [row for row in rows if row[0] not in eval_keys], [row for row in rows if row[0] in eval_keys]
@@ -340,13 +351,21 @@ def _notes(examples: Sequence[Example]) -> list[str]:
     responses = [example.response for example in examples]
     if len(responses) < 10:
         return []
-    ending, count = Counter(response[-_MARKER_CHARS:] for response in responses if len(response) > _MARKER_CHARS).most_common(1)[0]
+    ending, count = Counter(
+        response[-_MARKER_CHARS:] for response in responses if len(response) > _MARKER_CHARS
+    ).most_common(1)[0]
     if count < _MARKER_SHARE * len(responses) or any(character.isspace() for character in ending):
         return []
     sharing = [response for response in responses if response.endswith(ending)]
-    while all(len(response) > len(ending) and response[-len(ending) - 1] == sharing[0][-len(ending) - 1] for response in sharing):
+    while all(
+        len(response) > len(ending) and response[-len(ending) - 1] == sharing[0][-len(ending) - 1]
+        for response in sharing
+    ):
         ending = sharing[0][-len(ending) - 1 :]
-    return [f"{len(sharing):,} of {len(responses):,} responses end in {ending!r}: it is learned as part of every answer; remove it from the rows if it is not meant"]
+    return [
+        f"{len(sharing):,} of {_counted(len(responses), 'response')} end in {ending!r}, which is learned as part of "
+        "every answer; remove it from the rows if it is not meant"
+    ]
 
 
 # --- encoding ---------------------------------------------------------------------------------------------------------
@@ -367,7 +386,7 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection) 
         raise DataError(
             f"{len(too_long):,} of {len(both):,} rows are longer than data.max_seq_tokens {limit}: "
             + _listed(_told_lengths(both, lengths, too_long), len(too_long)),
-            hint=f"the longest row has {max(lengths)} tokens: set data.max_seq_tokens={max(lengths)}, or data.too_long=drop",
+            hint=f"set data.max_seq_tokens={max(lengths)}, the longest row, or data.too_long=drop",
         )
     kept = dict(enumerate(zip(both, encoded, strict=True)))
     truncated = 0
@@ -383,13 +402,16 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection) 
     if not train:
         shortest, longest = min(lengths), max(lengths)
         raise DataError(
-            f"all {len(examples.train):,} train rows are longer than data.max_seq_tokens {limit}: they have {shortest} to {longest} tokens",
+            f"all {len(examples.train):,} train rows are longer than data.max_seq_tokens {limit}: "
+            f"they have {shortest} to {longest} tokens",
             hint=f"set data.max_seq_tokens={_percentile(sorted(lengths), 99)} to keep 99 % of them",
         )
     notes = list(examples.report.notes)
     if examples.eval and not held_out:
         notes.append(f"every eval row is longer than max_seq_tokens {limit}: nothing is evaluated")
-    controls = [(example.where, count) for example in both if (count := encoder.count_control_strings(example.segments))]
+    controls = [
+        (example.where, count) for example in both if (count := encoder.count_control_strings(example.segments))
+    ]
     ordered = sorted(lengths)
     dropped = [index for index in too_long if index not in kept]
     read = {field.name: getattr(examples.report, field.name) for field in fields(ReadReport)}
@@ -422,7 +444,9 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection) 
 
 
 def datasets_sha256(examples: Examples, section: DataSection) -> str:
-    """One hash of all that decides which rows are trained and how they read: sources, templates, mapping, split, lengths.
+    """One hash of all that decides which rows are trained and how they read.
+
+    That is sources, templates, mapping, split and lengths.
 
     Independent of where the files lie and of the tokenizer (the run's lock has the base's own file hashes).
     """
@@ -433,13 +457,22 @@ def datasets_sha256(examples: Examples, section: DataSection) -> str:
     }
     decided |= {
         name: getattr(section, name)
-        for name in ("columns", "max_seq_tokens", "too_long", "train_on", "eval_fraction", "max_train_rows", "max_eval_rows", "seed")
+        for name in (
+            "columns",
+            "max_seq_tokens",
+            "too_long",
+            "train_on",
+            "eval_fraction",
+            "max_train_rows",
+            "max_eval_rows",
+            "seed",
+        )
     }
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8")).hexdigest()
 
 
 def format_sample(datasets: Datasets, tokenizer: Any) -> list[tuple[str, bool]]:
-    """One train row (the one of median length) decoded from its ids: pieces of text and whether they are in the loss."""
+    """The train row of median length, decoded from its ids: pieces of text and whether they are in the loss."""
     by_length = sorted(datasets.train, key=lambda row: len(row.input_ids))
     row = by_length[len(by_length) // 2]
     pieces: list[tuple[list[int], bool]] = []
@@ -452,7 +485,7 @@ def format_sample(datasets: Datasets, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def _fit(example: Example, encoder: Encoder, section: DataSection) -> tuple[Example, EncodedRow] | None:
-    """Cut the prompt's row text until the row fits: always the longest piece, from its left. None if that is not enough."""
+    """Cut the prompt's row text until the row fits: the longest piece first, from its left. None if it never fits."""
     segments = list(example.segments)
     while True:
         row = encoder.encode(segments, train_on=section.train_on)
@@ -463,7 +496,9 @@ def _fit(example: Example, encoder: Encoder, section: DataSection) -> tuple[Exam
         if not texts:
             return None
         longest = max(texts, key=lambda index: len(segments[index].text))
-        segments[longest] = replace(segments[longest], text=_without_first_tokens(segments[longest].text, excess, encoder))
+        segments[longest] = replace(
+            segments[longest], text=_without_first_tokens(segments[longest].text, excess, encoder)
+        )
 
 
 def _may_be_cut(segment: Segment) -> bool:
@@ -477,7 +512,7 @@ def _without_first_tokens(text: str, count: int, encoder: Encoder) -> str:
 
 
 def _num_supervised(row: EncodedRow) -> int:
-    return sum(label != IGNORED for label in row.labels)
+    return len(row.labels) - row.labels.count(IGNORED)
 
 
 def _percentile(ordered: Sequence[int], percent: int) -> int:
@@ -490,5 +525,10 @@ def _told_lengths(examples: Sequence[Example], lengths: Sequence[int], indices: 
 
 
 def _listed(samples: Sequence[str], count: int) -> str:
-    more = f", and {count - len(samples):,} more" if count > len(samples) else ""
-    return ", ".join(samples) + more
+    shown = samples[:_MAX_LISTED]
+    more = f", and {count - len(shown):,} more" if count > len(shown) else ""
+    return ", ".join(shown) + more
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

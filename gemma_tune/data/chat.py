@@ -42,7 +42,9 @@ class ChatTokenizer(Protocol):
 def control_strings(tokenizer: ChatTokenizer) -> tuple[str, ...]:
     """The strings that a tokenizer reads as control tokens (`<bos>`, `<start_of_turn>`, …), longest first."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
-    strings = {token.content for token in added if token.special} | {str(token) for token in tokenizer.all_special_tokens}
+    strings = {token.content for token in added if token.special} | {
+        str(token) for token in tokenizer.all_special_tokens
+    }
     return tuple(sorted(strings, key=lambda string: (-len(string), string)))
 
 
@@ -119,7 +121,10 @@ class ChatRenderer:
         """
         roles = tuple(message["role"] for message in messages)
         if not roles or roles[-1] != "assistant":
-            raise RowError(where, f"the last message is from {roles[-1]!r}: there is no answer to learn" if roles else "no messages")
+            raise RowError(
+                where,
+                f"the last message is from {roles[-1]!r}: there is no answer to learn" if roles else "no messages",
+            )
         skeleton = self._skeleton(roles, generation=False, where=where)
         self._check_prefixes(roles, skeleton, where=where)
         contents = [skeleton.content(index, message["content"]) for index, message in enumerate(messages)]
@@ -234,8 +239,13 @@ class ChatRenderer:
         except _Refused as refused:
             raise RowError(where, f"the model's chat template refuses it: {refused}") from None
         if rendered != expected:
-            at = next((i for i, (a, b) in enumerate(zip(rendered, expected, strict=False)) if a != b), min(len(rendered), len(expected)))
-            raise RowError(where, f"the model's chat template changes the text near {expected[max(0, at - 20) : at + 20]!r}")
+            at = next(
+                (i for i, (a, b) in enumerate(zip(rendered, expected, strict=False)) if a != b),
+                min(len(rendered), len(expected)),
+            )
+            raise RowError(
+                where, f"the model's chat template changes the text near {expected[max(0, at - 20) : at + 20]!r}"
+            )
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
         self._environment.steps_left = MAX_STEPS
@@ -246,9 +256,19 @@ class ChatRenderer:
             for part in self._compiled.generate(variables | self._specials):
                 length += len(part)
                 if length > MAX_RENDERED_CHARS:
-                    raise DataError(f"the model's chat template writes more than {MAX_RENDERED_CHARS:,} characters for one row")
+                    raise DataError(
+                        f"the model's chat template writes more than {MAX_RENDERED_CHARS:,} characters for one row"
+                    )
                 rendered.append(part)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        except (
+            jinja2.TemplateError,
+            TypeError,
+            ValueError,
+            ArithmeticError,
+            LookupError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise DataError(f"the model's chat template cannot be rendered: {error}") from error
         return "".join(rendered)
 
@@ -291,7 +311,10 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
     def _take_step(self) -> None:
         self.steps_left -= 1
         if self.steps_left < 0:
-            raise DataError(f"the model's chat template takes more than {MAX_STEPS:,} steps for one row", hint="its loops never seem to end")
+            raise DataError(
+                f"the model's chat template takes more than {MAX_STEPS:,} steps for one row",
+                hint="its loops never seem to end",
+            )
 
     def _counted(self, items: Iterable[object]) -> Iterator[object]:
         for item in items:
@@ -309,7 +332,9 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (operator in "*%" and not (isinstance(left, int | float) and isinstance(right, int | float))):
+        if operator == "**" or (
+            operator in "*%" and not (isinstance(left, int | float) and isinstance(right, int | float))
+        ):
             raise DataError(f"the model's chat template computes with {operator!r}, which could fill the memory")
         result = super().call_binop(context, operator, left, right)
         if isinstance(result, str) and len(result) > MAX_RENDERED_CHARS:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.segments import RowError, Segment
 from gemma_tune.data.sources import SourceRow
-from gemma_tune.data.template import DataTemplate, render_pieces, render_text
+from gemma_tune.data.template import DataTemplate, MessageTemplate, render_pieces, render_text
 from gemma_tune.errors import DataError
 
 # The names under which the three roles are known: OpenAI's messages, ShareGPT's conversations, Gemma's own turns.
@@ -33,6 +34,8 @@ class Example:
         question: what the row asks: the question field, or the last message of the user.
         response: the last answer, without the stop token; what a model's answer is compared with.
         category: the row's category, where it has one.
+        key: a hash of the fields or messages that the template reads, white space at their ends aside; equal rows have
+            equal keys wherever they stand, and templates that read the same fields give the same key.
     """
 
     where: str
@@ -40,6 +43,7 @@ class Example:
     question: str
     response: str
     category: str | None
+    key: bytes
 
     @property
     def prompt_segments(self) -> tuple[Segment, ...]:
@@ -76,8 +80,15 @@ def render_example(
         prompt = _text_prompt(template, values)
         segments = (*prompt, Segment(response, supervised=True, control=False), END_OF_TEXT)
         question = values.get(template.question or "", "")
+        key = _key(sorted(values.items()))
     else:
-        messages = _messages(template, row.fields, fields, columns=columns, where=row.where)
+        if template.conversation:
+            messages = _conversation(template, row.fields, columns=columns, where=row.where)
+            key = _key((message["role"], message["content"]) for message in messages)
+        else:
+            values = _values(template, fields, where=row.where)
+            messages = _messages(template.messages, values)
+            key = _key(sorted(values.items()))
         segments = _renderer(chat).row(messages, where=row.where)
         # The renderer has checked that the last message is an answer; its text is the last but one segment.
         response = segments[-2].text
@@ -89,6 +100,7 @@ def render_example(
         question=question,
         response=response,
         category=category if isinstance(category, str) and category else None,
+        key=key,
     )
 
 
@@ -110,9 +122,7 @@ def render_prompt(
         messages = _conversation(template, fields, columns={}, where=where)
     else:
         values = _values(template, fields, where=where, answered=False)
-        messages = [
-            {"role": message.role, "content": render_text(message.content, values).strip()} for message in template.messages[:-1]
-        ]
+        messages = _messages(template.messages[:-1], values)
     segments = _renderer(chat).prompt(messages, where=where)
     _check_encodable(segments, where=where)
     return segments
@@ -136,7 +146,9 @@ def question_fields(template: DataTemplate, question: str) -> dict[str, object]:
 
 def _renderer(chat: ChatRenderer | None) -> ChatRenderer:
     if chat is None:
-        raise DataError("a chat data template needs the model's chat template", hint="take a plain data template such as dolly")
+        raise DataError(
+            "a chat data template needs the model's chat template", hint="take a plain data template such as dolly"
+        )
     return chat
 
 
@@ -149,8 +161,10 @@ def _check_encodable(segments: tuple[Segment, ...], *, where: str) -> None:
             raise RowError(where, f"holds half a character (\\u{ord(segment.text[error.start]):04x})") from None
 
 
-def _values(template: DataTemplate, fields: Mapping[str, object], *, where: str, answered: bool = True) -> dict[str, str]:
-    """The template's fields as text. With `answered` off a missing required field is empty, so that the prompt can be rendered."""
+def _values(
+    template: DataTemplate, fields: Mapping[str, object], *, where: str, answered: bool = True
+) -> dict[str, str]:
+    """The template's fields as text. With `answered` off a missing field is empty: the response is not there yet."""
     values: dict[str, str] = {}
     for name in template.fields:
         value = fields.get(name)
@@ -165,22 +179,21 @@ def _values(template: DataTemplate, fields: Mapping[str, object], *, where: str,
 
 def _text_prompt(template: DataTemplate, values: Mapping[str, str]) -> tuple[Segment, ...]:
     return tuple(
-        Segment(text, supervised=False, control=not from_row) for text, from_row in render_pieces(template.prompt, values)
+        Segment(text, supervised=False, control=not from_row)
+        for text, from_row in render_pieces(template.prompt, values)
     )
 
 
-def _messages(
-    template: DataTemplate,
-    row: Mapping[str, object],
-    fields: Mapping[str, object],
-    *,
-    columns: Mapping[str, str],
-    where: str,
-) -> list[dict[str, str]]:
-    if template.conversation:
-        return _conversation(template, row, columns=columns, where=where)
-    values = _values(template, fields, where=where)
-    return [{"role": message.role, "content": render_text(message.content, values).strip()} for message in template.messages]
+def _messages(templates: Sequence[MessageTemplate], values: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"role": message.role, "content": render_text(message.content, values).strip()} for message in templates]
+
+
+def _key(parts: Iterable[tuple[str, str]]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, text in parts:
+        stripped = text.strip()
+        digest.update(f"{name}:{len(stripped)}:{stripped};".encode(errors="surrogatepass"))
+    return digest.digest()
 
 
 def _conversation(
@@ -192,7 +205,9 @@ def _conversation(
         raise RowError(where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
     value = row[column]
     if not isinstance(value, list) or not value:
-        raise RowError(where, f"{column} is {'an empty list' if value == [] else type(value).__name__}, not a list of messages")
+        raise RowError(
+            where, f"{column} is {'an empty list' if value == [] else type(value).__name__}, not a list of messages"
+        )
     return [_message(item, where=f"{column}[{index}]", row=where) for index, item in enumerate(value)]
 
 

@@ -68,7 +68,7 @@ def load_source(
     train and eval).
 
     Raises:
-        DataError: the source is missing, unreadable, empty or broken; every broken line is counted, the first ones shown.
+        DataError: the source is missing, unreadable, empty or broken; broken lines are counted, the first ones shown.
     """
     if source == TINY_WORLD:
         if split not in TINY_SPLITS:
@@ -107,7 +107,9 @@ def _read_file(path: Path, *, label: str) -> SourceData:
     content = _read_bytes(path)
     read = _reader_of(path)
     if read is None:
-        raise DataError(f"{path}: unknown kind of file", hint=f"rename or convert it; known: {', '.join(_READERS)} (.gz too)")
+        raise DataError(
+            f"{path}: unknown kind of file", hint=f"rename or convert it; known: {', '.join(_READERS)} (.gz too)"
+        )
     if not content.strip():
         raise DataError(f"{path} is empty", hint="it needs at least one row")
     rows = read(content, path.name)
@@ -120,7 +122,9 @@ def _read_bytes(path: Path) -> bytes:
     """The file's bytes, uncompressed when its name ends in .gz."""
     if path.is_dir():
         files = sorted(child.name for child in path.iterdir() if _reader_of(child))
-        hint = f"name one of its files: {', '.join(files[:MAX_SHOWN])}" if files else f"give a file: {', '.join(_READERS)}"
+        hint = (
+            f"name one of its files: {', '.join(files[:MAX_SHOWN])}" if files else f"give a file: {', '.join(_READERS)}"
+        )
         raise DataError(f"{path} is a directory, not a file of rows", hint=hint)
     try:
         content = path.read_bytes()
@@ -160,7 +164,9 @@ def _raise_broken(problems: list[str], name: str, *, hint: str) -> None:
         return
     more = [f"  and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
     count = "1 broken line" if len(problems) == 1 else f"{len(problems)} broken lines"
-    raise DataError("\n".join([f"{name}: {count}", *(f"  {problem}" for problem in problems[:MAX_SHOWN]), *more]), hint=hint)
+    raise DataError(
+        "\n".join([f"{name}: {count}", *(f"  {problem}" for problem in problems[:MAX_SHOWN]), *more]), hint=hint
+    )
 
 
 def _kind(value: object) -> str:
@@ -273,7 +279,11 @@ def _read_delimited(content: bytes, name: str, delimiter: str) -> list[SourceRow
                 rows.append(SourceRow(dict(zip(header, cells, strict=True)), where))
     except csv.Error as error:
         problems.append(f"{name}:{line}: {error}")
-    _raise_broken(problems, name, hint=f"quote a cell that holds a line break, a quote or {delimiter!r}; the first line names the columns")
+    _raise_broken(
+        problems,
+        name,
+        hint=f"quote a cell that holds a line break, a quote or {delimiter!r}; the first line names the columns",
+    )
     return rows
 
 
@@ -345,13 +355,31 @@ def _hub_error(error: Exception, *, source: str, subset: str | None, split: str,
     kinds = {kind.__name__ for kind in type(error).__mro__}
     what = f"cannot load the hub dataset {source}"
     if "gated" in said.lower():
-        return DataError(f"{what}: it is gated", hint=f"accept its terms at https://huggingface.co/datasets/{source}, then: hf auth login")
+        return DataError(
+            f"{what}: it is gated",
+            hint=f"accept its terms at https://huggingface.co/datasets/{source}, then: hf auth login",
+        )
     if "DatasetNotFoundError" in kinds:
         at = f" at revision {revision}" if revision else ""
-        return DataError(f"{what}: not found{at}", hint="check the name; for a private one: hf auth login; for a file of your own, check its path")
-    if kinds & {"ConnectionError", "OfflineModeIsEnabled", "ConnectError", "TimeoutException", "LocalEntryNotFoundError"}:
-        return DataError(f"{what}: the hub cannot be reached ({said})", hint="connect once to fill the cache, or give a local .jsonl/.csv/.parquet file")
+        return DataError(
+            f"{what}: not found{at}",
+            hint="check the name; for a private one: hf auth login; for a file of your own, check its path",
+        )
+    if kinds & {
+        "ConnectionError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "TimeoutException",
+        "LocalEntryNotFoundError",
+    }:
+        return DataError(
+            f"{what}: the hub cannot be reached ({said})",
+            hint="connect once to fill the cache, or give a local .jsonl/.csv/.parquet file",
+        )
     if isinstance(error, ValueError) and ("split" in said.lower() or "config" in said.lower()):
         given = f"data.subset={subset or 'null'}, data.split={split}"
-        return DataError(f"{what}: {said}", hint=f"given: {given}; its page lists subsets and splits: https://huggingface.co/datasets/{source}")
+        return DataError(
+            f"{what}: {said}",
+            hint=f"given: {given}; its page lists subsets and splits: https://huggingface.co/datasets/{source}",
+        )
     return DataError(f"{what}: {said}", hint="download it as a .parquet or .jsonl file and give that as data.source")

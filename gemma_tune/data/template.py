@@ -153,7 +153,9 @@ def load_template(name_or_path: str | Path) -> DataTemplate:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8") from None
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8"
+        ) from None
     return parse_template(text.replace("\r\n", "\n"), label=path.name)
 
 
@@ -164,9 +166,13 @@ def _find(name: str) -> Path:
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if path.is_file():
             return path
-        raise DataError(f"no such data template: {path}", hint="give a .yaml file, or one of: " + ", ".join(list_templates()))
+        raise DataError(
+            f"no such data template: {path}", hint="give a .yaml file, or one of: " + ", ".join(list_templates())
+        )
     near = did_you_mean(name, list_templates())
-    raise DataError(f"no such data template: {name}" + (f"; {near}" if near else ""), hint="shipped: " + ", ".join(list_templates()))
+    raise DataError(
+        f"no such data template: {name}" + (f"; {near}" if near else ""), hint="shipped: " + ", ".join(list_templates())
+    )
 
 
 def parse_template(text: str, *, label: str) -> DataTemplate:
@@ -185,10 +191,15 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
     _check_shape(file, label=label)
     sources = {"prompt": file.prompt or "", "response": file.response or ""}
     sources |= {f"messages.{index}.content": message.content for index, message in enumerate(file.messages)}
-    used = list(dict.fromkeys(name for key, source in sources.items() for name in _fields_of(source, label=f"{label}: {key}")))
+    used = list(
+        dict.fromkeys(name for key, source in sources.items() for name in _fields_of(source, label=f"{label}: {key}"))
+    )
     for name in (*file.optional, *([file.question] if file.question else [])):
         if name not in used:
-            raise DataError(f"{label}: the field {name!r} is declared but the template does not print it", hint=did_you_mean(name, used) or None)
+            raise DataError(
+                f"{label}: the field {name!r} is declared but the template does not print it",
+                hint=did_you_mean(name, used) or None,
+            )
     return DataTemplate(
         name=file.name,
         kind=file.kind,
@@ -243,7 +254,9 @@ def _check_shape(file: _TemplateFile, *, label: str) -> None:
     if file.kind == "text" and (chat_keys or len(text_keys) != 2):
         fault = "a text template has `prompt` and `response`" + (f" and no `{chat_keys[0]}`" if chat_keys else "")
     elif file.kind == "chat" and (text_keys or len(chat_keys) != 1):
-        fault = "a chat template has either `messages` or `conversation`" + (f" and no `{text_keys[0]}`" if text_keys else "")
+        fault = "a chat template has either `messages` or `conversation`" + (
+            f" and no `{text_keys[0]}`" if text_keys else ""
+        )
     elif file.messages and file.messages[-1].role != "assistant":
         fault = "the last message must be the assistant's: it is the answer that is learned"
     elif file.conversation and (file.optional or file.question):

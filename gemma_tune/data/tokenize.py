@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any, Literal, Protocol
 
 from gemma_tune.data.chat import control_strings
@@ -20,8 +20,8 @@ from gemma_tune.errors import DataError
 IGNORED = -100  # cross-entropy's ignore_index: a token without loss
 # What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
 TURN_ENDS = ("<end_of_turn>", "<turn|>")
-# Pieces per call of the tokenizer: large enough to keep its threads busy, small enough that the Encoding objects (offsets,
-# masks, token strings: about 40 times their ids) of a large set are never all in memory.
+# Pieces per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which hold
+# much more than ids, are never all in memory.
 _BATCH_PIECES = 8192
 
 
@@ -70,10 +70,15 @@ class Encoder:
         """
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
-            raise DataError("the model's tokenizer has no tokenizer.json, which is needed to tell text from control tokens")
+            raise DataError(
+                "the model's tokenizer has no tokenizer.json, which is needed to tell text from control tokens"
+            )
         for name, value in (("BOS", tokenizer.bos_token_id), ("eos", tokenizer.eos_token_id)):
             if value is None:
-                raise DataError(f"the model's tokenizer has no {name} token; every Gemma has one", hint="check its tokenizer_config.json")
+                raise DataError(
+                    f"the model's tokenizer has no {name} token; every Gemma has one",
+                    hint="check its tokenizer_config.json",
+                )
         self._backend = backend
         self._lock = threading.Lock()
         self.bos_token_id: int = tokenizer.bos_token_id
@@ -104,7 +109,7 @@ class Encoder:
         Neighbouring text is tokenized together unless one part is supervised and the other is not, so that a prompt has
         the same ids in training and when it is asked. With `all`, every token but the BOS has a label.
         """
-        pieces = [list(self._pieces(segments)) for segments in rows]
+        pieces = [self._pieces(segments) for segments in rows]
         texts = iter(self._encode_texts([piece.text for row in pieces for piece in row if piece.token_id is None]))
         encoded = []
         for row in pieces:
@@ -126,59 +131,69 @@ class Encoder:
 
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token of a plain text, in characters."""
-        with self._lock:
-            self._backend.no_truncation()
-            self._backend.no_padding()
-            self._backend.encode_special_tokens = True
-            try:
-                return list(self._backend.encode(text, add_special_tokens=False).offsets)
-            finally:
-                self._backend.encode_special_tokens = False
+        with self._plain_backend() as backend:
+            return list(backend.encode(text, add_special_tokens=False).offsets)
 
-    def _pieces(self, segments: Sequence[Segment]) -> Iterator[_Piece]:
-        atoms = (atom for segment in segments for atom in self._atoms(segment))
-        for (token_id, supervised), group in groupby(atoms, key=lambda atom: atom[1:]):
-            if token_id is None:
-                yield _Piece("".join(atom[0] for atom in group), None, supervised)
+    def _pieces(self, segments: Sequence[Segment]) -> list[_Piece]:
+        """A row as control tokens and texts, neighbouring texts joined where they are supervised alike."""
+        pieces: list[_Piece] = []
+        texts: list[str] = []
+        supervised = False
+
+        def flush() -> None:
+            if texts:
+                pieces.append(_Piece("".join(texts), None, supervised))
+                texts.clear()
+
+        for segment in segments:
+            if segment.supervised != supervised:
+                flush()
+                supervised = segment.supervised
+            if segment.stop:
+                flush()
+                pieces.append(_Piece("", self.eos_token_id, supervised))
+            elif not segment.control:
+                texts.append(segment.text)
             else:
-                yield from (_Piece("", token_id, supervised) for _ in group)
-
-    def _atoms(self, segment: Segment) -> Iterator[tuple[str, int | None, bool]]:
-        """A segment as texts (id None) and control tokens (text empty)."""
-        if segment.stop:
-            yield "", self.eos_token_id, segment.supervised
-            return
-        if not segment.control:
-            if segment.text:
-                yield segment.text, None, segment.supervised
-            return
-        end = 0
-        for found in self._control.finditer(segment.text):
-            if found.start() > end:
-                yield segment.text[end : found.start()], None, segment.supervised
-            yield "", self._control_ids[found[0]], segment.supervised
-            end = found.end()
-        if end < len(segment.text):
-            yield segment.text[end:], None, segment.supervised
+                end = 0
+                for found in self._control.finditer(segment.text):
+                    texts.append(segment.text[end : found.start()])
+                    flush()
+                    pieces.append(_Piece("", self._control_ids[found[0]], supervised))
+                    end = found.end()
+                texts.append(segment.text[end:])
+        flush()
+        return [piece for piece in pieces if piece.text or piece.token_id is not None]
 
     def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain text to ids, whatever state the shared backend was left in."""
         ids: list[list[int]] = []
+        with self._plain_backend() as backend:
+            for start in range(0, len(texts), _BATCH_PIECES):
+                batch = list(texts[start : start + _BATCH_PIECES])
+                ids += [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        return ids
+
+    @contextmanager
+    def _plain_backend(self) -> Iterator[Any]:
+        """The tokenizer's backend, set to read no control tokens.
+
+        It is shared with the tokenizer, which leaves the settings of its last call in it and sets its own before the
+        next one.
+        """
         with self._lock:
-            # transformers leaves the settings of its last call in the backend, and sets its own before every call.
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
             try:
-                for start in range(0, len(texts), _BATCH_PIECES):
-                    batch = self._backend.encode_batch_fast(list(texts[start : start + _BATCH_PIECES]), add_special_tokens=False)
-                    ids += [encoding.ids for encoding in batch]
+                yield self._backend
             finally:
                 self._backend.encode_special_tokens = False
-        return ids
 
     def _require_plain_text(self) -> None:
         strings = list(self._control_ids)
         for string, ids in zip(strings, self._encode_texts(strings), strict=True):
             if self._control_ids[string] in ids:
-                raise DataError(f"the model's tokenizer reads {string!r} as a control token even in plain text", hint="its tokenizer.json is damaged")
+                raise DataError(
+                    f"the model's tokenizer reads {string!r} as a control token even in plain text",
+                    hint="its tokenizer.json is damaged",
+                )

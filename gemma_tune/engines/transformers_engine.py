@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ class TransformersEngine:
             model.enable_input_require_grads()
         model.config.use_cache = False
         set_seed(seed)
-        config = LoraConfig(task_type="CAUSAL_LM", exclude_modules=FROZEN_TOWERS, **to_lora_settings(section))
+        towers = FROZEN_TOWERS if any(re.fullmatch(FROZEN_TOWERS, name) for name, _ in model.named_modules()) else None
+        config = LoraConfig(task_type="CAUSAL_LM", exclude_modules=towers, **to_lora_settings(section))
         attached = LoadedModel(get_peft_model(model, config), self.name, loaded.precision, loaded.num_quantized_layers)
         return check_attached(attached, section=section)
 

@@ -430,13 +430,16 @@ class _Reader:
 
     def layers(self, attention: list[Attention], num_shared: int) -> tuple[LayerShape, ...]:
         num_layers = len(attention)
+        num_own = num_layers - num_shared
+        if not set(attention[num_own:]) <= set(attention[:num_own]):
+            raise self.wrong("num_kv_shared_layers", num_shared, "an earlier layer of the same kind to share with")
         overrides = self.layer_overrides(attention)
         keys_as_values = self.flag("attention_k_eq_v")
         # Layers without keys of their own get twice the MLP width in Gemma 4 E2B.
         shared_factor = 2 if self.flag("use_double_wide_mlp") else 1
         shapes = []
         for index, (kind, width) in enumerate(zip(attention, self.intermediate_sizes(num_layers), strict=True)):
-            is_shared = index >= num_layers - num_shared
+            is_shared = index >= num_own
             key_values: KeyValues = "shared" if is_shared else "own"
             if keys_as_values and kind == "full" and not is_shared:
                 key_values = "keys_as_values"

@@ -479,16 +479,16 @@ MODELS: dict[str, GemmaModel] = {row.name: row for row in _rows()}
 
 
 @functools.cache
-def _names() -> dict[str, tuple[GemmaModel, str]]:
-    """Lower-case name → (row, what `from_pretrained` takes). A mirror's name loads the mirror."""
-    names: dict[str, tuple[GemmaModel, str]] = {}
+def _names() -> dict[str, tuple[GemmaModel, str | None]]:
+    """Lower-case name → (row, repository where it is not the row's own). A mirror's name loads the mirror."""
+    names: dict[str, tuple[GemmaModel, str | None]] = {}
     for model in MODELS.values():
         for name in model.names:
-            names[name.lower()] = (model, name if "/" in name else model.location)
+            names[name.lower()] = (model, name if "/" in name else None)
     # The hub's own name without its owner (gemma-3-1b-pt), where it is not a short name already.
     for model in MODELS.values():
         if model.hub_id is not None:
-            names.setdefault(model.hub_id.split("/")[1].lower(), (model, model.hub_id))
+            names.setdefault(model.hub_id.split("/")[1].lower(), (model, None))
     return names
 
 
@@ -518,8 +518,8 @@ def resolve_model(name: str) -> ModelSource:
         path = Path(name).expanduser() if name else None
         is_directory = path is not None and path.is_dir()
         if found is not None and not ("/" in name and is_directory):
-            model, location = found
-            return ModelSource("registry", location, model, model.config)
+            model, repository = found
+            return ModelSource("registry", repository or model.location, model, model.config)
         if path is not None and is_directory:
             path = path.resolve()
             return ModelSource("directory", str(path), None, check_directory(path))

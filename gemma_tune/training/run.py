@@ -50,6 +50,8 @@ def train_adapter(
     recipe: Recipe,
     run: RunDir,
     reporter: Reporter,
+    base_name: str,
+    base_revision: str | None,
     resume_from: Path | None = None,
 ) -> TrainingResult:
     """Train, and save the adapter with its tokenizer into `run.adapter`.
@@ -76,7 +78,7 @@ def train_adapter(
             f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}; everything is saved",
             hint=None,
         )
-    save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter)
+    save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter, base_name=base_name, base_revision=base_revision)
     return TrainingResult(
         steps=trainer.state.global_step,
         seconds=seconds,
@@ -115,13 +117,17 @@ def _closing_loss(trainer: TokenWeightedTrainer) -> float:
     return float(sum(last) / len(last))
 
 
-def save_adapter(loaded: LoadedModel, *, tokenizer: Any, directory: Path) -> None:
+def save_adapter(loaded: LoadedModel, *, tokenizer: Any, directory: Path, base_name: str, base_revision: str | None) -> None:
     """Write the adapter in PEFT's format, with the tokenizer beside it.
 
-    The embedding is saved only when it was trained: PEFT's `auto` asks the hub whether the vocabulary changed (F6).
+    The embedding is saved only when it was trained: PEFT's `auto` asks the hub whether the vocabulary changed (F6). The
+    adapter names its base as the recipe does, not by the directory it was loaded from (S5, F44).
     """
-    trained = {
-        name for config in loaded.model.peft_config.values() for name in (config.modules_to_save or ()) if name in ("embed_tokens", "lm_head")
-    }
-    loaded.model.save_pretrained(str(directory), save_embedding_layers=bool(trained), safe_serialization=True)
+    model = loaded.model
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base_name
+        config.revision = base_revision
+    trains_embedding = any("embed_tokens" in (config.modules_to_save or ()) for config in model.peft_config.values())
+    model.save_pretrained(str(directory), save_embedding_layers=trains_embedding, safe_serialization=True)
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
     tokenizer.save_pretrained(str(directory))

@@ -181,7 +181,6 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[*callbacks, *stop],
     )
-    trainer.remove_callback("PrinterCallback")
     for name, weight in model.named_parameters():
         if name in weights:
             weight.data = weights[name]

@@ -6,13 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import transformers
 from transformers import Gemma4UnifiedTextConfig
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.config import TextConfig, check_config, check_no_code, read_config
-from gemma_tune.models.registry import ARCHITECTURES
+from gemma_tune.models.registry import ARCHITECTURES, describe_config
+from gemma_tune.models.summary import summarize
 
 CONFIG_CLASSES: dict[str, Any] = {
     "gemma": transformers.GemmaConfig,
@@ -36,14 +39,21 @@ def assert_agrees(config: TextConfig, theirs: Any) -> None:
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
         "max_position_embeddings": config.context_tokens,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.has_tied_embeddings,
         "attention_bias": config.has_attention_bias,
     }
     assert {name: getattr(theirs, name) for name in same} == same
+    # Gemma 4's vary by layer; transformers gives the file's own value on demand, and each layer's in per_layer_config.
+    theirs.allow_global_per_layer_attribute_access = True
+    assert (theirs.head_dim, theirs.num_key_value_heads) == (config.head_dim, config.num_kv_heads)
+    if config.family == "gemma4":
+        shapes = [
+            (theirs.per_layer_config[i].head_dim, theirs.per_layer_config[i].num_key_value_heads)
+            for i in range(config.num_layers)
+        ]
+        assert [(layer.head_dim, layer.num_kv_heads) for layer in config.layers] == shapes
     assert config.activation == getattr(theirs, "hidden_activation", getattr(theirs, "hidden_act", None))
     for name, ours in (
         ("query_pre_attn_scalar", config.query_pre_attn_scalar),
@@ -73,6 +83,17 @@ def test_defaults_are_those_of_transformers(model_type: str) -> None:
     """An all but empty config.json means the same to us as to transformers."""
     content = {"model_type": model_type}
     assert_agrees(check_config(content, "x"), reference_of(content))
+
+
+@pytest.mark.parametrize("num_layers", [5, 6, 7])
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "gemma4_text", "gemma4_unified_text"])
+def test_attention_pattern_at_other_depths(model_type: str, num_layers: int) -> None:
+    """Gemma 4 ends with a full layer at every depth, the others end where their pattern does."""
+    content = {"model_type": model_type, "num_hidden_layers": num_layers}
+    config = check_config(content, "x")
+    assert_agrees(config, reference_of(content))
+    if model_type.startswith("gemma4"):
+        assert config.layers[-1].attention == "full"
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -217,3 +238,42 @@ def test_multimodal_file_is_unwrapped(tmp_path: Path) -> None:
     config = read_config(tmp_path)
     assert (config.model_type, config.family, config.is_multimodal) == ("gemma3", "gemma3", True)
     assert (config.vocab_size, config.num_heads, config.num_kv_heads) == (262_208, 8, 4)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2**40) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim"),
+    *("rope_theta", "rope_parameters", "rope_scaling", "rope_local_base_freq", "layer_types", "sliding_window"),
+    *(
+        "sliding_window_pattern",
+        "per_layer_config",
+        "global_head_dim",
+        "num_global_key_value_heads",
+        "tie_word_embeddings",
+    ),
+    *("num_kv_shared_layers", "attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block", "num_experts", "dtype"),
+    *("hidden_size_per_layer_input", "altup_num_inputs", "laurel_rank", "quantization_config", "hidden_activation"),
+    *("use_bidirectional_attention", "text_config", "attn_implementation", "final_logit_softcapping", "rms_norm_eps"),
+]
+
+
+@hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+@hypothesis.given(
+    model_type=st.sampled_from([*CONFIG_CLASSES, "gemma3", "gemma4_unified"]),
+    values=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4),
+)
+def test_any_json_is_read_or_refused_with_an_error_of_ours(model_type: str, values: dict[str, Any]) -> None:
+    content: dict[str, Any] = {"model_type": model_type, **values}
+    if model_type in ("gemma3", "gemma4_unified") and "text_config" not in values:
+        content = {"model_type": model_type, "text_config": values}
+    try:
+        config = check_config(content, "x")
+    except ModelError:
+        return
+    assert len(config.layers) == config.num_layers
+    assert all(row.num_params >= 0 for row in summarize(config, by="layer"))
+    assert all(text for _, text in describe_config(config))

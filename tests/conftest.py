@@ -1,0 +1,43 @@
+"""What holds for every test: no network, and no test of a GPU where there is none."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+_connect = socket.socket.connect
+_resolve = socket.getaddrinfo
+_LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}
+
+
+def _refuse_connect(self: socket.socket, address: Any) -> None:
+    """Unix sockets and the own machine are fine: worker processes talk through them."""
+    if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in _LOCAL_HOSTS:
+        raise ConnectionRefusedError(f"tests open no network connection: {address}")
+    _connect(self, address)
+
+
+def _refuse_resolve(host: Any, *args: Any, **kwargs: Any) -> Any:
+    if host not in _LOCAL_HOSTS:
+        raise socket.gaierror(socket.EAI_NONAME, f"tests look up no host name: {host}")
+    return _resolve(host, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails a connection at once and everywhere, instead of after a time-out on machines without network only."""
+    monkeypatch.setattr(socket.socket, "connect", _refuse_connect)
+    monkeypatch.setattr(socket, "getaddrinfo", _refuse_resolve)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_tests:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_tests:
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU"))
