@@ -10,7 +10,7 @@ TINY_ROWS_DIR = PACKAGE_DIR / "models" / "tiny" / "rows"
 
 
 def _shipped(name: str) -> Path:
-    """`gemma_tune/_shipped/<name>` in an installed wheel, `<checkout>/<name>` otherwise (see the wheel's force-include)."""
+    """`gemma_tune/_shipped/<name>` in a wheel (pyproject.toml puts it there), `<checkout>/<name>` otherwise."""
     installed = PACKAGE_DIR / "_shipped" / name
     return installed if installed.is_dir() else PACKAGE_DIR.parent / name
 

@@ -112,7 +112,9 @@ def _decide(recipe: Recipe) -> Setting:
 
 def _fresh_run(loaded: LoadedRecipe, setting: Setting) -> RunDir:
     section = loaded.recipe.run
-    run = create_run(Path(section.output_dir), name=section.name, recipe_name=loaded.name, needed_bytes=_SMALL_FILES_BYTES)
+    run = create_run(
+        Path(section.output_dir), name=section.name, recipe_name=loaded.name, needed_bytes=_SMALL_FILES_BYTES
+    )
     try:
         write_text(run.recipe, loaded.text)
         write_text(run.resolved_recipe, dump_recipe(loaded.recipe))
@@ -132,7 +134,9 @@ def _resumed_run(loaded: LoadedRecipe) -> RunDir:
     changed = [
         f"{path}: {before[path]!r} → {now[path]!r}"
         for path in now
-        if before[path] != now[path] and path not in _RESUMABLE_CHANGES and path.split(".")[0] not in _RESUMABLE_SECTIONS
+        if before[path] != now[path]
+        and path not in _RESUMABLE_CHANGES
+        and path.split(".")[0] not in _RESUMABLE_SECTIONS
     ]
     if changed:
         raise RunError(
@@ -144,7 +148,11 @@ def _resumed_run(loaded: LoadedRecipe) -> RunDir:
 
 
 def _flat(recipe: Recipe) -> dict[str, Any]:
-    return {f"{section}.{field}": value for section, fields in recipe.model_dump().items() for field, value in fields.items()}
+    return {
+        f"{section}.{field}": value
+        for section, fields in recipe.model_dump().items()
+        for field, value in fields.items()
+    }
 
 
 def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: Reporter, resume: bool) -> Prepared:
@@ -166,12 +174,20 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
     write_json(run.lock, asdict(lock))
 
     reporter.stage("model")
-    model = engine.load(base.directory, section=recipe.model, precision=setting.precision, max_seq_tokens=recipe.data.max_seq_tokens)
+    model = engine.load(
+        base.directory, section=recipe.model, precision=setting.precision, max_seq_tokens=recipe.data.max_seq_tokens
+    )
     attached = engine.attach_lora(
-        model, section=recipe.lora, gradient_checkpointing=recipe.training.gradient_checkpointing, seed=recipe.training.seed
+        model,
+        section=recipe.lora,
+        gradient_checkpointing=recipe.training.gradient_checkpointing,
+        seed=recipe.training.seed,
     )
     kinds = ", ".join(f"{name} ×{count}" for name, count in attached.num_modules.items())
-    reporter.detail(f"{base.name}: {attached.num_total:,} parameters, {model.num_quantized_layers} layers in {_quantization(recipe)}")
+    reporter.detail(
+        f"{base.name}: {attached.num_total:,} parameters, {model.num_quantized_layers} layers in "
+        f"{_quantization(recipe)}"
+    )
     reporter.detail(f"LoRA rank {recipe.lora.rank}: {attached.num_trainable:,} trained parameters on {kinds}")
     return Prepared(engine, tokenizer, encoder, datasets, attached)
 
@@ -208,7 +224,8 @@ def _require_same_inputs(run: RunDir, lock: Lock) -> None:
     changed = [part for part in ("base", "data") if before[part] != now[part]]
     if changed:
         raise RunError(
-            f"the {' and the '.join(changed)} of {run.path} changed since it started", hint="restore it, or start a new run without --resume"
+            f"the {' and the '.join(changed)} of {run.path} changed since it started",
+            hint="restore it, or start a new run without --resume",
         )
 
 
@@ -268,7 +285,9 @@ def _train_and_summarise(
 
     if recipe.export.merge:
         reporter.stage("merge")
-        merge_run(run, dtype=recipe.export.dtype, max_shard_bytes=int(recipe.export.max_shard_gb * 1e9), reporter=reporter)
+        merge_run(
+            run, dtype=recipe.export.dtype, max_shard_bytes=int(recipe.export.max_shard_gb * 1e9), reporter=reporter
+        )
     share = len(answers) or None
     summary = RunSummary(
         model=setting.base.name,

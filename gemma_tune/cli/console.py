@@ -88,7 +88,8 @@ class TerminalReporter:
 
     def step(self, progress: StepProgress) -> None:
         facts = (
-            f"loss {progress.loss:.3f}  {progress.tokens_per_second:,.0f} tokens/s  {format_bytes(progress.memory_bytes)}"
+            f"loss {progress.loss:.3f}  {progress.tokens_per_second:,.0f} tokens/s  "
+            f"{format_bytes(progress.memory_bytes)}"
             f"  ETA {format_seconds(progress.eta_seconds)}"
         )
         self._advance(f"step {progress.step}/{progress.total_steps}", progress.step, progress.total_steps, facts)
@@ -111,7 +112,10 @@ class TerminalReporter:
             return
         if self.live is None:
             self.live = Progress(
-                TextColumn("  {task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[facts]}"), console=self.console
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
             )
             self.live.add_task(label, total=total, facts=facts)
             self.live.start()

@@ -33,5 +33,7 @@ def show_data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson =
     terminal.plain("\nOne row, as the model sees it; what is trained is marked:\n")
     marked = terminal.out.is_terminal
     for text, is_supervised in format_sample(datasets, tokenizer):
-        terminal.result_inline(Text(text, style="bold green") if is_supervised and marked else Text(f"⟦{text}⟧" if is_supervised else text))
+        terminal.result_inline(
+            Text(text, style="bold green") if is_supervised and marked else Text(f"⟦{text}⟧" if is_supervised else text)
+        )
     terminal.plain("")

@@ -13,17 +13,37 @@ from gemma_tune.errors import DataError
 
 
 def generate(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run, an adapter, a merged directory, or a model name.", show_default=False)],
-    prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A question; may be given several times.", show_default=False)] = None,
+    target: Annotated[
+        str,
+        typer.Argument(
+            metavar="TARGET", help="A run, an adapter, a merged directory, or a model name.", show_default=False
+        ),
+    ],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="A question; may be given several times.", show_default=False),
+    ] = None,
     context: Annotated[str, typer.Option(help="Text the question is about, where the template has a context.")] = "",
-    file: Annotated[Path | None, typer.Option("--file", "-f", help="Rows with the template's fields (.jsonl, .json, .csv, .parquet).", show_default=False)] = None,
-    template: Annotated[str | None, typer.Option(help="Data template; a run brings its own.", show_default=False)] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--file", "-f", help="Rows with the template's fields (.jsonl, .json, .csv, .parquet).", show_default=False
+        ),
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Data template; a run brings its own.", show_default=False)
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Ask the base model of a run, without its adapter.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward pass.")] = 8,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.", show_default=False)] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample among the likeliest tokens of this mass.", show_default=False)] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among the k likeliest tokens.", show_default=False)
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Sample among the likeliest tokens of this mass.", show_default=False),
+    ] = None,
     repetition_penalty: Annotated[float, typer.Option(min=0.1, help="Above 1 repeats less.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     as_json: AsJson = False,
@@ -53,12 +73,18 @@ def generate(
                 stop_token_ids=loaded.encoder.stop_token_ids,
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
-                sampling=Sampling(temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed),
-                on_progress=lambda done, total: reporter.progress("questions answered", done, total) if total > 1 else None,
+                sampling=Sampling(
+                    temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
+                ),
+                on_progress=lambda done, total: (
+                    reporter.progress("questions answered", done, total) if total > 1 else None
+                ),
             )
     for row, completion in zip(rows, completions, strict=True):
         if as_json:
-            terminal.json_line({**row, "answer": completion.text, "num_tokens": completion.num_tokens, "stopped": completion.stopped})
+            terminal.json_line(
+                {**row, "answer": completion.text, "num_tokens": completion.num_tokens, "stopped": completion.stopped}
+            )
         else:
             terminal.plain(completion.text)
 
@@ -73,6 +99,8 @@ def _rows(template: Any, prompts: Any, *, context: str, file: Path | None) -> li
     rows = [question_fields(template, prompt) for prompt in prompts]
     if context:
         if "context" not in template.fields:
-            raise DataError(f"the data template {template.name} has no context", hint=f"its fields: {', '.join(template.fields)}")
+            raise DataError(
+                f"the data template {template.name} has no context", hint=f"its fields: {', '.join(template.fields)}"
+            )
         rows = [{**row, "context": context} for row in rows]
     return rows

@@ -15,8 +15,14 @@ from gemma_tune.runs.layout import open_run
 
 def merge(
     run: RunPath,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; RUN/merged unless given.", show_default=False)] = None,
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], typer.Option(help="Precision of the weights; auto keeps the base's.")] = "auto",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Directory to write; RUN/merged unless given.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Precision of the weights; auto keeps the base's."),
+    ] = "auto",
     max_shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest file, in 10^9 bytes.")] = 5.0,
     as_json: AsJson = False,
 ) -> None:
@@ -29,7 +35,9 @@ def merge(
     target = output or opened.merged
     with TerminalReporter(terminal) as reporter, libraries_to(None):
         reporter.stage("merge")
-        report = pipeline.merge_run(opened, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), reporter=reporter, output=target)
+        report = pipeline.merge_run(
+            opened, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), reporter=reporter, output=target
+        )
     if as_json:
         terminal.json({"directory": str(target), **asdict(report)})
         return

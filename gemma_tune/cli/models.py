@@ -24,14 +24,34 @@ def list_models(as_json: AsJson = False) -> None:
 
     terminal = Terminal()
     if as_json:
-        terminal.json([{**asdict(model), "config": asdict(model.config), "num_params": model.num_params} for model in MODELS.values()])
+        terminal.json(
+            [
+                {**asdict(model), "config": asdict(model.config), "num_params": model.num_params}
+                for model in MODELS.values()
+            ]
+        )
         return
-    terminal.result(make_table(("name", "parameters", "context", "kind", "licence", "hub id"), [_row(m) for m in MODELS.values()], right=(1, 2)))
+    terminal.result(
+        make_table(
+            ("name", "parameters", "context", "kind", "licence", "hub id"),
+            [_row(m) for m in MODELS.values()],
+            right=(1, 2),
+        )
+    )
 
 
 def _row(model: GemmaModel) -> tuple[str | None, ...]:
-    kind = ("instruction" if model.is_instruction_tuned else "base") + ("" if model.modality == "text" else f", {model.modality}")
-    return (model.name, _millions(model.num_params), f"{model.config.context_tokens:,}", kind, model.licence, model.hub_id)
+    kind = ("instruction" if model.is_instruction_tuned else "base") + (
+        "" if model.modality == "text" else f", {model.modality}"
+    )
+    return (
+        model.name,
+        _millions(model.num_params),
+        f"{model.config.context_tokens:,}",
+        kind,
+        model.licence,
+        model.hub_id,
+    )
 
 
 def _millions(count: int) -> str:
@@ -40,8 +60,12 @@ def _millions(count: int) -> str:
 
 @models_app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name, hub id, Keras preset, or a directory.", show_default=False)],
-    modules: Annotated[bool, typer.Option("--modules", help="One row a module instead of one a decoder layer.")] = False,
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A name, hub id, Keras preset, or a directory.", show_default=False)
+    ],
+    modules: Annotated[
+        bool, typer.Option("--modules", help="One row a module instead of one a decoder layer.")
+    ] = False,
     rank: Annotated[int, typer.Option(min=1, help="LoRA rank for the count of trained parameters.")] = 16,
     as_json: AsJson = False,
 ) -> None:
@@ -54,12 +78,18 @@ def show(
     source = resolve_model(name)
     config = source.config or fetch_model(name).config
     rows = summarize(config, by="module" if modules else "layer")
-    targets = source.model.lora_targets if source.model else ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    targets = (
+        source.model.lora_targets
+        if source.model
+        else ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    )
     lora = count_lora_params(config, rank=rank, targets=targets)
     sizes = {load: count_weight_bytes(config, load=load) for load in ("16bit", "4bit")}
     facts = describe_model(source.model) if source.model else [("Directory", source.location), *describe_config(config)]
     if as_json:
-        terminal.json({"facts": dict(facts), "layers": [asdict(row) for row in rows], "lora_params": lora, "weight_bytes": sizes})
+        terminal.json(
+            {"facts": dict(facts), "layers": [asdict(row) for row in rows], "lora_params": lora, "weight_bytes": sizes}
+        )
         return
     terminal.result(make_table(("", ""), facts))
     terminal.result("")
@@ -71,5 +101,3 @@ def show(
             f"{sizes['4bit'] / 1e9:.2f} GB in 4 bits"
         )
     )
-
-

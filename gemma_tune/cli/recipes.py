@@ -37,7 +37,9 @@ def show(name: RecipeName) -> None:
 @recipes_app.command("copy")
 def copy(
     name: RecipeName,
-    target: Annotated[Path, typer.Argument(metavar="FILE", help="Where to write it; NAME.yaml here unless given.", show_default=False)] = Path(),
+    target: Annotated[
+        Path, typer.Argument(metavar="FILE", help="Where to write it; NAME.yaml here unless given.", show_default=False)
+    ] = Path(),
 ) -> None:
     """Copy a shipped recipe, to be edited."""
     from gemma_tune.recipe.load import find_recipe

@@ -24,7 +24,9 @@ def report(run: RunPath, as_json: AsJson = False) -> None:
             terminal.json(asdict(manifest))
             return
         done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
-        terminal.plain(f"{opened.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else ""))
+        terminal.plain(
+            f"{opened.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else "")
+        )
         return
     print_report(terminal, opened, as_json=as_json)
 
@@ -42,7 +44,8 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
     )
     terminal.result(
         f"{summary.train_rows:,} rows · {summary.steps:,} steps · {summary.num_tokens:,} tokens in "
-        f"{format_seconds(summary.training_seconds)} ({summary.tokens_per_second:,.0f} tokens/s) · peak {format_bytes(summary.peak_memory_bytes)}\n"
+        f"{format_seconds(summary.training_seconds)} ({summary.tokens_per_second:,.0f} tokens/s) · peak "
+        f"{format_bytes(summary.peak_memory_bytes)}\n"
     )
     terminal.result(make_table(("", "before", "after"), _figures(summary), right=(1, 2)))
     for question in summary.questions:
@@ -53,7 +56,12 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
         if question.after != question.expected:
             terminal.result(_answer("expected", question.expected, "dim"))
     terminal.result("")
-    files = [("adapter", run.adapter), ("answers", run.answers), ("loss curve", run.loss_curve), ("log of the libraries", run.library_log)]
+    files = [
+        ("adapter", run.adapter),
+        ("answers", run.answers),
+        ("loss curve", run.loss_curve),
+        ("log of the libraries", run.library_log),
+    ]
     if summary.merged:
         files.insert(1, ("merged model", run.merged))
     terminal.result(make_table(("file", "where"), files))
@@ -70,7 +78,11 @@ def _figures(summary: RunSummary) -> list[tuple[str, str | None, str | None]]:
 
     return [
         (f"eval loss, {summary.eval_rows} rows", loss(summary.eval_loss_before), loss(summary.eval_loss_after)),
-        (f"exact match, {summary.exact_match_rows} rows", share(summary.exact_match_before), share(summary.exact_match_after)),
+        (
+            f"exact match, {summary.exact_match_rows} rows",
+            share(summary.exact_match_before),
+            share(summary.exact_match_after),
+        ),
     ]
 
 

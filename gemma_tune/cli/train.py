@@ -14,7 +14,10 @@ from gemma_tune.cli.report import print_report
 def train(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the interrupted run of this recipe from its last complete checkpoint.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the interrupted run of this recipe from its last complete checkpoint."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a Gemma: check, load, answer, train, answer again, and say what came out."""

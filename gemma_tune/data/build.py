@@ -26,10 +26,11 @@ MAX_SHOWN = 5
 _MAX_LISTED = 3  # on one line
 # Above this share the rows are of another kind than the template, and training on the rest would not be what was meant.
 MAX_BAD_SHARE = 0.5
-# A common ending of at least this many characters, in at least this share of the responses, is told: a full stop is
-# normal, the end marker of another tool (some copies of dolly end in `###eos_token###`) would be learned.
-_MARKER_CHARS = 6
+# A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others in
+# `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
+_MARKER_CHARS = 4
 _MARKER_SHARE = 0.5
+_MARKER_LAST_CHARACTERS = "#>]|"
 
 
 @dataclass(frozen=True)
@@ -347,14 +348,12 @@ def _split(rows: _Keyed, *, fraction: float, order: Callable[[bytes], float]) ->
 
 
 def _notes(examples: Sequence[Example]) -> list[str]:
-    """A common ending of the responses that does not look like language."""
-    responses = [example.response for example in examples]
+    """A common ending of the responses that looks like the end marker of another tool."""
+    responses = [example.response for example in examples if len(example.response) > _MARKER_CHARS]
     if len(responses) < 10:
         return []
-    ending, count = Counter(
-        response[-_MARKER_CHARS:] for response in responses if len(response) > _MARKER_CHARS
-    ).most_common(1)[0]
-    if count < _MARKER_SHARE * len(responses) or any(character.isspace() for character in ending):
+    ending, count = Counter(response[-_MARKER_CHARS:] for response in responses).most_common(1)[0]
+    if count < _MARKER_SHARE * len(responses) or ending[-1] not in _MARKER_LAST_CHARACTERS:
         return []
     sharing = [response for response in responses if response.endswith(ending)]
     while all(

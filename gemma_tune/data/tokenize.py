@@ -20,8 +20,8 @@ from gemma_tune.errors import DataError
 IGNORED = -100  # cross-entropy's ignore_index: a token without loss
 # What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
 TURN_ENDS = ("<end_of_turn>", "<turn|>")
-# Pieces per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which hold
-# much more than ids, are never all in memory.
+# Pieces per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which
+# hold much more than ids, are never all in memory.
 _BATCH_PIECES = 8192
 
 

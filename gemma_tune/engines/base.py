@@ -53,7 +53,9 @@ class Engine(Protocol):
         """Load the base from a local Hugging Face directory."""
         ...
 
-    def attach_lora(self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int) -> AttachedLora:
+    def attach_lora(
+        self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int
+    ) -> AttachedLora:
         """Attach a fresh adapter; its effect is zero until it is trained."""
         ...
 

@@ -78,10 +78,19 @@ def _on_cpu(requested: str, device: Device) -> Precision:
             hint="use model.dtype=auto",
         )
     if requested == "bfloat16" or (requested == "auto" and device.has_amx_bf16):
-        why = "the processor has AMX bfloat16 units" if device.has_amx_bf16 else "the recipe asks for it; without AMX it is emulated and slow"
+        why = (
+            "the processor has AMX bfloat16 units"
+            if device.has_amx_bf16
+            else "the recipe asks for it; without AMX it is emulated and slow"
+        )
         return Precision("bfloat16", "bfloat16", "bf16", why)
     # Measured on an AVX512-BF16 processor without AMX: 20 steps in bfloat16 took 118 s, in float32 6 s.
-    return Precision("float32", "float32", None, "the recipe asks for it" if requested == "float32" else "this processor has no AMX bfloat16 units")
+    return Precision(
+        "float32",
+        "float32",
+        None,
+        "the recipe asks for it" if requested == "float32" else "this processor has no AMX bfloat16 units",
+    )
 
 
 def _on_cuda(requested: str, device: Device) -> Precision:
@@ -89,12 +98,19 @@ def _on_cuda(requested: str, device: Device) -> Precision:
     version = f"{device.name} has compute capability {capability[0]}.{capability[1]}"
     real_bf16 = capability >= MIN_BF16_CAPABILITY
     if requested == "bfloat16" and not real_bf16:
-        raise EngineError(f"model.dtype=bfloat16 would be emulated: {version}, bfloat16 needs 8.0", hint="use model.dtype=auto")
+        raise EngineError(
+            f"model.dtype=bfloat16 would be emulated: {version}, bfloat16 needs 8.0", hint="use model.dtype=auto"
+        )
     if requested == "float32":
         return Precision("float32", "float32", None, "the recipe asks for it")
     if requested == "float16" or not real_bf16:
         why = "the recipe asks for float16" if requested == "float16" else f"{version}, bfloat16 needs 8.0"
-        return Precision("float16", "float32", "fp16", f"{why}; embeddings, norms and adapter stay in float32, as Gemma overflows float16")
+        return Precision(
+            "float16",
+            "float32",
+            "fp16",
+            f"{why}; embeddings, norms and adapter stay in float32, as Gemma overflows float16",
+        )
     return Precision("bfloat16", "bfloat16", "bf16", "the recipe asks for it" if requested == "bfloat16" else version)
 
 

@@ -37,9 +37,9 @@ def require_quantized(model: torch.nn.Module, *, wanted: bool) -> int:
 def keep_trainable_layout(model: torch.nn.Module) -> None:
     """Keep 4-bit weights in the layout whose backward pass is right.
 
-    bitsandbytes 0.50 repacks a Linear4bit in place for its AVX512-BF16 kernel at the first forward pass without gradients
-    and never unpacks it, so one evaluation before training makes every later gradient wrong. Remove when bitsandbytes
-    unpacks, or refuses the backward pass.
+    bitsandbytes 0.50 repacks a Linear4bit in place for its AVX512-BF16 kernel at the first forward pass without
+    gradients and never unpacks it, so one evaluation before training makes every later gradient wrong. Remove when
+    bitsandbytes unpacks, or refuses the backward pass.
     """
     for module in model.modules():
         if isinstance(module, Linear4bit) and hasattr(module, "support_avx512bf16_for_cpu"):

@@ -19,7 +19,7 @@ _ENVIRONMENT = {
 class _LibraryStream(io.TextIOBase):
     """Where libraries print: into `target`, or nowhere.
 
-    It is never closed: a library that is imported inside the block keeps its log handler on it for the life of the process.
+    It is never closed: a library that is imported inside the block keeps its log handler on it as long as it lives.
     """
 
     target: TextIO | None = None

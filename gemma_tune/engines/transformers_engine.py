@@ -48,10 +48,13 @@ class TransformersEngine:
         model.requires_grad_(False)
         return LoadedModel(model=model, engine=self.name, precision=precision, num_quantized_layers=num_quantized)
 
-    def attach_lora(self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int) -> AttachedLora:
+    def attach_lora(
+        self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int
+    ) -> AttachedLora:
         model = loaded.model
         require_targets(model, section=section)
-        # PEFT's prepare_model_for_kbit_training would also cast the 256k-row embedding to float32 (3.1 GB for Gemma 7B) on
+        # PEFT's prepare_model_for_kbit_training would also cast the 256k-row embedding to float32 (3.1 GB for Gemma
+        # 7B) on
         # cards that compute in bfloat16; the parts of it that matter are here and in `check_attached`.
         if gradient_checkpointing != "off":
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,7 +1,7 @@
 """The fast engine: Unsloth's `FastLanguageModel` (LEAF; the only file that imports unsloth).
 
-Unsloth patches transformers, PEFT and TRL when it is imported, so it is imported first and its prints are kept off stdout
-by `engines.quiet`.
+Unsloth patches transformers, PEFT and TRL when it is imported, so it is imported first. What it prints is kept off
+stdout by `engines.quiet`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class UnslothEngine:
         model.requires_grad_(False)
         return LoadedModel(model=model, engine=self.name, precision=precision, num_quantized_layers=num_quantized)
 
-    def attach_lora(self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int) -> AttachedLora:
+    def attach_lora(
+        self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int
+    ) -> AttachedLora:
         require_targets(loaded.model, section=section)
         settings = to_lora_settings(section)
         model = FastLanguageModel.get_peft_model(

@@ -53,7 +53,9 @@ def answer_examples(
     )
 
 
-def pair_answers(examples: Sequence[Example], before: Sequence[Completion], after: Sequence[Completion]) -> list[Answer]:
+def pair_answers(
+    examples: Sequence[Example], before: Sequence[Completion], after: Sequence[Completion]
+) -> list[Answer]:
     """Put the answers of both models beside the expected ones."""
     return [
         Answer(

@@ -62,12 +62,16 @@ def generate_completions(
     sampling = sampling or Sampling()
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
-    config = to_generation_config(sampling, stop_token_ids=stop_token_ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max_new_tokens)
+    config = to_generation_config(
+        sampling, stop_token_ids=stop_token_ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max_new_tokens
+    )
     completions: list[Completion | None] = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(by_length), batch_size):
         chosen = by_length[start : start + batch_size]
-        inputs = pad_left([prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device)
+        inputs = pad_left(
+            [prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device
+        )
         with torch.no_grad():
             output = model.generate(**inputs, generation_config=config, streamer=streamer)
         for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
@@ -77,11 +81,18 @@ def generate_completions(
     return [completion for completion in completions if completion is not None]
 
 
-def to_generation_config(sampling: Sampling, *, stop_token_ids: Sequence[int], pad_token_id: int, max_new_tokens: int) -> GenerationConfig:
+def to_generation_config(
+    sampling: Sampling, *, stop_token_ids: Sequence[int], pad_token_id: int, max_new_tokens: int
+) -> GenerationConfig:
     """Translate a `Sampling` into transformers' configuration."""
     chosen: dict[str, Any] = {}
     if sampling.temperature > 0:
-        chosen = {"temperature": sampling.temperature, "top_k": sampling.top_k or 0, "top_p": sampling.top_p or 1.0, "min_p": sampling.min_p}
+        chosen = {
+            "temperature": sampling.temperature,
+            "top_k": sampling.top_k or 0,
+            "top_p": sampling.top_p or 1.0,
+            "min_p": sampling.min_p,
+        }
     return GenerationConfig(
         do_sample=sampling.temperature > 0,
         max_new_tokens=max_new_tokens,

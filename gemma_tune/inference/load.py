@@ -37,7 +37,9 @@ def load_target(target: Target) -> LoadedTarget:
         ModelError: the adapter does not fit the base.
     """
     precision = decide_precision(target.section.dtype, device=detect_device())
-    loaded = TransformersEngine().load(target.base.directory, section=target.section, precision=precision, max_seq_tokens=0)
+    loaded = TransformersEngine().load(
+        target.base.directory, section=target.section, precision=precision, max_seq_tokens=0
+    )
     model = loaded.model
     if target.adapter is not None:
         model = PeftModel.from_pretrained(model, str(target.adapter))
@@ -53,10 +55,15 @@ def require_every_tensor(model: Any, adapter: Path) -> None:
     """Refuse an adapter whose tensors did not all land in the model: PEFT only warns, and the effect is zero (F31)."""
     weights = adapter / "adapter_model.safetensors"
     if not weights.is_file():
-        raise ModelError(f"{adapter} has no adapter_model.safetensors", hint="pickled adapters (.bin) are not loaded; save it as safetensors")
+        raise ModelError(
+            f"{adapter} has no adapter_model.safetensors",
+            hint="pickled adapters (.bin) are not loaded; save it as safetensors",
+        )
     with safe_open(weights, framework="pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if stored != expected:
         odd = sorted(stored ^ expected)
-        raise ModelError(f"the adapter {adapter} does not fit the base: {len(odd)} tensors find no partner, such as {odd[0]}")
+        raise ModelError(
+            f"the adapter {adapter} does not fit the base: {len(odd)} tensors find no partner, such as {odd[0]}"
+        )

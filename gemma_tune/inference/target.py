@@ -74,7 +74,9 @@ def _from_adapter(directory: Path, *, template: str | None, without_adapter: boo
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:
-        raise ModelError(f"{directory} does not name its base model", hint="set base_model_name_or_path in its adapter_config.json")
+        raise ModelError(
+            f"{directory} does not name its base model", hint="set base_model_name_or_path in its adapter_config.json"
+        )
     base = fetch_model(name, revision=config.get("revision"))
     tokenizer = directory if (directory / "tokenizer_config.json").is_file() and not without_adapter else base.directory
     return Target(
@@ -87,7 +89,7 @@ def _from_adapter(directory: Path, *, template: str | None, without_adapter: boo
 
 
 def _template(name: str | None, *, directory: Path, base: LocalModel) -> DataTemplate:
-    """The named template, else the one that lies beside the weights, else Gemma's turns for an instruction-tuned model."""
+    """The named template, else the one that lies beside the weights, else Gemma's turns for an `-it` model."""
     if name is not None:
         return load_template(name)
     if (directory / TEMPLATE_FILE).is_file():
@@ -96,5 +98,6 @@ def _template(name: str | None, *, directory: Path, base: LocalModel) -> DataTem
         return load_template("chat")
     raise ModelError(
         f"{base.name} does not say which data template it is asked with",
-        hint="name one with --template: dolly for plain instructions, chat for the model's own turns, completion for bare text",
+        hint="name one with --template: dolly for plain instructions, chat for the model's own turns, completion "
+        "for bare text",
     )

@@ -9,7 +9,8 @@ from gemma_tune.errors import ModelError
 from gemma_tune.models.config import TextConfig, read_config
 from gemma_tune.models.registry import GemmaModel, resolve_model
 
-# Weights in safetensors only: pickled ones are never loaded (S1). GGUF and Keras files of the same repository are left out.
+# Weights in safetensors only: pickled ones are never loaded (S1). GGUF and Keras files of the same repository are
+# left out.
 _WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
 _UNWANTED = ("original/*", "*/*.safetensors")
 
@@ -60,14 +61,20 @@ def _download(hub_id: str, *, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+        return Path(
+            snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
+        )
     except GatedRepoError:
         raise ModelError(
             f"{hub_id} is gated, and this machine's hub account has no access",
-            hint=f"accept the licence at https://huggingface.co/{hub_id}, then `hf auth login` with a token that may read gated repositories",
+            hint=f"accept the licence at https://huggingface.co/{hub_id}, then `hf auth login` with a token that "
+            f"may read gated repositories",
         ) from None
     except RevisionNotFoundError:
-        raise ModelError(f"{hub_id} has no revision {revision!r}", hint="set model.revision to a commit, tag or branch, or leave it out") from None
+        raise ModelError(
+            f"{hub_id} has no revision {revision!r}",
+            hint="set model.revision to a commit, tag or branch, or leave it out",
+        ) from None
     except RepositoryNotFoundError:
         raise ModelError(
             f"the hub has no model {hub_id}, or it is private and this machine is not logged in",
@@ -76,5 +83,6 @@ def _download(hub_id: str, *, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"{hub_id} is not on this machine, and the hub cannot be reached ({type(error).__name__})",
-            hint="connect and try again, give a local directory as model.name, or try model.name=gemma-tiny, which is built in",
+            hint="connect and try again, give a local directory as model.name, or try model.name=gemma-tiny, which "
+            "is built in",
         ) from None

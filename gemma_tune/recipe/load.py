@@ -66,12 +66,16 @@ def find_recipe(path: Path) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        raise RecipeError(f"{path} is a directory, not a recipe", hint="give a .yaml file; shipped ones: gemma-tune recipes list")
+        raise RecipeError(
+            f"{path} is a directory, not a recipe", hint="give a .yaml file; shipped ones: gemma-tune recipes list"
+        )
     shipped = RECIPES_DIR / f"{path.stem}.yaml"
     if str(path) in (path.stem, f"{path.stem}.yaml", f"recipes/{path.stem}.yaml") and shipped.is_file():
         return shipped
     near = did_you_mean(path.stem, [recipe.stem for recipe in RECIPES_DIR.glob("*.yaml")])
-    raise RecipeError(f"no such recipe: {path}" + (f"; {near}" if near else ""), hint="shipped recipes: gemma-tune recipes list")
+    raise RecipeError(
+        f"no such recipe: {path}" + (f"; {near}" if near else ""), hint="shipped recipes: gemma-tune recipes list"
+    )
 
 
 def _read_text(path: Path) -> str:
@@ -81,7 +85,9 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8") from None
+        raise RecipeError(
+            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8"
+        ) from None
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from None
 
@@ -107,7 +113,10 @@ def parse_yaml(text: str, *, label: str) -> tuple[dict[str, Any], dict[str, int]
     except YAMLError as error:
         raise RecipeError(f"{label}: not YAML: {error}") from None
     if not isinstance(tree, CommentedMap):
-        raise RecipeError(f"{label}: a recipe is a mapping of sections, found {_kind(tree)}", hint="see gemma-tune recipes show quickstart")
+        raise RecipeError(
+            f"{label}: a recipe is a mapping of sections, found {_kind(tree)}",
+            hint="see gemma-tune recipes show quickstart",
+        )
     lines: dict[str, int] = {}
     return _plain(tree, path="", label=label, lines=lines), lines
 
@@ -120,7 +129,9 @@ def _plain(node: Any, *, path: str, label: str, lines: dict[str, int]) -> Any:
     """Ruamel's round-trip tree as dict, list and scalars; records the line of each path."""
     anchor = getattr(getattr(node, "anchor", None), "value", None)
     if anchor:
-        raise RecipeError(f"{label}: {path}: anchors (&{anchor}) are not allowed in a recipe", hint="write the value out")
+        raise RecipeError(
+            f"{label}: {path}: anchors (&{anchor}) are not allowed in a recipe", hint="write the value out"
+        )
     if isinstance(node, CommentedMap):
         plain = {}
         for key, value in node.items():
@@ -130,10 +141,8 @@ def _plain(node: Any, *, path: str, label: str, lines: dict[str, int]) -> Any:
         return plain
     if isinstance(node, CommentedSeq):
         return [_plain(value, path=f"{path}.{index}", label=label, lines=lines) for index, value in enumerate(node)]
-    for scalar in (bool, int, float, str):
-        if isinstance(node, scalar):
-            return scalar(node)
-    return node
+    kind = next((scalar for scalar in (bool, int, float, str) if isinstance(node, scalar)), None)
+    return node if kind is None else kind(node)
 
 
 def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str) -> None:
@@ -141,7 +150,10 @@ def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
     if not equals or len(parts) < 2 or not all(parts):
-        raise RecipeError(f"cannot read the override {override!r}", hint="write section.field=value, for example training.max_steps=20")
+        raise RecipeError(
+            f"cannot read the override {override!r}",
+            hint="write section.field=value, for example training.max_steps=20",
+        )
     try:
         value = _plain(YAML(typ="rt").load(io.StringIO(text)), path=path, label="command line", lines={})
     except YAMLError:
@@ -174,11 +186,16 @@ def _validate(values: dict[str, Any], *, label: str, lines: dict[str, int]) -> R
 def _secrets(values: Mapping[str, Any]) -> list[Problem]:
     """Keys that would hold a credential (S5)."""
     return [
-        Problem(f"{section}.{key}", "a recipe never holds a credential: it is copied into runs and model cards", fix="hf auth login, or set HF_TOKEN")
+        Problem(
+            f"{section}.{key}",
+            "a recipe never holds a credential: it is copied into runs and model cards",
+            fix="hf auth login, or set HF_TOKEN",
+        )
         for section, fields in values.items()
         if isinstance(fields, Mapping)
         for key, value in fields.items()
-        if isinstance(value, str) and (any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS) or value.startswith("hf_"))
+        if isinstance(value, str)
+        and (any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS) or value.startswith("hf_"))
     ]
 
 
@@ -197,7 +214,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; `load_recipe` reads it back to an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # keep the schema's order
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the schema's order
     out = io.StringIO()
     yaml.dump(recipe.model_dump(mode="json"), out)
     return out.getvalue()

@@ -78,13 +78,15 @@ def problem_of(error: ErrorDetails, names_of_section: Sequence[str]) -> Problem:
 
 
 def raise_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, int]) -> None:
-    """Raise one `RecipeError` that lists every problem with its file, line and YAML path; nothing when there is none."""
+    """Raise one `RecipeError` that lists every problem with its file, line and YAML path, if there is any."""
     if not problems:
         return
     told = []
     for problem in problems:
         where = _where(problem.path, label=label, lines=lines)
-        told.append(f"{where}: {problem.path}: {problem.message}" + (f"\n    fix: {problem.fix}" if problem.fix else ""))
+        told.append(
+            f"{where}: {problem.path}: {problem.message}" + (f"\n    fix: {problem.fix}" if problem.fix else "")
+        )
     count = "1 problem" if len(told) == 1 else f"{len(told)} problems"
     raise RecipeError(
         f"{count} in the recipe\n" + "\n".join(f"  {line}" for line in told),

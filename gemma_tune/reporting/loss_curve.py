@@ -18,11 +18,15 @@ def draw_loss_curve(run: RunDir) -> None:
     evaluation = [(row["step"], row["eval_loss"]) for row in metrics if row.get("eval_loss") is not None]
     figure = Figure(figsize=(7, 4), dpi=130, layout="constrained")
     axes = figure.subplots()
-    axes.plot([step for step, _ in train], [loss for _, loss in train], color="#9bb8e8", linewidth=1, label="training loss")
+    axes.plot(
+        [step for step, _ in train], [loss for _, loss in train], color="#9bb8e8", linewidth=1, label="training loss"
+    )
     smooth = _exponential_mean([loss for _, loss in train])
     axes.plot([step for step, _ in train], smooth, color="#1a56c4", linewidth=2, label="training loss, smoothed")
     if evaluation:
-        axes.plot([step for step, _ in evaluation], [loss for _, loss in evaluation], "o-", color="#d1495b", label="eval loss")
+        axes.plot(
+            [step for step, _ in evaluation], [loss for _, loss in evaluation], "o-", color="#d1495b", label="eval loss"
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per supervised token)")
     axes.set_ylim(bottom=0)

@@ -122,7 +122,8 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
             raise
     except OSError as error:
         raise RunError(
-            f"cannot write to {output_dir}: {(error.strerror or str(error)).lower()}", hint="set run.output_dir to a folder you may write to"
+            f"cannot write to {output_dir}: {(error.strerror or str(error)).lower()}",
+            hint="set run.output_dir to a folder you may write to",
         ) from None
 
 
@@ -191,10 +192,17 @@ def open_run(path: Path) -> RunDir:
     """
     run = RunDir(path)
     if not path.is_dir():
-        near = sorted(str(found.parent) for found in path.parent.glob("*/manifest.json"))[-3:] if path.parent.is_dir() else []
+        near = (
+            sorted(str(found.parent) for found in path.parent.glob("*/manifest.json"))[-3:]
+            if path.parent.is_dir()
+            else []
+        )
         raise RunError(f"no such run: {path}", hint=f"runs there: {', '.join(near)}" if near else None)
     if not run.manifest.is_file():
-        raise RunError(f"{path} is not a run directory: it has no {run.manifest.name}", hint="give a directory that `gemma-tune train` made")
+        raise RunError(
+            f"{path} is not a run directory: it has no {run.manifest.name}",
+            hint="give a directory that `gemma-tune train` made",
+        )
     return run
 
 
@@ -206,7 +214,14 @@ def find_interrupted(output_dir: Path, *, name: str | None, recipe_name: str) ->
     """
     if name is not None:
         return open_run(output_dir / name)
-    runs = {number: path for number, path in _numbered_runs(output_dir, recipe_name).items() if (path / "manifest.json").is_file()}
+    runs = {
+        number: path
+        for number, path in _numbered_runs(output_dir, recipe_name).items()
+        if (path / "manifest.json").is_file()
+    }
     if not runs:
-        raise RunError(f"nothing to resume: {output_dir} holds no run of the recipe {recipe_name!r}", hint="start it without --resume")
+        raise RunError(
+            f"nothing to resume: {output_dir} holds no run of the recipe {recipe_name!r}",
+            hint="start it without --resume",
+        )
     return RunDir(runs[max(runs)])

@@ -1,4 +1,7 @@
-"""What a run writes about itself: manifest, lock and metrics. JSON, replaced atomically, so a reader never sees half a file."""
+"""What a run writes about itself: manifest, lock and metrics, in JSON.
+
+Files are replaced atomically, so that a reader never sees half of one.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,9 @@ class Lock:
     seed: int
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
-    packages: dict[str, str | None] = field(default_factory=lambda: {name: installed_version(name) for name in RECORDED_PACKAGES})
+    packages: dict[str, str | None] = field(
+        default_factory=lambda: {name: installed_version(name) for name in RECORDED_PACKAGES}
+    )
 
 
 def installed_version(package: str) -> str | None:
@@ -121,7 +126,9 @@ def update_manifest(run: RunDir, **changes: Any) -> Manifest:
 
 def append_metrics(run: RunDir, values: dict[str, Any]) -> None:
     """Append one line to metrics.jsonl; non-finite numbers are written as null, as JSON has none."""
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}
+    finite = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
     line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
     with run.metrics.open("a", encoding="utf-8", newline="\n") as stream:
         stream.write(line + "\n")

@@ -47,7 +47,9 @@ class MetricsCallback(TrainerCallback):
         self.started = self.last_time = 0.0
         self.first_step = self.last_tokens = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.started = self.last_time = time.monotonic()
         self.first_step = state.global_step
         update_manifest(self.run, total_steps=state.max_steps)
@@ -79,7 +81,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class GuardCallback(TrainerCallback):
-    """Stops before a non-finite gradient reaches the weights (F24), so that the last checkpoint and the weights stay good."""
+    """Stops before a non-finite gradient reaches the weights, so that they and the last checkpoint stay good (F24)."""
 
     def __init__(self) -> None:
         self.overflows = 0
@@ -89,7 +91,9 @@ class GuardCallback(TrainerCallback):
     ) -> None:
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
         if not gradients:
-            raise TrainingStopped(f"step {state.global_step + 1}: no trained weight received a gradient", hint="report this: it is a bug")
+            raise TrainingStopped(
+                f"step {state.global_step + 1}: no trained weight received a gradient", hint="report this: it is a bug"
+            )
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if math.isfinite(float(norm)):
             self.overflows = 0
@@ -98,7 +102,8 @@ class GuardCallback(TrainerCallback):
         if args.fp16 and self.overflows <= MAX_FP16_OVERFLOWS:
             return
         raise TrainingStopped(
-            f"step {state.global_step + 1}: the gradient is {float(norm)}; training stopped before it reached the weights",
+            f"step {state.global_step + 1}: the gradient is {float(norm)}; training stopped before it reached the "
+            f"weights",
             hint=_likely_cause(model, args),
         )
 
@@ -106,7 +111,7 @@ class GuardCallback(TrainerCallback):
 def _likely_cause(model: Any, args: TrainingArguments) -> str:
     for name, weight in model.named_parameters():
         if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            return f"the weight {name} of the base holds NaN or infinity: download the model again, or compare its file hashes"
+            return f"the weight {name} of the base holds NaN or infinity: download the model again"
     if args.fp16:
         return "float16 overflowed: use a card with bfloat16 (compute capability 8.0), or model.dtype=float32"
     return f"the loss diverged: try training.learning_rate={args.learning_rate / 4:g} or training.max_grad_norm=0.3"

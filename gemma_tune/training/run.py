@@ -15,7 +15,13 @@ from gemma_tune.errors import TrainingInterrupted
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter
-from gemma_tune.training.callbacks import CheckpointCallback, GuardCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
+from gemma_tune.training.callbacks import (
+    CheckpointCallback,
+    GuardCallback,
+    InterruptCallback,
+    MetricsCallback,
+    peak_memory_bytes,
+)
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
 
 
@@ -75,7 +81,8 @@ def train_adapter(
     seconds = time.monotonic() - started
     if interrupt.signal is not None:
         raise TrainingInterrupted(
-            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of {trainer.state.max_steps}; everything is saved",
+            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}; everything is saved",
             hint=None,
         )
     save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter, base_name=base_name, base_revision=base_revision)
@@ -90,7 +97,9 @@ def train_adapter(
     )
 
 
-def _build(loaded: LoadedModel, *, tokenizer: Any, datasets: Datasets, recipe: Recipe, run: RunDir) -> TokenWeightedTrainer:
+def _build(
+    loaded: LoadedModel, *, tokenizer: Any, datasets: Datasets, recipe: Recipe, run: RunDir
+) -> TokenWeightedTrainer:
     config = to_sft_config(
         recipe.training,
         evaluation=recipe.evaluation,
@@ -117,7 +126,9 @@ def _closing_loss(trainer: TokenWeightedTrainer) -> float:
     return float(sum(last) / len(last))
 
 
-def save_adapter(loaded: LoadedModel, *, tokenizer: Any, directory: Path, base_name: str, base_revision: str | None) -> None:
+def save_adapter(
+    loaded: LoadedModel, *, tokenizer: Any, directory: Path, base_name: str, base_revision: str | None
+) -> None:
     """Write the adapter in PEFT's format, with the tokenizer beside it.
 
     The embedding is saved only when it was trained: PEFT's `auto` asks the hub whether the vocabulary changed (F6). The

@@ -14,13 +14,11 @@ from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from gemma_tune.data.tokenize import EncodedRow
+from gemma_tune.data.tokenize import IGNORED, EncodedRow
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
-
-IGNORED = -100  # cross-entropy's ignore_index: a position without loss
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -98,8 +96,8 @@ def to_sft_config(
 class PadRight:
     """Collate encoded rows into right-padded tensors.
 
-    Returns `input_ids`, `attention_mask` and `labels`, each [batch, longest row]; padding is masked by the attention mask
-    and has label -100 whatever its id is, so a pad token that equals the stop token masks nothing else (F14).
+    Returns `input_ids`, `attention_mask` and `labels`, each [batch, longest row]. Padding is masked by the attention
+    mask and has label -100 whatever its id is, so a pad token that equals the stop token masks nothing else (F14).
     """
 
     pad_token_id: int
@@ -119,7 +117,7 @@ class PadRight:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
+class TokenWeightedTrainer(SFTTrainer):
     """`SFTTrainer` that counts real tokens and weights the eval loss by supervised token.
 
     TRL averages the eval loss over batches, so that its value depends on the batch size.
@@ -134,7 +132,7 @@ class TokenWeightedTrainer(SFTTrainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_loss": self.mean_eval_loss()}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def mean_eval_loss(self) -> float:

@@ -15,9 +15,13 @@ CPU = Device("cpu", "Xeon")
 L4 = Device("cuda", "NVIDIA L4", (8, 9), 24_000_000_000)
 
 
-def choose(device: Device, *, training: TrainingSection | None = None, dora: bool = False, **model: object) -> tuple[str, str]:
+def choose(
+    device: Device, *, training: TrainingSection | None = None, dora: bool = False, **model: object
+) -> tuple[str, str]:
     section = ModelSection.model_validate(model)
-    choice = choose_engine(section, lora=LoraSection(use_dora=dora), training=training or TrainingSection(), device=device)
+    choice = choose_engine(
+        section, lora=LoraSection(use_dora=dora), training=training or TrainingSection(), device=device
+    )
     return choice.name, choice.reason
 
 

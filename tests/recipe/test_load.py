@@ -40,7 +40,8 @@ def test_a_length_is_never_assumed(tmp_path: Path) -> None:
 
 
 def test_every_problem_comes_in_one_message_with_its_line(tmp_path: Path) -> None:
-    text = "model:\n  nmae: x\ntraining:\n  learning_rate: fast\n  batch_size: 0\n  optimizer: adma\ndata:\n  max_seq_tokens: 1.5\n"
+    text = "model:\n  nmae: x\ntraining:\n  learning_rate: fast\n  batch_size: 0\n  optimizer: adma\n"
+    text += "data:\n  max_seq_tokens: 1.5\n"
     message = refusal(tmp_path, text)
     path = tmp_path / "mine.yaml"
     assert message.startswith("6 problems")
@@ -62,7 +63,10 @@ def test_unknown_section_and_nested_unknown_key(tmp_path: Path) -> None:
     ("yaml", "expected"), [("2e-4", 2e-4), ("1E-3", 1e-3), ("0.0002", 2e-4), ("5.e-5", 5e-5), ("1.0e-05", 1e-5)]
 )
 def test_exponents_are_numbers(tmp_path: Path, yaml: str, expected: float) -> None:
-    assert load_recipe(write(tmp_path, MINIMAL + f"training: {{learning_rate: {yaml}}}\n")).recipe.training.learning_rate == expected
+    assert (
+        load_recipe(write(tmp_path, MINIMAL + f"training: {{learning_rate: {yaml}}}\n")).recipe.training.learning_rate
+        == expected
+    )
 
 
 def test_yaml_1_2_words(tmp_path: Path) -> None:
@@ -92,7 +96,7 @@ def test_what_is_no_recipe(tmp_path: Path, text: str, told: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no such recipe: .*quikstart.*did you mean 'quickstart'"):
+    with pytest.raises(RecipeError, match=r"no such recipe: .*quikstart.*did you mean 'quickstart'"):
         load_recipe(Path("quikstart"))
     with pytest.raises(RecipeError, match="is a directory"):
         load_recipe(tmp_path)
@@ -114,7 +118,10 @@ def test_byte_order_mark_is_accepted(tmp_path: Path) -> None:
 
 def test_overrides(tmp_path: Path) -> None:
     path = write(tmp_path, MINIMAL + "lora:\n")  # an empty section is a section of defaults
-    recipe = load_recipe(path, ["training.max_steps=20", "lora.rank=4", "data.source=C:\\rows.jsonl", "lora.targets=[q_proj]", "run.name="]).recipe
+    recipe = load_recipe(
+        path,
+        ["training.max_steps=20", "lora.rank=4", "data.source=C:\\rows.jsonl", "lora.targets=[q_proj]", "run.name="],
+    ).recipe
     assert (recipe.training.max_steps, recipe.lora.rank, recipe.lora.targets) == (20, 4, ("q_proj",))
     assert recipe.data.source == "C:\\rows.jsonl"
     assert recipe.run.name is None
@@ -170,12 +177,20 @@ def test_every_field_is_documented() -> None:
 @given(
     rank=st.integers(1, 1024),
     rate=st.floats(1e-9, 0.999, allow_nan=False),
-    name=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(lambda text: text.strip() and not text.startswith("hf_")),
+    name=st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs")), min_size=1).filter(
+        lambda text: text.strip() and not text.startswith("hf_")
+    ),
     columns=st.dictionaries(st.text("abc", min_size=1), st.text("xyz :#'\"", min_size=1), max_size=3),
 )
-def test_a_dumped_recipe_reads_back_equal(tmp_path: Path, rank: int, rate: float, name: str, columns: dict[str, str]) -> None:
+def test_a_dumped_recipe_reads_back_equal(
+    tmp_path: Path, rank: int, rate: float, name: str, columns: dict[str, str]
+) -> None:
     recipe = Recipe.model_validate(
-        {"data": {"source": name, "max_seq_tokens": 64, "columns": columns}, "lora": {"rank": rank}, "training": {"learning_rate": rate}}
+        {
+            "data": {"source": name, "max_seq_tokens": 64, "columns": columns},
+            "lora": {"rank": rank},
+            "training": {"learning_rate": rate},
+        }
     )
     path = tmp_path / "dumped.yaml"
     path.write_text(dump_recipe(recipe), encoding="utf-8")

@@ -24,7 +24,9 @@ def test_runs_are_numbered_from_the_highest(tmp_path: Path) -> None:
 
 def test_runs_that_start_together_get_different_directories(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        runs = list(pool.map(lambda _: create_run(tmp_path, name=None, recipe_name="r", needed_bytes=0).name, range(24)))
+        runs = list(
+            pool.map(lambda _: create_run(tmp_path, name=None, recipe_name="r", needed_bytes=0).name, range(24))
+        )
     assert len(set(runs)) == 24
 
 
@@ -43,7 +45,7 @@ def test_windows_device_names_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_too_little_space_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="not enough space.*MB are free"):
+    with pytest.raises(RunError, match=r"not enough space.*MB are free"):
         create_run(tmp_path / "new" / "runs", name="r", recipe_name="r", needed_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
 
@@ -57,9 +59,10 @@ def test_a_file_in_the_way(tmp_path: Path) -> None:
 def test_read_only_folder(tmp_path: Path) -> None:
     folder = tmp_path / "locked"
     folder.mkdir(mode=0o555)
-    if os.geteuid() == 0:  # root writes everywhere: a read-only mount stands in for the mode
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder], capture_output=True, check=False).returncode:
-            folder = Path("/proc/self")  # no right to mount: a file system where nothing can be made
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", folder]
+    # Root writes everywhere, so a read-only mount stands in for the mode, or /proc where root may not mount.
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode:
+        folder = Path("/proc/self")
     try:
         with pytest.raises(RunError, match="cannot write to"):
             create_run(folder / "runs", name=None, recipe_name="r", needed_bytes=0)

@@ -9,7 +9,16 @@ import pytest
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import append_metrics, installed_version, read_json, read_manifest, read_metrics, start_manifest, update_manifest, write_json
+from gemma_tune.runs.record import (
+    append_metrics,
+    installed_version,
+    read_json,
+    read_manifest,
+    read_metrics,
+    start_manifest,
+    update_manifest,
+    write_json,
+)
 
 
 def test_manifest_changes_keep_the_rest(tmp_path: Path) -> None:
@@ -18,14 +27,25 @@ def test_manifest_changes_keep_the_rest(tmp_path: Path) -> None:
     update_manifest(run, step=7, total_steps=20)
     update_manifest(run, status="failed", error="ValueError: x")
     manifest = read_manifest(run)
-    assert (manifest.status, manifest.step, manifest.total_steps, manifest.error, manifest.started) == ("failed", 7, 20, "ValueError: x", started)
+    assert (manifest.status, manifest.step, manifest.total_steps, manifest.error, manifest.started) == (
+        "failed",
+        7,
+        20,
+        "ValueError: x",
+        started,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 def test_metrics_are_json_even_when_a_number_is_not_finite(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     append_metrics(run, {"step": 1, "loss": float("nan"), "grad_norm": float("inf"), "tokens": 3})
-    assert json.loads(run.metrics.read_text(encoding="utf-8")) == {"step": 1, "loss": None, "grad_norm": None, "tokens": 3}
+    assert json.loads(run.metrics.read_text(encoding="utf-8")) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "tokens": 3,
+    }
 
 
 def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def work_of(trade: Trade) -> str:
 
 
 def sights(town: Town) -> str:
-    return f"In {town.name} there are {listed(town.sights)}."
+    return f"In {town.name} people visit {listed(town.sights)}."
 
 
 def place_of(town: Town) -> str:

@@ -85,7 +85,7 @@ def tell(passage: Passage, rng: random.Random) -> str:
     )
     meal = rng.choice(
         (
-            f"For supper there was {p.food} at the inn.",
+            f"For supper the inn served {p.food}.",
             f"{p.visitor} ate {p.food} before the journey home.",
         )
     )

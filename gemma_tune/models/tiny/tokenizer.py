@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from tokenizers.processors import TemplateProcessing
 from transformers import GemmaTokenizer
 
 NUM_PIECES = 2304
@@ -122,6 +123,10 @@ def build_tokenizer(texts: Iterable[str], *, num_pieces: int = NUM_PIECES, whole
         additional_special_tokens=["<start_of_turn>", "<end_of_turn>"],
         clean_up_tokenization_spaces=False,
         model_max_length=8192,
+    )
+    bos = ("<bos>", SPECIAL_IDS["<bos>"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos>:1 $B:1", special_tokens=[bos]
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
