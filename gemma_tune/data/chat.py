@@ -17,7 +17,8 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.visitor import NodeTransformer
 
 from gemma_tune.data.segments import RowError, Segment
 from gemma_tune.errors import DataError
@@ -254,6 +255,7 @@ class ChatRenderer:
         length = 0
         try:
             for part in self._compiled.generate(variables | self._specials):
+                self._environment.take_step()
                 length += len(part)
                 if length > MAX_RENDERED_CHARS:
                     raise DataError(
@@ -292,54 +294,108 @@ class _Generation(Extension):
 
 
 class _ChatEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that also counts: every turn of a loop and every call takes a step, and sequences do not multiply.
+    """A sandbox that also counts: every turn of a loop and every call takes a step, and texts cannot grow without end.
 
-    A chat template comes with a model and is code: without a count it could run for ever (Jinja's sandbox bounds
-    `range`, not nested loops or macros that call themselves twice).
+    A chat template comes with a model and is code: without a count it could run for ever or fill the memory (Jinja's
+    sandbox bounds `range`, not nested loops, macros that call themselves twice, or a text that doubles).
     """
 
     intercepted_binops = frozenset({"*", "**", "%", "+"})
 
     def __init__(self) -> None:
-        # The options are those that transformers renders chat templates with.
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"])
+        # The options are those that transformers renders chat templates with. Not optimized: that computes constant
+        # expressions when compiling, uncounted.
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], optimized=False
+        )
         self.steps_left = 0
+        self.concat = _concat  # type: ignore[method-assign]
         self.globals["raise_exception"] = _raise_exception
-        self.filters["counted_steps"] = self._counted
-        self.filters["tojson"] = _to_json
+        self.filters |= {
+            "counted_steps": self._counted,
+            "concatenated": _concat,
+            "join": _join,
+            "replace": _replace,
+            "tojson": _to_json,
+        }
+        for widening in ("center", "format", "indent", "wordwrap"):
+            del self.filters[widening]
 
-    def _take_step(self) -> None:
+    def take_step(self) -> None:
+        """Count one step.
+
+        Raises:
+            DataError: there have been MAX_STEPS of them.
+        """
         self.steps_left -= 1
         if self.steps_left < 0:
-            raise DataError(
-                f"the model's chat template takes more than {MAX_STEPS:,} steps for one row",
-                hint="its loops never seem to end",
-            )
+            raise DataError(f"the model's chat template takes more than {MAX_STEPS:,} steps for one row")
 
     def _counted(self, items: Iterable[object]) -> Iterator[object]:
         for item in items:
-            self._take_step()
+            self.take_step()
             yield item
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        for loop in tree.find_all(nodes.For):
-            loop.iter = nodes.Filter(loop.iter, "counted_steps", [], [], None, None)
-        return tree
+        counted: nodes.Template = _Counting().visit(tree)
+        return counted
 
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        self._take_step()
+        self.take_step()
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            name = __obj.__name__
+            if name in ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"):
+                raise SecurityError(f"str.{name} is not allowed")
+            if name in ("join", "replace"):
+                return (_replace if name == "replace" else lambda text, items: _join(items, text))(
+                    owner, *args, **kwargs
+                )
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or (
-            operator in "*%" and not (isinstance(left, int | float) and isinstance(right, int | float))
-        ):
-            raise DataError(f"the model's chat template computes with {operator!r}, which could fill the memory")
-        result = super().call_binop(context, operator, left, right)
-        if isinstance(result, str) and len(result) > MAX_RENDERED_CHARS:
-            raise DataError(f"the model's chat template makes a text of more than {MAX_RENDERED_CHARS:,} characters")
-        return result
+        if operator == "+" and isinstance(left, str) and isinstance(right, str):
+            return _concat((left, right))
+        if operator == "**" or (operator != "+" and not (isinstance(left, int) and isinstance(right, int))):
+            raise SecurityError(f"{operator} on {type(left).__name__} is not allowed")
+        self.take_step()
+        return super().call_binop(context, operator, left, right)
+
+
+class _Counting(NodeTransformer):
+    """Sends every loop and every `~` through a filter that counts."""
+
+    def visit_For(self, node: nodes.For) -> nodes.Node:
+        node.iter = nodes.Filter(node.iter, "counted_steps", [], [], None, None)
+        return self.generic_visit(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        return nodes.Filter(nodes.List(node.nodes), "concatenated", [], [], None, None)
+
+
+def _bounded(num_chars: int) -> None:
+    if num_chars > MAX_RENDERED_CHARS:
+        raise SecurityError(f"a text of more than {MAX_RENDERED_CHARS:,} characters is not allowed")
+
+
+def _concat(parts: Iterable[object]) -> str:
+    texts = [str(part) for part in parts]
+    _bounded(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def _join(items: Iterable[object], separator: str = "") -> str:
+    texts = [str(item) for item in items]
+    _bounded(sum(map(len, texts)) + len(texts) * len(separator))
+    return separator.join(texts)
+
+
+def _replace(text: str, old: str, new: str, count: int = -1) -> str:
+    found = text.count(old) if count < 0 else min(count, text.count(old))
+    _bounded(len(text) + found * len(new))
+    return text.replace(old, new, count)
 
 
 def _to_json(value: object, indent: int | None = None) -> str:

@@ -186,7 +186,10 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         file = _TemplateFile.model_validate(values)
     except ValidationError as error:
         problems = [problem_of(item, _keys_at(item["loc"])) for item in error.errors(include_url=False)]
-        told = "\n".join(f"  {problem.path}: {problem.message}" for problem in problems)
+        # The words are a recipe's, whose top-level keys are sections.
+        told = "\n".join(
+            f"  {problem.path}: {problem.message}".replace("unknown section", "unknown key") for problem in problems
+        )
         raise DataError(f"{label} is not a data template\n{told}", hint=_SHAPE_HINT) from None
     _check_shape(file, label=label)
     sources = {"prompt": file.prompt or "", "response": file.response or ""}
@@ -297,7 +300,6 @@ def _fields_of(source: str, *, label: str) -> Sequence[str]:
         raise DataError(f"{label}: holds one of the private-use characters U+E0F0 to U+E0F2", hint="remove it")
     try:
         tree = _ENVIRONMENT.parse(source)
-        _compiled(source)
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"{label}, line {error.lineno}: {error.message}") from None
     except RecursionError:
@@ -315,6 +317,11 @@ def _fields_of(source: str, *, label: str) -> Sequence[str]:
                 f"{label}, line {node.lineno}: {what} is not allowed in a data template",
                 hint=f"a template may use fields, if/elif/else and the filters {', '.join(ALLOWED_FILTERS)}",
             )
+    # Only now: compiling computes constant expressions, however large.
+    try:
+        _compiled(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"{label}, line {error.lineno}: {error.message}") from None
     undeclared = meta.find_undeclared_variables(tree)
     return list(dict.fromkeys(name.name for name in tree.find_all(nodes.Name) if name.name in undeclared))
 

@@ -115,7 +115,7 @@ def _build(
         tokenizer=tokenizer,
         train_rows=datasets.train,
         eval_rows=datasets.eval,
-        early_stop_patience=recipe.training.early_stop_patience,
+        section=recipe.training,
         callbacks=(),
     )
 

@@ -19,6 +19,7 @@ from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.training.sampler import EpochSampler
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -66,7 +67,6 @@ def to_sft_config(
         neftune_noise_alpha=section.neftune_alpha,
         gradient_checkpointing=section.gradient_checkpointing != "off",
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        train_sampling_strategy="group_by_length" if section.group_by_length else "random",
         seed=section.seed,
         data_seed=section.seed,
         bf16=precision.autocast == "bf16",
@@ -124,6 +124,10 @@ class TokenWeightedTrainer(SFTTrainer):
     """
 
     num_real_tokens = 0
+    row_order: EpochSampler
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+        return self.row_order
 
     def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.num_real_tokens += int(inputs["attention_mask"].sum())
@@ -159,7 +163,7 @@ def build_trainer(
     tokenizer: Any,
     train_rows: Sequence[EncodedRow],
     eval_rows: Sequence[EncodedRow],
-    early_stop_patience: int | None,
+    section: TrainingSection,
     callbacks: Sequence[TrainerCallback],
 ) -> TokenWeightedTrainer:
     """A trainer over ready-made rows.
@@ -169,7 +173,8 @@ def build_trainer(
     """
     model = loaded.model
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    stop = [EarlyStoppingCallback(early_stop_patience)] if early_stop_patience and eval_rows else []
+    patience = section.early_stop_patience if eval_rows else None
+    stop = [EarlyStoppingCallback(patience)] if patience else []
     trainer = TokenWeightedTrainer(
         model=model,
         args=config,
@@ -179,6 +184,12 @@ def build_trainer(
         processing_class=tokenizer,
         callbacks=[*callbacks, *stop],
     )
+    trainer.row_order = EpochSampler(
+        [len(row.input_ids) for row in train_rows],
+        batch_size=section.batch_size,
+        seed=section.seed,
+        group_by_length=section.group_by_length,
+    )
     for name, weight in model.named_parameters():
         if name in weights:
             weight.data = weights[name]
@@ -186,10 +197,4 @@ def build_trainer(
 
 
 def _to_dataset(rows: Sequence[EncodedRow]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows],
-            "labels": [row.labels for row in rows],
-            "length": [len(row.input_ids) for row in rows],  # read by group_by_length
-        }
-    )
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})

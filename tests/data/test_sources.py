@@ -230,10 +230,16 @@ def test_hub_rows_keep_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (ConnectionError("Couldn't reach 'owner/rows' on the Hub (LocalEntryNotFoundError)"), "the hub cannot be reached"),
+        (
+            ConnectionError("Couldn't reach 'owner/rows' on the Hub (LocalEntryNotFoundError)"),
+            "the hub cannot be reached",
+        ),
         (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/rows' doesn't exist"), "not found"),
-        (datasets.exceptions.DatasetNotFoundError("Dataset 'owner/rows' is a gated dataset on the Hub."), "it is gated"),
-        (ValueError('Unknown split "tran". Should be one of [\'train\'].'), "Unknown split"),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'owner/rows' is a gated dataset on the Hub."),
+            "it is gated",
+        ),
+        (ValueError("Unknown split \"tran\". Should be one of ['train']."), "Unknown split"),
         (RuntimeError("something else"), "something else"),
     ],
 )

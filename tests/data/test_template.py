@@ -60,7 +60,10 @@ def test_unknown_template_names_the_nearest() -> None:
         (TEXT + "conversation: [messages]\n", "no `conversation`"),
         ("name: mine\nkind: text\nprompt: x\n", "has `prompt` and `response`"),
         ("name: mine\nkind: chat\n", "either `messages` or `conversation`"),
-        ("name: mine\nkind: chat\nmessages:\n  - {role: user, content: x}\n", "the last message must be the assistant's"),
+        (
+            "name: mine\nkind: chat\nmessages:\n  - {role: user, content: x}\n",
+            "the last message must be the assistant's",
+        ),
         ("name: mine\nkind: chat\nmessages:\n  - {role: model, content: x}\n", "messages.0.role: must be one of"),
         ("name: mine\nkind: chat\nconversation: [messages]\nquestion: x\n", "no meaning beside"),
     ],
