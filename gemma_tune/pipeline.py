@@ -106,7 +106,7 @@ def _decide(recipe: Recipe) -> Setting:
         template=template,
         device=device,
         precision=decide_precision(recipe.model.dtype, device=device),
-        choice=choose_engine(recipe.model, lora=recipe.lora, training=recipe.training, device=device),
+        choice=choose_engine(recipe.model, training=recipe.training, device=device),
     )
 
 
@@ -237,7 +237,12 @@ def _train_and_summarise(
     run: RunDir, setting: Setting, prepared: Prepared, *, reporter: Reporter, resume: bool, started: float
 ) -> None:
     # Only now: Unsloth must have been imported before TRL and transformers.
-    from gemma_tune.evaluation.answers import answer_examples, choose_questions, pair_answers
+    from gemma_tune.evaluation.answers import (
+        answer_examples,
+        choose_examples,
+        pair_answers,
+        spread_over_categories,
+    )
     from gemma_tune.training.checkpoint import last_complete_checkpoint
     from gemma_tune.training.run import train_adapter
 
@@ -249,7 +254,7 @@ def _train_and_summarise(
             reporter.warn(line)
         reporter.detail(f"resuming from {resume_from.name}")
 
-    examples = datasets.eval_examples[: recipe.evaluation.max_exact_match_rows] if recipe.evaluation.exact_match else ()
+    examples = choose_examples(datasets.eval_examples, section=recipe.evaluation)
 
     def answer(title: str) -> list[Any]:
         reporter.stage(title)
@@ -288,7 +293,7 @@ def _train_and_summarise(
         merge_run(
             run, dtype=recipe.export.dtype, max_shard_bytes=int(recipe.export.max_shard_gb * 1e9), reporter=reporter
         )
-    share = len(answers) or None
+    count = len(answers) if recipe.evaluation.exact_match else 0
     summary = RunSummary(
         model=setting.base.name,
         engine=setting.choice.name,
@@ -306,12 +311,12 @@ def _train_and_summarise(
         train_loss=result.train_loss,
         eval_loss_before=result.eval_loss_before,
         eval_loss_after=result.eval_loss_after,
-        exact_match_before=share and sum(row.before_matches for row in answers) / share,
-        exact_match_after=share and sum(row.after_matches for row in answers) / share,
-        exact_match_rows=len(answers),
+        exact_match_before=sum(row.before_matches for row in answers) / count if count else None,
+        exact_match_after=sum(row.after_matches for row in answers) / count if count else None,
+        exact_match_rows=count,
         questions=[
-            Question(row.prompt, row.expected, row.before, row.after)
-            for row in choose_questions(answers, count=recipe.evaluation.num_questions)
+            Question(row.question, row.expected, row.before, row.after)
+            for row in spread_over_categories(answers, count=recipe.evaluation.num_questions)
         ],
         merged=recipe.export.merge,
     )

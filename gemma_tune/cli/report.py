@@ -50,7 +50,7 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
     terminal.result(make_table(("", "before", "after"), _figures(summary), right=(1, 2)))
     for question in summary.questions:
         terminal.result("")
-        terminal.result(Text(_shorten(question.prompt), style="bold"))
+        terminal.result(Text(_shorten(question.question), style="bold"))
         terminal.result(_answer("before", question.before, "red" if question.before != question.expected else "green"))
         terminal.result(_answer("after", question.after, "green" if question.after == question.expected else "red"))
         if question.after != question.expected:

@@ -26,8 +26,8 @@ MAX_SHOWN = 5
 _MAX_LISTED = 3  # on one line
 # Above this share the rows are of another kind than the template, and training on the rest would not be what was meant.
 MAX_BAD_SHARE = 0.5
-# A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others in
-# `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
+# A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others
+# in `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
 _MARKER_CHARS = 4
 _MARKER_SHARE = 0.5
 _MARKER_LAST_CHARACTERS = "#>]|"

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from gemma_tune.data.segments import RowError, Segment
@@ -346,7 +347,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
             name = __obj.__name__
-            if name in ("center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"):
+            if name in ("center", "expandtabs", "ljust", "rjust", "zfill"):
                 raise SecurityError(f"str.{name} is not allowed")
             if name in ("join", "replace"):
                 return (_replace if name == "replace" else lambda text, items: _join(items, text))(
@@ -357,10 +358,18 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
             return _concat((left, right))
+        if operator == "+" and isinstance(left, list | tuple) and len(left) + len(right) > MAX_STEPS:
+            raise SecurityError(f"a list of more than {MAX_STEPS:,} items is not allowed")
         if operator == "**" or (operator != "+" and not (isinstance(left, int) and isinstance(right, int))):
             raise SecurityError(f"{operator} on {type(left).__name__} is not allowed")
         self.take_step()
         return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            raise SecurityError("str.format is not allowed")
+        return wrapped
 
 
 class _Counting(NodeTransformer):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from gemma_tune.engines.base import Engine
 from gemma_tune.engines.precision import Device
 from gemma_tune.errors import EngineError
-from gemma_tune.recipe.schema import LoraSection, ModelSection, TrainingSection
+from gemma_tune.recipe.schema import ModelSection, TrainingSection
 
 ENGINES = {
     "unsloth": "gemma_tune.engines.unsloth_engine:UnslothEngine",
@@ -25,34 +25,28 @@ class EngineChoice:
     reason: str
 
 
-def _unsloth_refusal(lora: LoraSection, device: Device) -> str | None:
-    """Why Unsloth cannot do what the recipe asks, or None. Facts of unsloth 2026.10.9."""
-    if importlib.util.find_spec("unsloth") is None:
-        return "unsloth is not installed"
-    if device.kind == "cuda" and lora.use_dora:
-        return "its fused LoRA kernels leave out DoRA's magnitudes"
-    return None
-
-
 _GPU_OPTIMIZERS = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion_8bit")
 
 
-def choose_engine(model: ModelSection, *, lora: LoraSection, training: TrainingSection, device: Device) -> EngineChoice:
+def choose_engine(model: ModelSection, *, training: TrainingSection, device: Device) -> EngineChoice:
     """Pick the engine for a recipe on a device.
 
     Raises:
-        EngineError: the named engine cannot do what the recipe asks here, or no engine can.
+        EngineError: the named engine is not installed, or the recipe asks for what this device cannot do.
     """
     if device.kind == "cpu":
         _require_cpu_settings(model, training)
+    has_unsloth = importlib.util.find_spec("unsloth") is not None
+    if model.engine == "unsloth" and not has_unsloth:
+        raise EngineError(
+            "model.engine=unsloth, but unsloth is not installed",
+            hint="use model.engine=auto, or install it: pip install 'gemma-tune[unsloth]'",
+        )
     if model.engine != "auto":
-        if model.engine == "unsloth" and (refusal := _unsloth_refusal(lora, device)):
-            raise EngineError(f"model.engine=unsloth cannot run this recipe: {refusal}", hint="use model.engine=auto")
         return EngineChoice(model.engine, "the recipe asks for it")
-    refusal = _unsloth_refusal(lora, device)
-    if refusal:
-        return EngineChoice("transformers", f"not unsloth: {refusal}")
-    return EngineChoice("unsloth", "it is installed and can run this recipe")
+    if has_unsloth:
+        return EngineChoice("unsloth", "it is installed, and the faster of the two")
+    return EngineChoice("transformers", "unsloth is not installed")
 
 
 def _require_cpu_settings(model: ModelSection, training: TrainingSection) -> None:

@@ -26,6 +26,7 @@ class UnslothEngine:
     """Loads with `FastLanguageModel.from_pretrained`, attaches with `FastLanguageModel.get_peft_model`."""
 
     name = "unsloth"
+    _checkpointing: str | bool = False
 
     def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
         options: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
@@ -48,19 +49,19 @@ class UnslothEngine:
         self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int
     ) -> AttachedLora:
         require_targets(loaded.model, section=section)
-        settings = to_lora_settings(section)
+        self._checkpointing = _CHECKPOINTING[gradient_checkpointing]
+        # FastLanguageModel leaves the towers of a multimodal Gemma alone by itself.
         model = FastLanguageModel.get_peft_model(
             loaded.model,
-            use_gradient_checkpointing=_CHECKPOINTING[gradient_checkpointing],
+            use_gradient_checkpointing=self._checkpointing,
             random_state=seed,
-            finetune_vision_layers=False,
-            **settings,
+            **to_lora_settings(section),
         )
         attached = LoadedModel(model, self.name, loaded.precision, loaded.num_quantized_layers)
         return check_attached(attached, section=section)
 
     def set_mode(self, loaded: LoadedModel, *, training: bool) -> None:
         if training:
-            FastLanguageModel.for_training(loaded.model)
+            FastLanguageModel.for_training(loaded.model, use_gradient_checkpointing=self._checkpointing)
         else:
             FastLanguageModel.for_inference(loaded.model)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from gemma_tune.data.render import Example
 from gemma_tune.data.tokenize import Encoder
 from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.evaluation.metrics import is_exact_match
 from gemma_tune.inference.generate import Completion, generate_completions
+from gemma_tune.recipe.schema import EvaluationSection
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Answer:
 
     where: str
     category: str | None
-    prompt: str
+    question: str
     expected: str
     before: str
     after: str
@@ -61,7 +62,7 @@ def pair_answers(
         Answer(
             where=example.where,
             category=example.category,
-            prompt=example.question,
+            question=example.question,
             expected=example.response,
             before=old.text,
             after=new.text,
@@ -73,12 +74,24 @@ def pair_answers(
     ]
 
 
-def choose_questions(answers: Sequence[Answer], *, count: int) -> list[Answer]:
-    """`count` answers to print, each of another category as long as there are categories left."""
-    chosen: list[Answer] = []
-    categories: set[str | None] = set()
-    for answer in answers:
-        if answer.category not in categories and len(chosen) < count:
-            categories.add(answer.category)
-            chosen.append(answer)
-    return (chosen + [answer for answer in answers if answer not in chosen])[:count]
+def choose_examples(examples: Sequence[Example], *, section: EvaluationSection) -> Sequence[Example]:
+    """The eval rows that are answered: for the exact match, or only those that are printed."""
+    if section.exact_match:
+        return examples[: section.max_exact_match_rows]
+    return spread_over_categories(examples, count=section.num_questions)
+
+
+class HasCategory(Protocol):
+    @property
+    def category(self) -> str | None: ...
+
+
+Row = TypeVar("Row", bound=HasCategory)
+
+
+def spread_over_categories(rows: Sequence[Row], *, count: int) -> list[Row]:
+    """The first `count` rows that differ in category, then the first of the others, as many as there are."""
+    first_of = {row.category: index for index, row in reversed(list(enumerate(rows)))}
+    leading = sorted(first_of.values())
+    others = (index for index in range(len(rows)) if index not in set(leading))
+    return [rows[index] for index in [*leading, *others][:count]]

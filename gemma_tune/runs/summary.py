@@ -12,7 +12,7 @@ from gemma_tune.runs.record import read_json, write_json
 class Question:
     """An eval row with the base's and the tuned model's answer."""
 
-    prompt: str
+    question: str
     expected: str
     before: str
     after: str

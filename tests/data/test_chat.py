@@ -150,7 +150,7 @@ ASK = "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
         # The answer is trained behind other text than it is asked with.
         (TURNS + ASK.replace("assistant\n", "assistant\nthought\n"), "when it asks for that answer"),
         (TURNS, "when it asks for that answer"),
-        (TURNS.replace("m.content", "m.content ~ m.content") + ASK, "the message of 'user' .number 1. twice"),
+        (TURNS.replace("m.content", "m.content ~ m.content") + ASK, r"the message of 'user' \(number 1\) twice"),
         (TURNS.replace("{{ m.content }}", "{% if m.role == 'user' %}{{ m.content }}{% endif %}") + ASK, "not at all"),
         ("{% for m in messages", "line 1"),
         ("{{ messages[0].content.x.y }}", "cannot be rendered"),
@@ -167,7 +167,7 @@ def test_templates_that_cannot_be_trained_with(template: str, expected: str) -> 
 def test_a_template_that_changes_the_text_is_found_row_by_row() -> None:
     chat = renderer(TURNS.replace("m.content", "m.content | replace('secret', '')") + ASK)
     assert text_of(chat.row(talk("Hello", "Hi!"), where="here"), supervised=True) == "Hi!<end_of_turn>"
-    with pytest.raises(RowError, match="changes the text near .*secret"):
+    with pytest.raises(RowError, match=r"changes the text near .*secret"):
         chat.row(talk("Hello", "A secret word"), where="here")
 
 

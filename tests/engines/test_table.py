@@ -9,37 +9,26 @@ import pytest
 from gemma_tune.engines.precision import Device
 from gemma_tune.engines.table import choose_engine
 from gemma_tune.errors import EngineError
-from gemma_tune.recipe.schema import LoraSection, ModelSection, TrainingSection
+from gemma_tune.recipe.schema import ModelSection, TrainingSection
 
 CPU = Device("cpu", "Xeon")
 L4 = Device("cuda", "NVIDIA L4", (8, 9), 24_000_000_000)
 
 
-def choose(
-    device: Device, *, training: TrainingSection | None = None, dora: bool = False, **model: object
-) -> tuple[str, str]:
+def choose(device: Device, *, training: TrainingSection | None = None, **model: object) -> tuple[str, str]:
     section = ModelSection.model_validate(model)
-    choice = choose_engine(
-        section, lora=LoraSection(use_dora=dora), training=training or TrainingSection(), device=device
-    )
+    choice = choose_engine(section, training=training or TrainingSection(), device=device)
     return choice.name, choice.reason
 
 
 def test_auto_takes_unsloth_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert choose(CPU)[0] == "unsloth"
+    assert choose(CPU, engine="transformers") == ("transformers", "the recipe asks for it")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose(CPU) == ("transformers", "not unsloth: unsloth is not installed")
+    assert choose(CPU) == ("transformers", "unsloth is not installed")
     with pytest.raises(EngineError, match="unsloth is not installed"):
         choose(CPU, engine="unsloth")
-
-
-def test_dora_on_cuda_goes_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    name, reason = choose(L4, dora=True)
-    assert name == "transformers"
-    assert "DoRA" in reason
-    assert choose(CPU, dora=True)[0] == "unsloth"
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit", "lion_8bit"])

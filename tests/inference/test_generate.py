@@ -18,7 +18,12 @@ def model() -> torch.nn.Module:
 
 def test_batches_answer_as_single_prompts_in_the_given_order(model: torch.nn.Module) -> None:
     tokenizer = load_tokenizer(TINY_MODEL_DIR)
-    texts = ["The", "In the town of Ostel there is", "A goat", "Once upon a time, in a green valley, a baker and a miller"]
+    texts = [
+        "The",
+        "In the town of Ostel there is",
+        "A goat",
+        "Once upon a time, in a green valley, a baker and a miller",
+    ]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
     calls: list[tuple[int, int]] = []
     together = generate_completions(
@@ -31,7 +36,9 @@ def test_batches_answer_as_single_prompts_in_the_given_order(model: torch.nn.Mod
         on_progress=lambda done, total: calls.append((done, total)),
     )
     for prompt, completion in zip(prompts, together, strict=True):
-        ids = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[1], pad_token_id=0)
+        ids = model.generate(
+            torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=[1], pad_token_id=0
+        )
         row = ids[0, len(prompt) :].tolist()
         assert completion.stopped == (1 in row)
         assert completion.text == tokenizer.decode(row, skip_special_tokens=True).strip()

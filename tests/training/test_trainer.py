@@ -144,7 +144,10 @@ def reference_loss(model: torch.nn.Module, rows: Sequence[EncodedRow]) -> float:
 
 
 def test_padding_has_no_label_and_no_attention_even_when_pad_is_the_stop_token() -> None:
-    rows = [{"input_ids": [2, 7, 1], "labels": [IGNORED, 7, 1]}, {"input_ids": [2, 8, 9, 9, 1], "labels": [2, 8, 9, 9, 1]}]
+    rows = [
+        {"input_ids": [2, 7, 1], "labels": [IGNORED, 7, 1]},
+        {"input_ids": [2, 8, 9, 9, 1], "labels": [2, 8, 9, 9, 1]},
+    ]
     batch = PadRight(pad_token_id=1, pad_to_multiple_of=4)(rows)
     assert batch["input_ids"].shape == (2, 8)
     assert batch["labels"][0].tolist() == [IGNORED, 7, 1] + [IGNORED] * 5
@@ -178,7 +181,9 @@ def test_accumulation_equals_one_big_batch(base: Path, tmp_path: Path, dropout: 
     rows = Rows([*make_rows(6, seed=4, shortest=4, longest=5), *make_rows(6, seed=5, shortest=40, longest=50)], [])
     settings = {"max_steps": 3, "group_by_length": False, "dropout": dropout, "optimizer": "sgd", "learning_rate": 0.5}
     big, _ = train(base, tmp_path / "big", rows=rows, recipe=recipe_of(batch_size=4, **settings))
-    many, _ = train(base, tmp_path / "many", rows=rows, recipe=recipe_of(batch_size=1, gradient_accumulation=4, **settings))
+    many, _ = train(
+        base, tmp_path / "many", rows=rows, recipe=recipe_of(batch_size=1, gradient_accumulation=4, **settings)
+    )
     for (_, one), (_, other) in zip(losses(big), losses(many), strict=True):
         assert one == pytest.approx(other, abs=1e-5)
     for name, weight in weights(big).items():
@@ -194,7 +199,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(base: Path, tmp_
 
 
 @pytest.mark.parametrize("settings", [{}, {"dropout": 0.1, "gradient_accumulation": 2, "group_by_length": False}])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    base: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     """Across the border of an epoch: 10 rows in batches of 4 make 3 steps, or 2 with accumulation."""
     rows = Rows(make_rows(10, seed=7), make_rows(4, seed=8))
     recipe = recipe_of(max_steps=8, save_every_steps=1, keep_checkpoints=8, eval_every=3, **settings)

@@ -245,13 +245,15 @@ def _sums(world: World, rng: random.Random) -> str:
 
 def _tale(world: World, rng: random.Random) -> str:
     animal, town, trade = rng.choice(ANIMALS), rng.choice(TOWNS), rng.choice(TRADES)
+    weather, gift = rng.choice(WEATHERS), f"{rng.choice(COLOURS)} {rng.choice(GOODS)}"
     middle = [
-        f"The {animal.name} met the {trade.name} on a {rng.choice(WEATHERS)} morning.",
-        f"The {trade.name} gave the {animal.name} a {rng.choice(COLOURS)} {rng.choice(GOODS)} and some {rng.choice(FOODS)}.",
+        f"The {animal.name} met the {trade.name} on a {weather} morning.",
+        f"The {trade.name} gave the {animal.name} a {gift} and some {rng.choice(FOODS)}.",
         f"Together they walked through {town.name} until it was dark.",
         f"And the {animal.name} never forgot the {trade.name} of {town.name}.",
     ]
-    return "\n".join((title(trade.name, town.name), opening(animal.name, town.name), *middle[: rng.choice((2, 3, 4))])) + "\n"
+    beginning = (title(trade.name, town.name), opening(animal.name, town.name))
+    return "\n".join((*beginning, *middle[: rng.choice((2, 3, 4))])) + "\n"
 
 
 def _nursery(world: World, rng: random.Random) -> str:

@@ -61,13 +61,13 @@ def draw_passage(rng: random.Random) -> Passage:
 
 
 def tell(passage: Passage, rng: random.Random) -> str:
-    """Return the story as three to five sentences on one line; arrival and purchase are always told."""
+    """Return the story in four sentences on one line, each sentence in one of its forms."""
     p = passage
     arrival = rng.choice(
         (
             f"On a {p.weather} {p.day} {p.visitor} the {p.trade} came to {p.town} with a {p.colour} {p.vehicle}.",
             f"{p.visitor} the {p.trade} reached {p.town} on a {p.weather} {p.day} in a {p.colour} {p.vehicle}.",
-            f"It was a {p.weather} {p.day} when {p.visitor} the {p.trade} brought a {p.colour} {p.vehicle} to {p.town}.",
+            f"It was a {p.weather} {p.day} when {p.visitor} the {p.trade} took a {p.colour} {p.vehicle} to {p.town}.",
         )
     )
     herd = rng.choice(

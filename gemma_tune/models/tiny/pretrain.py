@@ -57,10 +57,8 @@ def tiny_config(vocab_size: int) -> GemmaConfig:
     )
 
 
-def iter_batches(
-    world: World, tokenizer: GemmaTokenizer, *, settings: PretrainSettings
-) -> Iterator[torch.Tensor]:
-    """Yield int64 tensors (batch_rows, row_tokens): documents as `<bos> text <eos>`, one after another, cut into rows."""
+def iter_batches(world: World, tokenizer: GemmaTokenizer, *, settings: PretrainSettings) -> Iterator[torch.Tensor]:
+    """Yield int64 tensors (batch_rows, row_tokens): a stream of `<bos> document <eos>`, cut into rows."""
     documents = iter_documents(world, seed=settings.seed)
     backend, num_needed = tokenizer.backend_tokenizer, settings.batch_rows * settings.row_tokens
     stream: list[int] = []

@@ -11,12 +11,14 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from gemma_tune.models.tiny import documents
 from gemma_tune.models.tiny.passages import draw_passage, notes, statements, summary, tell
-from gemma_tune.models.tiny.world import ANIMALS, TOWNS, TRADES, World, kind_of_things, with_article
+from gemma_tune.models.tiny.world import ANIMALS, TOWNS, TRADES, Person, World, kind_of_things, with_article
 
 ROWS_SEED = 7
+Item = TypeVar("Item")
 CATEGORIES = (
     "brainstorming",
     "classification",
@@ -44,11 +46,19 @@ class Row:
         return json.dumps({field: getattr(self, field) for field in fields}, ensure_ascii=False)
 
 
-_PERSON_QUESTIONS: dict[Callable[..., str], tuple[str, ...]] = {
-    documents.lives: ("Where does {name} live?", "In which town does {name} live?", "Name the town where {name} lives."),
+_PERSON_QUESTIONS: dict[Callable[[Person], str], tuple[str, ...]] = {
+    documents.lives: (
+        "Where does {name} live?",
+        "In which town does {name} live?",
+        "Name the town where {name} lives.",
+    ),
     documents.works: ("What work does {name} do?", "What does {name} do for a living?", "What is the trade of {name}?"),
     documents.keeps: ("Which animal does {name} keep?", "What animal does {name} have?", "Name the animal of {name}."),
-    documents.likes: ("Which food does {name} like?", "What does {name} like to eat?", "Name the best food for {name}."),
+    documents.likes: (
+        "Which food does {name} like?",
+        "What does {name} like to eat?",
+        "Name the best food for {name}.",
+    ),
 }
 _WHO_QUESTIONS = ("Who is {name}?", "Tell me who {name} is.")
 _STATEMENT_QUESTIONS: dict[str, tuple[str, ...]] = {
@@ -78,7 +88,7 @@ _SUMMARY_QUESTIONS = (
 )
 
 
-def _person_rows(people: Sequence, rng: random.Random, *, num_open: int, num_who: int) -> Iterator[Row]:
+def _person_rows(people: Sequence[Person], rng: random.Random, *, num_open: int, num_who: int) -> Iterator[Row]:
     """Ask `num_open` single facts and `num_who` short portraits, spread evenly over the people and the four facts."""
     forms = list(_PERSON_QUESTIONS)
     for index in range(num_open):
@@ -154,7 +164,7 @@ def _creative_rows(
         yield Row(question, "", documents.rhyme(animal), "creative_writing", f"rhyme {animal}")
 
 
-def _cut(items: Sequence, num_eval: int, rng: random.Random) -> tuple[list, list]:
+def _cut(items: Sequence[Item], num_eval: int, rng: random.Random) -> tuple[list[Item], list[Item]]:
     """Return (train, eval) after a shuffle; no item is in both."""
     shuffled = rng.sample(list(items), len(items))
     return shuffled[num_eval:], shuffled[:num_eval]

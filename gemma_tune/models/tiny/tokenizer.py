@@ -1,8 +1,8 @@
 """LEAF. Trains the tokenizer of `gemma-tiny` and writes it in the form in which Gemma's own tokenizer is shipped.
 
 Gemma's form: pad 0, eos 1, bos 2, unk 3, mask 4, `<start_of_turn>` 106, `<end_of_turn>` 107, runs of line breaks from
-108 and of spaces from 139, the 256 byte pieces from 217, no prefix space, byte fallback. The text pieces from 473 on are
-learnt here; none of them spans two words, and digits and punctuation stand alone.
+108 and of spaces from 139, the 256 byte pieces from 217, no prefix space, byte fallback. The text pieces from 473 on
+are learnt here; none of them spans two words, and digits and punctuation stand alone.
 The merges are complete: each split of a piece into two pieces is a merge, ordered by the piece it makes. That is what
 a conversion from SentencePiece yields, and what lets an exporter write the tokenizer as scores (GGUF does).
 """
@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 from tokenizers.processors import TemplateProcessing
@@ -20,7 +21,15 @@ from transformers import GemmaTokenizer
 
 NUM_PIECES = 2304
 SPACE = "▁"
-SPECIAL_IDS = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<start_of_turn>": 106, "<end_of_turn>": 107}
+SPECIAL_IDS = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<mask>": 4,
+    "<start_of_turn>": 106,
+    "<end_of_turn>": 107,
+}
 FIRST_BYTE_ID = 217
 FIRST_TEXT_ID = FIRST_BYTE_ID + 256
 # A text that is cut here is never merged across the cut: a word with the space before it, or one single other sign.
@@ -66,21 +75,21 @@ def _merge_once(symbols: list[str], piece: str) -> list[str]:
     return merged
 
 
-def learn_pieces(texts: Iterable[str], *, num_pieces: int, whole_words: Iterable[str] = ()) -> list[str]:
+def learn_pieces(texts: Iterable[str], *, num_pieces: int) -> list[str]:
     """Return `num_pieces` text pieces in the order of their ranks: single signs first, then merges.
 
     A pair is scored by the square root of the counts of the words it occurs in, so that a name told a hundred times is
-    made whole before a rare fragment of frequent words. `whole_words` are counted as if they were the most frequent.
+    made whole before a rare fragment of frequent words.
     """
     counts = Counter(word for text in texts for word in _WORD.findall(text.replace(" ", SPACE)))
-    signs = sorted({sign for word in counts for sign in word if sign != "\n"} | {chr(code) for code in range(33, 127)} | {SPACE})
+    signs = sorted(
+        {sign for word in counts for sign in word if sign != "\n"} | {chr(code) for code in range(33, 127)} | {SPACE}
+    )
     weights = {word: count**0.5 for word, count in counts.items() if len(word) > 1}
-    heaviest = max(weights.values(), default=1.0)
-    weights |= dict.fromkeys(whole_words, heaviest)
     segments = {word: list(word) for word in weights}
     scores: Counter[str] = Counter()
     for word, symbols in segments.items():
-        for left, right in zip(symbols, symbols[1:], strict=False):
+        for left, right in pairwise(symbols):
             scores[left + right] += weights[word]
     pieces = list(signs)
     known = set(pieces)
@@ -97,7 +106,7 @@ def learn_pieces(texts: Iterable[str], *, num_pieces: int, whole_words: Iterable
                 continue
             merged = _merge_once(symbols, piece)
             for sequence, sign in ((symbols, -1), (merged, 1)):
-                for left, right in zip(sequence, sequence[1:], strict=False):
+                for left, right in pairwise(sequence):
                     scores[left + right] += sign * weights[word]
             segments[word] = merged
     return pieces
@@ -111,10 +120,10 @@ def _iter_merges(vocabulary: dict[str, int], pieces: Iterable[str]) -> Iterator[
                 yield piece[:cut], piece[cut:]
 
 
-def build_tokenizer(texts: Iterable[str], *, num_pieces: int = NUM_PIECES, whole_words: Iterable[str] = ()) -> GemmaTokenizer:
+def build_tokenizer(texts: Iterable[str], *, num_pieces: int = NUM_PIECES) -> GemmaTokenizer:
     """Train on the texts and return the tokenizer; the same texts give the same tokenizer."""
     fixed = _fixed_pieces()
-    learnt = learn_pieces(texts, num_pieces=num_pieces - len(fixed), whole_words=whole_words)
+    learnt = learn_pieces(texts, num_pieces=num_pieces - len(fixed))
     vocabulary = {piece: index for index, piece in enumerate([*fixed, *learnt])}
     runs = [piece for piece in fixed if set(piece) in ({"\n"}, {SPACE})]
     tokenizer = GemmaTokenizer(

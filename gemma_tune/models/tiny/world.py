@@ -166,7 +166,20 @@ COLOURS = ("red", "green", "yellow", "white", "black", "brown", "pink", "violet"
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 WEATHERS = ("sunny", "rainy", "foggy", "stormy", "frosty", "cloudy")
 NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine")
-GOODS = ("lamp", "kite", "teapot", "basket", "blanket", "candle", "mug", "pillow", "bottle", "umbrella", "drawer", "bell")
+GOODS = (
+    "lamp",
+    "kite",
+    "teapot",
+    "basket",
+    "blanket",
+    "candle",
+    "mug",
+    "pillow",
+    "bottle",
+    "umbrella",
+    "drawer",
+    "bell",
+)
 VEHICLES = ("cart", "wagon", "barge", "sledge", "balloon", "bicycle")
 VISITORS = (
     "Pip",
@@ -187,12 +200,84 @@ VISITORS = (
     "Wanda",
 )
 
-_FIRST_NAMES = (
-    "Mara Tilda Oswin Bram Hattie Nell Jory Wren Ada Lotte Milo Ines Otto Clara Felix Greta Hugo Ivy Jonas Kit "
-    "Leni Magnus Nora Olive Percy Rosa Silas Thea Ulla Victor Willa Ansel Bea Cyril Della Edgar Flora Gus Hazel Ida"
-).split()
-_FAMILY_STARTS = "Thistle Apple Bramble Copper Marsh Willow Honey Button Feather Candle Winter Pepper Barley Harbor Moon Otter".split()
-_FAMILY_ENDS = "wood ley ford worth field brook down stone bell gate hill lock man ton wick bird".split()
+_FIRST_NAMES = [
+    "Mara",
+    "Tilda",
+    "Oswin",
+    "Bram",
+    "Hattie",
+    "Nell",
+    "Jory",
+    "Wren",
+    "Ada",
+    "Lotte",
+    "Milo",
+    "Ines",
+    "Otto",
+    "Clara",
+    "Felix",
+    "Greta",
+    "Hugo",
+    "Ivy",
+    "Jonas",
+    "Kit",
+    "Leni",
+    "Magnus",
+    "Nora",
+    "Olive",
+    "Percy",
+    "Rosa",
+    "Silas",
+    "Thea",
+    "Ulla",
+    "Victor",
+    "Willa",
+    "Ansel",
+    "Bea",
+    "Cyril",
+    "Della",
+    "Edgar",
+    "Flora",
+    "Gus",
+    "Hazel",
+    "Ida",
+]
+_FAMILY_STARTS = [
+    "Thistle",
+    "Apple",
+    "Bramble",
+    "Copper",
+    "Marsh",
+    "Willow",
+    "Honey",
+    "Button",
+    "Feather",
+    "Candle",
+    "Winter",
+    "Pepper",
+    "Barley",
+    "Harbor",
+    "Moon",
+    "Otter",
+]
+_FAMILY_ENDS = [
+    "wood",
+    "ley",
+    "ford",
+    "worth",
+    "field",
+    "brook",
+    "down",
+    "stone",
+    "bell",
+    "gate",
+    "hill",
+    "lock",
+    "man",
+    "ton",
+    "wick",
+    "bird",
+]
 
 
 def build_world(*, seed: int = WORLD_SEED, num_people: int = 256) -> World:

@@ -1,0 +1,219 @@
+"""Facts about a model directory on disk: its weight files, their tensors, hashes and size. Reads headers, never torch.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets) and the raw
+bytes; https://github.com/huggingface/safetensors#format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ModelError
+
+CONFIG_FILE = "config.json"
+GENERATION_CONFIG_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+BYTES_OF_DTYPE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+# The reference reader refuses longer headers too (MAX_HEADER_SIZE in safetensors' tensor.rs).
+_MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file.
+
+    Attributes:
+        dtype: the format's own name, such as `BF16`.
+        offset_bytes: where its first byte lies, counted from the start of the file.
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * BYTES_OF_DTYPE[self.dtype]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that hold the weights: `model.safetensors`, or the shards that the index names, sorted.
+
+    Raises ModelError when there are none, when one is missing, or when the index points outside the directory.
+    """
+    if not directory.is_dir():
+        raise ModelError(f"{directory}: no such model directory", hint="give the directory that holds config.json")
+    single, index = directory / WEIGHTS_FILE, directory / INDEX_FILE
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        if pickled:
+            raise ModelError(
+                f"{directory}: weights only as pickle ({pickled[0]}), which can run code when it is read",
+                hint="use a copy of the model in safetensors format",
+            )
+        raise ModelError(
+            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
+            hint="is the download complete? A model directory holds config.json and safetensors files",
+        )
+    names = sorted(set(_weight_map(index).values()))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{directory}: {len(missing)} of {len(names)} weight files are missing: {', '.join(missing[:3])}",
+            hint="download the model again; it is incomplete",
+        )
+    return [directory / name for name in names]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index, each a plain base name (CVE class: `weight_map` with `../`)."""
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{index}: no weight_map", hint="download the index file again")
+    for name in set(map(str, weight_map.values())):
+        is_plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
+        if not is_plain or not name.endswith(".safetensors"):
+            raise ModelError(
+                f"{index}: weight_map names {name!r}, which is not a safetensors file of this directory",
+                hint="do not use this model; a sound index holds plain file names only",
+            )
+    return {str(tensor): str(name) for tensor, name in weight_map.items()}
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, in the order of their bytes; ModelError when the header does not fit the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
+            raise _broken(path, "its header is longer than the file")
+        try:
+            header = json.loads(file.read(header_bytes).decode("utf-8"))
+        except ValueError:
+            raise _broken(path, "its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise _broken(path, "its header is not a mapping")
+    header.pop("__metadata__", None)
+    data_start = 8 + header_bytes
+    tensors = [_stored_tensor(path, str(name), entry, data_start, size) for name, entry in header.items()]
+    tensors.sort(key=lambda tensor: tensor.offset_bytes)
+    return {tensor.name: tensor for tensor in tensors}
+
+
+def _stored_tensor(path: Path, name: str, entry: Any, data_start: int, file_bytes: int) -> StoredTensor:
+    try:
+        dtype, shape = str(entry["dtype"]), tuple(int(length) for length in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
+    except (TypeError, KeyError, ValueError):
+        raise _broken(path, f"the entry of {name} is malformed") from None
+    if dtype not in BYTES_OF_DTYPE:
+        raise _broken(path, f"{name} has the unknown dtype {dtype}")
+    tensor = StoredTensor(name, path, dtype, shape, data_start + begin)
+    fits = 0 <= begin <= end <= file_bytes - data_start and all(length >= 0 for length in shape)
+    if not fits or end - begin != tensor.num_bytes:
+        raise _broken(path, f"the bytes of {name} do not fit its shape, or end after the file")
+    return tensor
+
+
+def _broken(path: Path, reason: str) -> ModelError:
+    return ModelError(f"{path}: not a sound safetensors file: {reason}", hint="download or save the file again")
+
+
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of a model directory, by name; ModelError when the index and the files disagree."""
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(directory):
+        for name, tensor in read_header(path).items():
+            if name in tensors:
+                raise ModelError(
+                    f"{directory}: {name} is in {tensors[name].file.name} and in {path.name}",
+                    hint="remove the weight files that belong to another copy of the model",
+                )
+            tensors[name] = tensor
+    if not (directory / WEIGHTS_FILE).is_file():
+        for name, file_name in _weight_map(directory / INDEX_FILE).items():
+            if name not in tensors or tensors[name].file.name != file_name:
+                raise ModelError(
+                    f"{directory}: the index says that {name} is in {file_name}, where it is not",
+                    hint="download the model again; its index and its weight files do not belong together",
+                )
+    return tensors
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json as a mapping; ModelError when it is missing or not JSON."""
+    path = directory / CONFIG_FILE
+    if not path.is_file():
+        raise ModelError(f"{directory}: no {CONFIG_FILE}", hint="give the directory of a Hugging Face model")
+    return _read_json(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})", hint="download the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: not a mapping", hint="download the file again")
+    return value
+
+
+def file_hashes(directory: Path) -> dict[str, str]:
+    """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer files: the model's identity."""
+    others = (INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
+    paths = weight_files(directory) + [directory / name for name in others if (directory / name).is_file()]
+    # hashlib releases the interpreter lock while it hashes, so two shards are hashed at once.
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        hashes = pool.map(_sha256, paths)
+        return dict(sorted(zip((path.name for path in paths), hashes, strict=True)))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def directory_bytes(directory: Path) -> int:
+    """Bytes of all files in the directory and below it; a link counts as the file it names, as a copy would."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_tune.data import sources
+from gemma_tune.data.build import Datasets, Examples, encode_examples, format_sample, read_examples
+from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.tokenize import Encoder
+from gemma_tune.errors import DataError
+from gemma_tune.recipe.schema import DataSection
+
+Row = dict[str, Any]
+
+
+def numbered(count: int, **more: str) -> list[Row]:
+    return [{"instruction": f"What is number {index}?", "response": f"It is {index}."} | more for index in range(count)]
+
+
+def save(path: Path, rows: list[Row]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def section(source: str, **settings: Any) -> DataSection:
+    return DataSection(**{"source": source, "max_seq_tokens": 512} | settings)
+
+
+def read(tmp_path: Path, rows: list[Row], **settings: Any) -> Examples:
+    return read_examples(section(save(tmp_path / "rows.jsonl", rows), **settings), chat=None)
+
+
+def encode(tokenizer: Any, tmp_path: Path, rows: list[Row], **settings: Any) -> Datasets:
+    chosen = section(save(tmp_path / "rows.jsonl", rows), **settings)
+    return encode_examples(read_examples(chosen, chat=None), Encoder(tokenizer), chosen)
+
+
+def questions(examples: Any) -> set[str]:
+    return {example.question for example in examples}
+
+
+# --- split and order --------------------------------------------------------------------------------------------------
+
+
+def test_split_is_fixed_by_rows_and_seed(tmp_path: Path) -> None:
+    rows = numbered(200)
+    first = read(tmp_path, rows, eval_fraction=0.2)
+    again = read(tmp_path, rows, eval_fraction=0.2)
+    assert first == again
+    assert 20 <= len(first.eval) <= 60
+    assert questions(first.train) | questions(first.eval) == {row["instruction"] for row in rows}
+    other = read(tmp_path, rows, eval_fraction=0.2, seed=1)
+    assert questions(other.eval) != questions(first.eval)
+    assert [example.question for example in first.train] != sorted(questions(first.train), key=lambda text: text)
+
+
+def test_rows_keep_their_side_when_others_come_and_go(tmp_path: Path) -> None:
+    before = read(tmp_path, numbered(200), eval_fraction=0.2)
+    shuffled = read(tmp_path, numbered(200)[::-1], eval_fraction=0.2)
+    after = read(tmp_path, numbered(300), eval_fraction=0.2)
+    assert questions(shuffled.eval) == questions(before.eval)
+    assert questions(before.eval) < questions(after.eval)
+    assert questions(before.train) < questions(after.train)
+
+
+def test_another_template_holds_out_the_same_rows(tmp_path: Path, tokenizer: Any) -> None:
+    path = save(tmp_path / "rows.jsonl", numbered(100))
+    plain = read_examples(section(path, eval_fraction=0.2), chat=None)
+    chat = ChatRenderer.from_tokenizer(tokenizer)
+    turns = read_examples(section(path, eval_fraction=0.2, template="dolly-chat"), chat=chat)
+    assert questions(plain.eval) == questions(turns.eval)
+
+
+def test_equal_rows_never_stand_on_both_sides(tmp_path: Path) -> None:
+    rows = numbered(40) * 3 + [row | {"response": row["response"] + " \n"} for row in numbered(40)]
+    made = read(tmp_path, rows, eval_fraction=0.3)
+    assert not questions(made.train) & questions(made.eval)
+    assert len(made.eval) == len(questions(made.eval))  # once each
+    assert len(made.train) == 4 * len(questions(made.train))  # all kept
+    assert made.report.num_duplicates == 120
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_few_rows_have_one_on_each_side(tmp_path: Path, count: int) -> None:
+    for seed in range(8):
+        made = read(tmp_path, numbered(count), eval_fraction=0.05, seed=seed)
+        assert (len(made.train), len(made.eval)) == (count - 1, 1)
+
+
+def test_one_row_cannot_be_divided_but_can_be_trained(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one distinct row") as caught:
+        read(tmp_path, numbered(1) * 5)
+    assert caught.value.hint is not None and "eval_fraction=0" in caught.value.hint
+    made = read(tmp_path, numbered(1) * 5, eval_fraction=0.0)
+    assert (len(made.train), made.eval) == (5, [])
+
+
+def test_limits_on_rows(tmp_path: Path) -> None:
+    whole = read(tmp_path, numbered(200), eval_fraction=0.2)
+    made = read(tmp_path, numbered(200), eval_fraction=0.2, max_train_rows=10, max_eval_rows=5)
+    assert made.train == whole.train[:10]
+    assert made.eval == whole.eval[:5]
+    assert made.report.num_unused == 200 - 15
+
+
+def test_eval_rows_of_another_source_leave_train(tmp_path: Path) -> None:
+    eval_source = save(tmp_path / "eval.jsonl", numbered(130)[90:] + numbered(130)[90:91])
+    made = read(tmp_path, numbered(100), eval_source=eval_source)
+    assert (len(made.train), len(made.eval)) == (90, 40)
+    assert not questions(made.train) & questions(made.eval)
+    assert (made.report.num_leaked, made.report.num_duplicates) == (10, 11)
+    assert made.report.label == "rows.jsonl + eval.jsonl"
+    assert len(made.source_sha256s) == 2
+
+
+def test_train_rows_that_are_all_eval_rows_stop_the_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="every train row is also an eval row"):
+        read(tmp_path, numbered(5), eval_source=save(tmp_path / "eval.jsonl", numbered(5)))
+
+
+def test_tiny_world_brings_its_eval_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path / "train.jsonl", numbered(20))
+    save(tmp_path / "eval.jsonl", numbered(30)[20:])
+    monkeypatch.setattr(sources, "TINY_ROWS_DIR", tmp_path)
+    made = read_examples(section("tiny-world"), chat=None)
+    assert (len(made.train), len(made.eval)) == (20, 10)
+    made = read_examples(section("tiny-world", eval_fraction=0.0), chat=None)
+    assert (len(made.train), made.eval) == (20, [])
+
+
+def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no split"):
+        read(tmp_path, numbered(5), eval_split="test")
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def test_bad_rows_are_left_out_and_listed(tmp_path: Path, tokenizer: Any) -> None:
+    good = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "Yes"}]} for i in range(30)
+    ]
+    bad = [
+        {"messages": [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "No"}]} for _ in range(10)
+    ]
+    path = save(tmp_path / "rows.jsonl", good + bad)
+    made = read_examples(section(path, template="chat", eval_fraction=0.0), chat=ChatRenderer.from_tokenizer(tokenizer))
+    assert (len(made.train), made.report.rows_read, made.report.rows_bad) == (30, 40, 10)
+    assert len(made.report.bad_samples) == 5
+    assert made.report.bad_samples[0].startswith("rows.jsonl:31: the last message is from 'user'")
+
+
+def test_mostly_bad_rows_stop_everything(tmp_path: Path) -> None:
+    rows = numbered(4) + [{"instruction": "x", "response": None}] * 5
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, rows)
+    assert caught.value.message.splitlines() == [
+        "5 of 9 rows of rows.jsonl cannot be used with the template dolly",
+        *(f"  rows.jsonl:{line}: response is missing" for line in range(5, 10)),
+    ]
+    assert caught.value.hint is not None and '"instruction"' in caught.value.hint
+    assert read(tmp_path, numbered(5) + [{"instruction": "x", "response": None}] * 5).report.rows_bad == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "hint"),
+    [
+        ({"template": "alpaca"}, "has no column output", "these columns fit data.template=dolly"),
+        ({"template": "completion"}, "has no column prompt, completion", "data.template=dolly"),
+        ({"template": "chat"}, "has no column messages or conversations", "data.template=dolly"),
+        ({"columns": {"instruct": "instruction"}}, "no field 'instruct'; did you mean 'instruction'", "its fields"),
+        ({"columns": {"response": "respons"}}, "no column 'respons'; did you mean 'response'", "its columns"),
+        ({"template": "doly"}, "did you mean 'dolly'", "alpaca"),
+    ],
+)
+def test_a_template_that_does_not_fit_is_told(tmp_path: Path, settings: Row, expected: str, hint: str) -> None:
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, numbered(5), **settings)
+    assert expected in caught.value.message
+    assert caught.value.hint is not None and hint in caught.value.hint
+
+
+def test_columns_with_other_names(tmp_path: Path) -> None:
+    rows = [{"q": row["instruction"], "a": row["response"]} for row in numbered(5)]
+    with pytest.raises(DataError) as caught:
+        read(tmp_path, rows)
+    assert caught.value.hint == "map it: data.columns.instruction=COLUMN"
+    made = read(tmp_path, rows, columns={"instruction": "q", "response": "a"})
+    assert questions(made.train) | questions(made.eval) == {row["q"] for row in rows}
+
+
+@pytest.mark.parametrize("marker", ["###eos_token###", "</s>", "<|im_end|>"])
+def test_an_end_marker_of_another_tool_is_noted(tmp_path: Path, marker: str) -> None:
+    rows = [row | {"response": f"{index} {row['response']}{marker}"} for index, row in enumerate(numbered(20))]
+    notes = read(tmp_path, rows, eval_fraction=0.0).report.notes
+    assert len(notes) == 1 and notes[0].startswith("20 of 20 responses end in") and marker in notes[0]
+
+
+def test_common_words_are_not_noted(tmp_path: Path) -> None:
+    rows = [
+        row | {"response": "positive" if index % 2 else "It is not true."} for index, row in enumerate(numbered(20))
+    ]
+    assert read(tmp_path, rows).report.notes == ()
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+def test_report_counts_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
+    made = encode(tokenizer, tmp_path, numbered(100), eval_fraction=0.2)
+    report = made.report
+    assert (report.train_rows, report.eval_rows) == (len(made.train), len(made.eval))
+    assert report.train_tokens == sum(len(row.input_ids) for row in made.train)
+    assert report.train_supervised_tokens == sum(label != -100 for row in made.train for label in row.labels)
+    lengths = sorted(len(row.input_ids) for row in [*made.train, *made.eval])
+    assert (report.length_p50, report.length_p90, report.length_max) == (lengths[49], lengths[89], lengths[99])
+    assert [example.segments for example in made.train_examples] == [
+        example.segments for example in read(tmp_path, numbered(100), eval_fraction=0.2).train
+    ]
+    assert json.loads(json.dumps(asdict(report)))["train_rows"] == report.train_rows
+    assert (
+        report.lines()[0]
+        == f"rows.jsonl with template dolly: 100 rows → {len(made.train)} train, {len(made.eval)} eval"
+    )
+    assert len(report.lines()) == 2
+
+
+def long_and_short() -> list[Row]:
+    return [*numbered(4), {"instruction": "Long?", "context": "word " * 300, "response": "A long row ends well."}]
+
+
+def test_long_rows_are_dropped_and_told(tokenizer: Any, tmp_path: Path) -> None:
+    made = encode(tokenizer, tmp_path, long_and_short(), eval_fraction=0.0, max_seq_tokens=128)
+    assert len(made.train) == len(made.train_examples) == 4
+    assert "Long?" not in questions(made.train_examples)
+    assert made.report.dropped_too_long == 1
+    assert made.report.longest_row == "rows.jsonl:5"
+    assert any("1 row dropped, over max_seq_tokens 128: rows.jsonl:5 (" in line for line in made.report.lines())
+
+
+def test_long_rows_are_refused_with_the_length_that_fits(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"1 of 5 rows are longer than data\.max_seq_tokens 128") as caught:
+        encode(tokenizer, tmp_path, long_and_short(), eval_fraction=0.0, max_seq_tokens=128, too_long="refuse")
+    longest = encode(tokenizer, tmp_path, long_and_short(), eval_fraction=0.0, max_seq_tokens=4096).report.length_max
+    assert caught.value.hint is not None and f"data.max_seq_tokens={longest}" in caught.value.hint
+    made = encode(tokenizer, tmp_path, long_and_short(), eval_fraction=0.0, max_seq_tokens=longest, too_long="refuse")
+    assert len(made.train) == 5
+
+
+def test_prompts_are_cut_on_the_left_and_answers_never(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [row | {"context": " ".join(f"w{n}é" for n in range(index * 40))} for index, row in enumerate(numbered(8))]
+    whole = encode(tokenizer, tmp_path, rows, eval_fraction=0.0, max_seq_tokens=4096)
+    made = encode(tokenizer, tmp_path, rows, eval_fraction=0.0, max_seq_tokens=150, too_long="truncate_prompt")
+    assert made.report.dropped_too_long == 0 and made.report.truncated >= 4
+    assert len(made.train) == 8
+    for row, before, example, original in zip(
+        made.train, whole.train, made.train_examples, whole.train_examples, strict=True
+    ):
+        assert len(row.input_ids) <= 150
+        assert [label for label in row.labels if label != -100] == [label for label in before.labels if label != -100]
+        assert row.input_ids[0] == 2 and row.input_ids[-1] == 1
+        assert example.question == original.question
+        kept = example.prompt_text
+        assert kept.startswith(f"### Instruction:\n{original.question}\n\n") and kept.endswith("\n\n### Response:\n")
+        if len(before.input_ids) > 150:
+            # Cut, but by no more than it takes: one more of the longest pieces would not fit.
+            assert len(row.input_ids) > 150 - 12
+            context = kept.split("### Context:\n")[1].removesuffix("\n\n### Response:\n")
+            assert context and original.segments[3].text.endswith(context)
+
+
+def test_an_answer_that_alone_is_too_long_drops_the_row(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [*numbered(4), {"instruction": "Long?", "response": "word " * 300}]
+    made = encode(tokenizer, tmp_path, rows, eval_fraction=0.0, max_seq_tokens=128, too_long="truncate_prompt")
+    assert (len(made.train), made.report.dropped_too_long, made.report.truncated) == (4, 1, 0)
+
+
+def test_no_row_left_says_what_would_fit(tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"all 20 train rows are longer than data\.max_seq_tokens 8") as caught:
+        encode(tokenizer, tmp_path, numbered(20), eval_fraction=0.0, max_seq_tokens=8)
+    fits = int(str(caught.value.hint).split("max_seq_tokens=")[1].split()[0])
+    assert len(encode(tokenizer, tmp_path, numbered(20), eval_fraction=0.0, max_seq_tokens=fits).train) == 20
+
+
+def test_eval_rows_that_are_all_too_long_are_noted(tokenizer: Any, tmp_path: Path) -> None:
+    eval_source = save(tmp_path / "eval.jsonl", [{"instruction": "Long?", "response": "word " * 300}])
+    made = encode(tokenizer, tmp_path, numbered(5), eval_source=eval_source, max_seq_tokens=128)
+    assert made.eval == [] and "nothing is evaluated" in made.report.notes[-1]
+
+
+def test_control_strings_are_counted_with_their_place(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [*numbered(3), {"instruction": "<end_of_turn>\n<start_of_turn>model", "response": "No."}]
+    report = encode(tokenizer, tmp_path, rows, eval_fraction=0.0).report
+    assert (report.control_strings, report.control_samples) == (2, ("rows.jsonl:4",))
+
+
+def test_train_on_all(tokenizer: Any, tmp_path: Path) -> None:
+    report = encode(tokenizer, tmp_path, numbered(5), eval_fraction=0.0, train_on="all").report
+    assert report.train_supervised_tokens == report.train_tokens - 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_seq_tokens": 511},
+        {"train_on": "all"},
+        {"seed": 1},
+        {"too_long": "refuse"},
+        {"eval_fraction": 0.1},
+        {"max_train_rows": 3},
+    ],
+)
+def test_the_hash_knows_every_setting(tokenizer: Any, tmp_path: Path, change: Row) -> None:
+    first = encode(tokenizer, tmp_path, numbered(50))
+    assert first.sha256 == encode(tokenizer, tmp_path, numbered(50)).sha256 == first.report.sha256
+    assert first.sha256 != encode(tokenizer, tmp_path, numbered(50), **change).sha256
+    assert first.sha256 != encode(tokenizer, tmp_path, numbered(51)).sha256
+
+
+def test_the_hash_knows_the_template_and_not_the_place(tokenizer: Any, tmp_path: Path) -> None:
+    first = encode(tokenizer, tmp_path, numbered(50)).sha256
+    (tmp_path / "elsewhere").mkdir()
+    assert encode(tokenizer, tmp_path / "elsewhere", numbered(50)).sha256 == first
+    own = tmp_path / "dolly.yaml"
+    from gemma_tune.data.template import load_template
+
+    own.write_text(load_template("dolly").source_text.replace("### Response", "### Answer"), encoding="utf-8")
+    assert encode(tokenizer, tmp_path, numbered(50), template=str(own)).sha256 != first
+
+
+def test_sample_shows_a_row_and_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
+    made = encode(tokenizer, tmp_path, numbered(9), eval_fraction=0.0)
+    pieces = format_sample(made, tokenizer)
+    assert [supervised for _, supervised in pieces] == [False, True]
+    assert pieces[0][0].startswith("<bos>### Instruction:\nWhat is number")
+    assert pieces[1][0].startswith("It is") and pieces[1][0].endswith(".<eos>")
