@@ -39,10 +39,10 @@ def merge(
             opened, dtype=dtype, max_shard_bytes=int(max_shard_gb * 1e9), reporter=reporter, output=target
         )
     if as_json:
-        terminal.json({"directory": str(target), **asdict(report)})
+        terminal.json({**asdict(report), "output_dir": str(target)})
         return
     terminal.note(
-        f"[green]✓[/] merged {report.num_merged} of {report.num_tensors} tensors in {report.seconds:.1f} s: "
-        f"{format_bytes(report.num_bytes)} in {report.dtype}, checked"
+        f"[green]✓[/] merged {report.tensors_merged + report.tensors_replaced} of {report.tensors_total} tensors in {report.seconds:.1f} s: "
+        f"{format_bytes(report.weight_bytes)} in {report.dtype}, checked"
     )
     terminal.plain(str(target))

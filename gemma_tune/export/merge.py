@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +55,6 @@ _TORCH_DTYPE = {
 # 4 MiB in float32: a block and its change stay in the cache of one core.
 _BLOCK_ELEMENTS = 1 << 20
 _MAX_WORKERS = 4
-_LOCK_FILE = "merge.lock"
 _FREE_SLACK_BYTES = 64 << 20
 _DEFAULT_SHARD_BYTES = 5_000_000_000
 
@@ -126,7 +124,7 @@ def merge_adapter(
             _write_json(partial_dir / CONFIG_FILE, plan.config)
             max_abs_delta = _write_weights(plan, partial_dir, on_progress=on_progress or (lambda done, total: None))
             _prove(plan, partial_dir)
-            files = tuple(sorted(path.name for path in partial_dir.iterdir() if path.name != _LOCK_FILE))
+            files = tuple(sorted(path.name for path in partial_dir.iterdir()))
     except OSError as error:
         raise ExportError(
             f"cannot write {output_dir}: {error.strerror or error}", hint="nothing was kept; mend the cause and merge again"
@@ -271,30 +269,43 @@ def _same_values(a: StoredTensor, b: StoredTensor, transposed: bool) -> bool:
 def _partial_directory(output_dir: Path) -> Iterator[Path]:
     """A directory beside the output, renamed to it at the end and removed on any error.
 
-    A merge that was killed leaves it behind; the next merge to the same output removes it. A lock, which the system drops
-    with its process, keeps two merges to one output apart.
+    A merge that was killed leaves it behind; the next merge to the same output removes it.
     """
-    output_dir.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial_dir = output_dir.absolute().parent / f".{output_dir.name}.merging"
-    partial_dir.mkdir(exist_ok=True)
-    with (partial_dir / _LOCK_FILE).open("w", encoding="utf-8") as lock:
-        if not _take_lock(lock):
-            raise ExportError(f"another merge is writing {output_dir}", hint="wait for it, or give another directory")
+    parent = output_dir.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial_dir = parent / f".{output_dir.name}.merging"
+    with _lock(parent / f".{output_dir.name}.merging.lock", output_dir):
+        _refuse_output(output_dir)
+        if partial_dir.exists():
+            shutil.rmtree(partial_dir)
+        partial_dir.mkdir()
         try:
-            for left in partial_dir.iterdir():
-                if left.name != _LOCK_FILE:
-                    left.unlink()
             yield partial_dir
             _sync_directory(partial_dir)
             _refuse_output(output_dir)
+            if output_dir.is_dir():
+                output_dir.rmdir()
+            partial_dir.rename(output_dir)
+            _sync_directory(parent)
         except BaseException:
             shutil.rmtree(partial_dir, ignore_errors=True)
             raise
-        (partial_dir / _LOCK_FILE).unlink()
-        if output_dir.is_dir():
-            output_dir.rmdir()
-        partial_dir.rename(output_dir)
-        _sync_directory(output_dir.absolute().parent)
+
+
+@contextmanager
+def _lock(path: Path, output_dir: Path) -> Iterator[None]:
+    """Keep two merges to one output apart. The system drops the lock with its process, however that ends."""
+    with path.open("w", encoding="utf-8") as lock:
+        # The second test: the file may be one that its last holder removed between our opening and locking it.
+        if not _take_lock(lock) or not path.exists() or os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
+            raise ExportError(f"another merge is writing {output_dir}", hint="wait for it, or give another directory")
+        try:
+            yield
+        finally:
+            if sys.platform != "win32":
+                path.unlink()
+    if sys.platform == "win32":  # where an open file cannot be removed
+        path.unlink(missing_ok=True)
 
 
 def _take_lock(lock: IO[str]) -> bool:
@@ -527,11 +538,8 @@ def _abs_max(values: torch.Tensor) -> torch.Tensor:
     """The largest absolute value, NaN where there is one. aminmax is 20 times as fast as isfinite().all() on bfloat16."""
     if values.numel() == 0:
         return torch.zeros(())
-    low, high = torch.aminmax(values.detach())
+    low, high = torch.aminmax(values)
     return torch.maximum(low.float().abs(), high.float().abs())
-
-
-_buffers = threading.local()
 
 
 def _read(tensor: StoredTensor, begin: int, end: int) -> torch.Tensor:

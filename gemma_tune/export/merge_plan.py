@@ -231,7 +231,7 @@ def _plan_ends(
     base_config: Mapping[str, Any],
     same_values: SameValues,
 ) -> _Ends:
-    """Follow PEFT's forward pass, not its merge: PEFT's merge adds a change trained on one end to both (peft issue 2018).
+    """Follow PEFT's forward pass, not its merge: PEFT's merge adds a change trained on one end to both (peft issue 2777).
 
     In a tied base both ends are one parameter. modules_to_save trains a copy of its own, so the other end stays what it
     was; an embedding that is merely saved with the adapter is loaded into the one parameter, so both ends are it. LoRA on
