@@ -2,15 +2,16 @@
 
     python benchmarks/merge.py [--shape gemma-2b] [--layers 2] [--rank 16] [--repeats 3] [--workdir DIR]
 
-Makes a random Gemma-shaped checkpoint (bfloat16, sharded) and a random adapter on all seven projections, then runs every
-way in a process of its own. Seconds are those of the work inside the process (imports apart) with the output flushed to
-disk; peak memory is the whole process's, interpreter and imports included. The best of the repeats counts.
+Makes a random Gemma-shaped checkpoint (bfloat16, sharded) and a random adapter on all seven projections, then runs
+every way in a process of its own. Seconds are those of the work inside the process (imports apart) with the output
+flushed to disk; peak memory is the whole process's, interpreter and imports included. Best time and worst memory count.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -120,8 +121,14 @@ def make_adapter(directory: Path, base_dir: Path, *, rank: int) -> None:
         tensors[f"base_model.model.{module}.lora_A.weight"] = 0.02 * torch.randn(rank, inputs, generator=generator)
         tensors[f"base_model.model.{module}.lora_B.weight"] = 0.02 * torch.randn(outputs, rank, generator=generator)
     save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": list(PROJECTIONS)}
-    write_json(directory / "adapter_config.json", config | {"base_model_name_or_path": str(base_dir)})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank}
+    config |= {"target_modules": list(PROJECTIONS), "base_model_name_or_path": str(base_dir)}
+    write_json(directory / "adapter_config.json", config)
+
+
+def make_inputs(base_dir: Path, adapter_dir: Path, shape: dict[str, int], *, num_shards: int, rank: int) -> None:
+    make_base(base_dir, shape, num_shards=num_shards)
+    make_adapter(adapter_dir, base_dir, rank=rank)
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -194,8 +201,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(dir=arguments.workdir, prefix="merge-benchmark-") as scratch:
         base_dir, adapter_dir = Path(scratch) / "base", Path(scratch) / "adapter"
-        make_base(base_dir, shape, num_shards=arguments.shards)
-        make_adapter(adapter_dir, base_dir, rank=arguments.rank)
+        # In a process of its own: a child's ru_maxrss starts at what its parent had resident when it was started.
+        maker = multiprocessing.get_context("spawn").Process(
+            target=make_inputs,
+            args=(base_dir, adapter_dir, shape),
+            kwargs={"num_shards": arguments.shards, "rank": arguments.rank},
+        )
+        maker.start()
+        maker.join()
+        if maker.exitcode:
+            raise SystemExit("the checkpoint could not be made")
         num_bytes = sum(path.stat().st_size for path in base_dir.iterdir())
         os.sync()
         runs: dict[str, list[Measurement]] = {way: [] for way in arguments.ways}
@@ -206,8 +221,10 @@ def main() -> None:
     best = {
         way: Measurement(min(m.seconds for m in done), max(m.peak_bytes for m in done)) for way, done in runs.items()
     }
-    title = f"merge: {arguments.shape}, {shape['num_hidden_layers']} layers, {num_bytes / 1e9:.2f} GB, rank {arguments.rank}"
-    table = Table(title=title, caption=f"best of {arguments.repeats}; {os.cpu_count()} cores")
+    size = f"{shape['num_hidden_layers']} layers, {num_bytes / 1e9:.2f} GB, rank {arguments.rank}"
+    table = Table(
+        title=f"merge: {arguments.shape}, {size}", caption=f"best of {arguments.repeats}; {os.cpu_count()} cores"
+    )
     for column in ("way", "seconds", "GB/s", "peak memory (GB)", "time / cp"):
         table.add_column(column, justify="left" if column == "way" else "right")
     for way, measured in best.items():

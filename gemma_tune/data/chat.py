@@ -24,7 +24,8 @@ from jinja2.visitor import NodeTransformer
 from gemma_tune.data.segments import RowError, Segment
 from gemma_tune.errors import DataError
 
-# What one rendering may do. Gemma 4's template, the longest of the family, takes about 60 steps a message.
+# What one rendering may do. Measured: 200 messages take 601 steps in Gemma 1's template, 1,001 in 3's and 22,703 in
+# 4's, whose inner loops look back at earlier turns.
 MAX_STEPS = 200_000
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
 # White space that str.strip (Jinja's trim) removes and that no template writes itself.

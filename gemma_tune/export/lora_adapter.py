@@ -1,4 +1,4 @@
-"""Reads a PEFT LoRA adapter directory without PEFT: what was trained, by module; what the merge cannot do is refused by name."""
+"""Reads a PEFT LoRA adapter directory without PEFT: what was trained, by module. Refuses what cannot be merged."""
 
 from __future__ import annotations
 
@@ -26,11 +26,32 @@ _EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 # Settings that describe the training or the adapter's reach, but not the arithmetic of the merge.
 _HARMLESS_SETTINGS = frozenset(
-    "auto_mapping base_model_name_or_path corda_config ensure_weight_tying eva_config exclude_modules inference_mode "
-    "init_lora_weights layers_pattern layers_to_transform loftq_config lora_dropout lora_ga_config megatron_core "
-    "modules_to_save peft_type peft_version qalora_group_size revision runtime_config target_modules task_type".split()
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
 )
-_MERGED_SETTINGS = frozenset("alpha_pattern bias lora_alpha r rank_pattern use_dora use_rslora".split())
+_MERGED_SETTINGS = frozenset({"alpha_pattern", "bias", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"})
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside a base whose weights they changed first: added to the plain base,
 # such an adapter gives another model than the one that was trained (peft docs, "Initialization").
 _PLAIN_INITS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -87,7 +108,7 @@ class LoraAdapter:
         return parts + list(self.trained.values()) + list(self.base_copies.values())
 
     def saves_apart(self, module: str) -> bool:
-        """Whether modules_to_save names the module: PEFT then trained a copy of its own, apart from the base's parameter."""
+        """Whether modules_to_save names the module: PEFT then trained a copy, apart from the base's parameter."""
         return any(name.rpartition(".")[2] == module for name in self.modules_to_save)
 
 
@@ -102,7 +123,7 @@ def read_adapter(directory: Path) -> LoraAdapter:
                 f"{directory}: the adapter is stored as pickle (.bin), which can run code when it is read",
                 hint="save it again with save_pretrained(..., safe_serialization=True) where you trust its origin",
             )
-        raise ExportError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}", hint="give the adapter directory of a finished run")
+        raise ExportError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}", hint="give the adapter of a finished run")
     return _group_tensors(directory, config, read_header(path))
 
 
@@ -124,7 +145,8 @@ def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
     where = directory / ADAPTER_CONFIG_FILE
     if config.get("peft_type") != "LORA":
         raise ExportError(
-            f"{where}: peft_type is {config.get('peft_type')!r}", hint="only LoRA adapters (with rsLoRA, DoRA) can be merged"
+            f"{where}: peft_type is {config.get('peft_type')!r}",
+            hint="only LoRA adapters (rsLoRA and DoRA among them) can be merged",
         )
     if config.get("bias", "none") != "none":
         raise ExportError(
@@ -132,8 +154,8 @@ def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
         )
     if config.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise ExportError(
-            f"{where}: init_lora_weights is {config['init_lora_weights']!r}: it changed the base's weights before training, "
-            "so the adapter does not belong to the plain base",
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}: it changed the base's weights before "
+            "training, so the adapter does not belong to the plain base",
             hint="save it as a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
     known = _HARMLESS_SETTINGS | _MERGED_SETTINGS
@@ -141,7 +163,7 @@ def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
     unsupported = sorted(name for name, value in config.items() if value and name not in known)
     if unsupported:
         told = ", ".join(f"{name}={config[name]!r}"[:80] for name in unsupported)
-        raise ExportError(f"{where}: cannot merge an adapter with {told}", hint="train without it, or merge it with PEFT")
+        raise ExportError(f"{where}: cannot merge an adapter with {told}", hint="train without it, or use PEFT's merge")
 
 
 def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[str, StoredTensor]) -> LoraAdapter:

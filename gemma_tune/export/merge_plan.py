@@ -1,8 +1,9 @@
-"""What a merge will write, decided from headers alone: which adapter tensor lands where, ties, dtypes, shards. No torch.
+"""What a merge will write, decided from headers alone: which tensor lands where, ties, dtypes, shards. No torch.
 
 Names differ between an adapter, a checkpoint and the transformers release that wrote them (`model.layers`,
-`model.language_model.layers`, `language_model.model.layers`); `canonical_name` brings them together. PEFT loads an adapter
-whose names do not fit with one warning and no effect; here every adapter tensor has exactly one place, or nothing is written.
+`model.language_model.layers`, `language_model.model.layers`); `canonical_name` brings them together. PEFT loads an
+adapter whose names do not fit with one warning and no effect; here every adapter tensor has exactly one place, or
+nothing is written.
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ def plan_merge(
         planned.pop(name_of.get(_HEAD, ""), None)
         planned |= {tensor.name: tensor for tensor in (ends.embedding, ends.head) if tensor is not None}
         config, notes = _with_ends(config, ends), ends.notes
-    for tensor in planned.values():
-        _check_shapes(adapter, tensor)
+    for output in planned.values():
+        _check_shapes(adapter, output)
 
     if dtype != "auto":
         stored = STORED_DTYPE_OF[dtype]
@@ -143,7 +144,7 @@ def _refuse_base(base: Mapping[str, StoredTensor], config: Mapping[str, Any], ad
     where = next(iter(base.values())).file.parent if base else adapter.directory
     quantised = [t.name for t in base.values() if t.dtype not in (*FLOAT_DTYPES, "I64", "I32", "I16", "BOOL")]
     if config.get("quantization_config") or quantised:
-        found = f"{quantised[0]} is {base[quantised[0]].dtype}" if quantised else "config.json has a quantization_config"
+        found = f"{quantised[0]} is {base[quantised[0]].dtype}" if quantised else "quantization_config in config.json"
         named = re.sub(r"(-unsloth)?-(bnb-4bit|bnb-8bit|4bit|8bit)$", "", adapter.base_name or "")
         raise ExportError(
             f"{where}: the base is quantised ({found}); merging into it would round away part of what was trained",
@@ -151,7 +152,8 @@ def _refuse_base(base: Mapping[str, StoredTensor], config: Mapping[str, Any], ad
         )
     if not str(config.get("model_type", "")).startswith("gemma"):
         raise ExportError(
-            f"{where}: model_type {config.get('model_type')!r} is not a Gemma", hint="give the base the adapter was trained on"
+            f"{where}: model_type {config.get('model_type')!r} is not a Gemma",
+            hint="give the base that the adapter was trained on",
         )
     code = [key for key in config if key == "auto_map" or key.startswith("_attn_implementation")]
     if code:
@@ -231,11 +233,11 @@ def _plan_ends(
     base_config: Mapping[str, Any],
     same_values: SameValues,
 ) -> _Ends:
-    """Follow PEFT's forward pass, not its merge: PEFT's merge adds a change trained on one end to both (peft issue 2777).
+    """Follow PEFT's forward pass, not its merge, which adds a change trained on one end to both (peft issue 2777).
 
     In a tied base both ends are one parameter. modules_to_save trains a copy of its own, so the other end stays what it
-    was; an embedding that is merely saved with the adapter is loaded into the one parameter, so both ends are it. LoRA on
-    one end changes that end alone, unless ensure_weight_tying made them one.
+    was; an embedding that is merely saved with the adapter is loaded into the one parameter, so both ends are it. LoRA
+    on one end changes that end alone, unless ensure_weight_tying made them one.
     """
     factors, trained, copies = _by_canonical_name(adapter)
     stored = base[name_of[_EMBEDDING]]
@@ -243,7 +245,7 @@ def _plan_ends(
     says_tied = _says_tied(base_config)
     if stored_head is None and not says_tied:
         raise ExportError(
-            f"{stored.file.parent}: config.json says that lm_head is not tied to the embedding, but no lm_head.weight is there",
+            f"{stored.file.parent}: config.json says that lm_head is not tied, but there is no lm_head.weight",
             hint="the base is incomplete; download it again",
         )
     # transformers ties only where the file holds no head, or an equal one (tie_weights in modeling_utils.py, 5.x).
@@ -252,7 +254,8 @@ def _plan_ends(
     whole_in, whole_out = trained.get(_EMBEDDING), trained.get(_HEAD)
     copy_in, copy_out = copies.get(_EMBEDDING), copies.get(_HEAD)
     if was_tied:
-        shared = _shared_end(adapter, stored, whole_in=whole_in, whole_out=whole_out, copies=(copy_in, copy_out), same=same_values)
+        wholes, both_copies = (whole_in, whole_out), (copy_in, copy_out)
+        shared = _shared_end(adapter, stored, wholes=wholes, copies=both_copies, same_values=same_values)
         source_in, source_out = whole_in or shared, whole_out or shared
     else:
         assert stored_head is not None
@@ -299,18 +302,18 @@ def _shared_end(
     adapter: LoraAdapter,
     stored: StoredTensor,
     *,
-    whole_in: StoredTensor | None,
-    whole_out: StoredTensor | None,
+    wholes: tuple[StoredTensor | None, StoredTensor | None],
     copies: tuple[StoredTensor | None, StoredTensor | None],
-    same: SameValues,
+    same_values: SameValues,
 ) -> StoredTensor:
-    """The one parameter behind both ends of a tied base, as PEFT would find it after loading the adapter."""
+    """The one parameter behind both ends of a tied base, after PEFT has loaded the adapter; (embedding, head) pairs."""
+    whole_in, whole_out = wholes
     if whole_in is not None and not adapter.saves_apart("embed_tokens"):
         return whole_in
     if whole_out is not None and not adapter.saves_apart("lm_head"):
         return whole_out
-    changed = [copy for copy in (_changed_copy(stored, c, same) for c in copies) if copy is not stored]
-    if len(changed) == 2 and not same(changed[0], changed[1], False):
+    changed = [copy for copy in (_changed_copy(stored, c, same_values) for c in copies) if copy is not stored]
+    if len(changed) == 2 and not same_values(changed[0], changed[1], False):
         raise ExportError(
             f"{adapter.directory}: the base is tied, but the adapter carries different copies of it for the two ends",
             hint="the adapter file is damaged, or was put together from two",
@@ -324,15 +327,15 @@ def _planned_end(name: str, source: StoredTensor, stored: StoredTensor, factors:
 
 def _is_one(adapter: LoraAdapter, embedding: PlannedTensor, head: PlannedTensor, same: SameValues) -> bool:
     """Whether both ends come out as the same values."""
-    if embedding.source is not head.source:
-        if embedding.source.shape != head.source.shape or not same(embedding.source, head.source, False):
-            return False
+    if embedding.source is not head.source and not same(embedding.source, head.source, False):
+        return False
     at_in, at_out = embedding.factors, head.factors
     if at_in is None or at_out is None:
         return at_in is at_out
     # (b @ a).T of the embedding is b' @ a' of the head when b' = a.T and a' = b.T.
-    is_mirrored = adapter.ties_embeddings and at_in.scaling == at_out.scaling and not (at_in.magnitude or at_out.magnitude)
-    return is_mirrored and same(at_in.a, at_out.b, True) and same(at_in.b, at_out.a, True)
+    if not adapter.ties_embeddings or at_in.scaling != at_out.scaling or at_in.magnitude or at_out.magnitude:
+        return False
+    return same(at_in.a, at_out.b, True) and same(at_in.b, at_out.a, True)
 
 
 def _with_ends(config: dict[str, Any], ends: _Ends) -> dict[str, Any]:

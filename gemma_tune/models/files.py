@@ -1,7 +1,7 @@
-"""Facts about a model directory on disk: its weight files, their tensors, hashes and size. Reads headers, never torch.
+"""Facts about a model directory on disk: its weight files, their tensors, hashes and size, from headers, without torch.
 
-A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets) and the raw
-bytes; https://github.com/huggingface/safetensors#format.
+A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, data_offsets) and the
+raw bytes; https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file, in the order of their bytes; ModelError when the header does not fit the file."""
+    """The tensors of one safetensors file, in the order of their bytes; ModelError when header and file do not fit."""
     size = path.stat().st_size
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
@@ -200,7 +200,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
-    """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer files: the model's identity."""
+    """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer: the model's identity."""
     others = (INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
     paths = weight_files(directory) + [directory / name for name in others if (directory / name).is_file()]
     # hashlib releases the interpreter lock while it hashes, so two shards are hashed at once.

@@ -55,7 +55,17 @@ def test_split_is_fixed_by_rows_and_seed(tmp_path: Path) -> None:
     assert questions(first.train) | questions(first.eval) == {row["instruction"] for row in rows}
     other = read(tmp_path, rows, eval_fraction=0.2, seed=1)
     assert questions(other.eval) != questions(first.eval)
-    assert [example.question for example in first.train] != sorted(questions(first.train), key=lambda text: text)
+
+
+def test_train_rows_are_shuffled_by_the_seed(tmp_path: Path) -> None:
+    orders = [
+        [example.where for example in read(tmp_path, numbered(50), eval_fraction=0.0, seed=seed).train]
+        for seed in (0, 0, 1)
+    ]
+    in_file = [f"rows.jsonl:{line}" for line in range(1, 51)]
+    assert orders[0] == orders[1]
+    assert len({tuple(order) for order in (*orders, in_file)}) == 3
+    assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(in_file))}
 
 
 def test_rows_keep_their_side_when_others_come_and_go(tmp_path: Path) -> None:
@@ -229,6 +239,14 @@ def test_report_counts_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
     assert len(report.lines()) == 2
 
 
+def test_percentiles_are_lengths_that_occur(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"instruction": "?", "response": "日" * count} for count in range(1, 101)]  # 3 byte tokens each
+    report = encode(tokenizer, tmp_path, rows, eval_fraction=0.0).report
+    shortest = report.length_max - 3 * 99
+    expected = tuple(shortest + 3 * (rank - 1) for rank in (50, 90, 99, 100))
+    assert (report.length_p50, report.length_p90, report.length_p99, report.length_max) == expected
+
+
 def long_and_short() -> list[Row]:
     return [*numbered(4), {"instruction": "Long?", "context": "word " * 300, "response": "A long row ends well."}]
 
@@ -330,6 +348,16 @@ def test_the_hash_knows_the_template_and_not_the_place(tokenizer: Any, tmp_path:
 
     own.write_text(load_template("dolly").source_text.replace("### Response", "### Answer"), encoding="utf-8")
     assert encode(tokenizer, tmp_path, numbered(50), template=str(own)).sha256 != first
+
+
+def test_the_hash_knows_the_models_chat_template(tokenizer: Any, gemma3_tokenizer: Any, tmp_path: Path) -> None:
+    chosen = section(save(tmp_path / "rows.jsonl", numbered(9)), template="dolly-chat")
+    first, second = (
+        encode_examples(read_examples(chosen, chat=ChatRenderer.from_tokenizer(made)), Encoder(made), chosen)
+        for made in (tokenizer, gemma3_tokenizer)
+    )
+    assert [row.input_ids for row in first.train] == [row.input_ids for row in second.train]
+    assert first.sha256 != second.sha256
 
 
 def test_sample_shows_a_row_and_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
