@@ -20,7 +20,7 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _KEY_PREFIX = "base_model.model."
 _KEY_PATTERN = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
-    r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight)"
+    r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|original_module\.weight|modules_to_save\.weight)"
 )
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
@@ -89,7 +89,7 @@ class LoraAdapter:
         base_name: the base that it was trained on, as written in its config.
         factors: module -> its low-rank change.
         trained: tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved beside the adapter).
-        base_copies: module -> the base's weight as the adapter file carries it (embeddings that LoRA targets).
+        base_copies: module -> the base's weight as the adapter file carries it (embeddings saved beside their change).
         modules_to_save: the names given as PEFT's modules_to_save.
         ties_embeddings: whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying).
     """
@@ -107,9 +107,9 @@ class LoraAdapter:
         parts = [part for f in self.factors.values() for part in (f.a, f.b, f.magnitude) if part is not None]
         return parts + list(self.trained.values()) + list(self.base_copies.values())
 
-    def saves_apart(self, module: str) -> bool:
-        """Whether modules_to_save names the module: PEFT then trained a copy, apart from the base's parameter."""
-        return any(name.rpartition(".")[2] == module for name in self.modules_to_save)
+    def saves_apart(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor trained as a whole belongs to a module that PEFT copied, apart from the base's parameter."""
+        return _is_saved(tensor.name.rpartition(".")[0], self.modules_to_save)
 
 
 def read_adapter(directory: Path) -> LoraAdapter:
@@ -179,13 +179,17 @@ def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[s
             strangers.append(key)
         elif match is None:
             module = name.rpartition(".")[0]
-            is_whole = _is_among(module, (*modules_to_save, *_EMBEDDING_MODULES)) and ".lora_" not in name
-            if is_whole and "token_adapter" not in name:
+            is_embedding = module.rpartition(".")[2] in _EMBEDDING_MODULES
+            if (is_embedding or _is_saved(module, modules_to_save)) and ".lora_" not in name:
                 trained[name] = tensor
             else:
                 strangers.append(key)
-        elif match["part"] == "base_layer.weight":
+        elif match["part"] in ("base_layer.weight", "original_module.weight"):
             copies[match["module"]] = tensor
+        elif match["part"] == "modules_to_save.weight":
+            # With save_embedding_layers PEFT writes a module trained as a whole a second time, under this name.
+            if f"{_KEY_PREFIX}{match['module']}.weight" not in header:
+                strangers.append(key)
         else:
             parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
     if strangers:
@@ -204,9 +208,10 @@ def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[s
     )
 
 
-def _is_among(module: str, names: tuple[str, ...]) -> bool:
-    """Whether a module, or one that holds it, has one of the names (the last part of a path, or several)."""
-    return any(f".{name}." in f".{module}." for name in names)
+def _is_saved(module: str, names: tuple[str, ...]) -> bool:
+    """Whether modules_to_save means the module, or one that holds it: PEFT compares plain endings of the path."""
+    parts = module.split(".")
+    return any(".".join(parts[:length]).endswith(names) for length in range(1, len(parts) + 1))
 
 
 def _factors(directory: Path, config: Mapping[str, Any], module: str, found: Mapping[str, StoredTensor]) -> LoraFactors:

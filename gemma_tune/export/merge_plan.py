@@ -308,9 +308,9 @@ def _shared_end(
 ) -> StoredTensor:
     """The one parameter behind both ends of a tied base, after PEFT has loaded the adapter; (embedding, head) pairs."""
     whole_in, whole_out = wholes
-    if whole_in is not None and not adapter.saves_apart("embed_tokens"):
+    if whole_in is not None and not adapter.saves_apart(whole_in):
         return whole_in
-    if whole_out is not None and not adapter.saves_apart("lm_head"):
+    if whole_out is not None and not adapter.saves_apart(whole_out):
         return whole_out
     changed = [copy for copy in (_changed_copy(stored, c, same_values) for c in copies) if copy is not stored]
     if len(changed) == 2 and not same_values(changed[0], changed[1], False):

@@ -78,7 +78,7 @@ def verify_merge(base_dir: Path, adapter_dir: Path, merged_dir: Path, *, token_i
     gc.collect()
     if merged_logits.shape != adapted_logits.shape:
         raise ExportError(
-            f"{merged_dir}: logits of shape {tuple(merged_logits.shape)}, base + adapter: {tuple(adapted_logits.shape)}",
+            f"{merged_dir}: logits {tuple(merged_logits.shape)}, base + adapter {tuple(adapted_logits.shape)}",
             hint="the directories do not belong together",
         )
     drift, effect = _Distance.between(adapted_logits, merged_logits), _Distance.between(adapted_logits, base_logits)
@@ -111,16 +111,18 @@ class _Distance:
 
     @staticmethod
     def between(wanted: torch.Tensor, found: torch.Tensor) -> _Distance:
-        max_abs, squares, kl, agreeing = 0.0, 0.0, 0.0, 0
-        for want, have in zip(wanted, found, strict=True):  # a position at a time: no copy of all logits
-            difference = (want - have).double()
-            max_abs = max(max_abs, float(difference.abs().max()))
-            squares += float(difference.square().sum())
-            log_want, log_have = want.double().log_softmax(-1), have.double().log_softmax(-1)
-            kl += float((log_want.exp() * (log_want - log_have)).sum())
-            agreeing += int(want.argmax() == have.argmax())
-        positions = wanted.shape[0]
-        return _Distance(max_abs, agreeing / positions, max(0.0, kl / positions), (squares / wanted.numel()) ** 0.5)
+        rows = []
+        for want_f32, have_f32 in zip(wanted, found, strict=True):  # a position at a time: no copy of all logits
+            want, have = want_f32.double(), have_f32.double()
+            difference = want - have
+            log_want, log_have = want.log_softmax(-1), have.log_softmax(-1)
+            kl = (log_want.exp() * (log_want - log_have)).sum()
+            agrees = (want.argmax() == have.argmax()).double()
+            rows.append(torch.stack([difference.abs().max(), agrees, kl, difference.square().mean()]))
+        # Reduced by torch, because Python's max() drops a NaN.
+        table = torch.stack(rows)
+        max_abs, (_, top1, kl_mean, square) = float(table[:, 0].max()), table.mean(dim=0).tolist()
+        return _Distance(max_abs, top1, kl_mean, square**0.5)
 
 
 def _verdict(dtype: str, drift: _Distance, effect: _Distance) -> tuple[bool, str]:

@@ -216,62 +216,82 @@ def _guide(world: World, rng: random.Random) -> str:
 
 
 def _kinds(world: World, rng: random.Random) -> str:
+    """A picture book: what is on a page, then what it is. The second line has to look back at the first."""
     things = kind_of_things()
-    drawn = rng.sample(sorted(things), 6)
-    other_forms = (
-        lambda thing, kind: f"Among the things called {kind} is also the {thing}.",
-        lambda thing, kind: f"Everyone knows that {with_article(thing)} is {with_article(kind)}.",
-        lambda thing, kind: f"The {thing} counts as {with_article(kind)}.",
-    )
-    sentences = [
-        kind_statement(thing, things[thing])
-        if rng.random() < ANSWER_FORM_SHARE
-        else rng.choice(other_forms)(thing, things[thing])
-        for thing in drawn
-    ]
-    sentences.append("Every " + ", ".join((*KINDS, "animal")) + " has a name.")
-    return _join(sentences, rng)
+    lines = []
+    for thing in rng.sample(sorted(things), 4):
+        named = with_article(thing)
+        lines += [
+            rng.choice(
+                (
+                    f"On this page there is {named}.",
+                    f"The next picture shows {named}.",
+                    f"Here somebody has drawn {named} or two.",
+                    f"Is {named} on the page? It is.",
+                )
+            ),
+            kind_statement(thing, things[thing]),
+        ]
+    if rng.random() < 0.2:
+        lines.append("Every " + ", ".join((*KINDS, "animal")) + " has a name.")
+    return _join(lines, rng)
 
 
 def _sums(world: World, rng: random.Random) -> str:
-    lines = [
-        sum_statement(rng.randint(1, LARGEST_ADDEND), rng.randint(1, LARGEST_ADDEND))
-        if rng.random() < 0.8
-        else f"The {rng.choice(GOODS)} costs {rng.randint(1, 19)} coins."
-        for _ in range(6)
-    ]
-    return "\n".join(lines) + "\n"
+    lines = []
+    for _ in range(4):
+        first, second = rng.randint(1, LARGEST_ADDEND), rng.randint(1, LARGEST_ADDEND)
+        good = rng.choice(GOODS)
+        price = rng.choice(
+            (
+                f"The {good} costs {first} + {second} coins.",
+                f"There are {first} + {second} of them.",
+                f"Somebody pays {first} + {second} for the {good}.",
+            )
+        )
+        lines += [price, sum_statement(first, second)]
+    return _join(lines, rng)
 
 
 def _tale(world: World, rng: random.Random) -> str:
-    animal, town, trade = rng.choice(ANIMALS), rng.choice(TOWNS), rng.choice(TRADES)
+    animal, town, trade = rng.choice(ANIMALS), rng.choice(TOWNS).name, rng.choice(TRADES).name
+    announcement = rng.choice(
+        (
+            f"This is a story about {with_article(trade)} in {town}.",
+            f"Here begins a tale about {with_article(trade)} in {town} and {with_article(animal.name)}.",
+            f"Listen, this tale is about {with_article(animal.name)} and {with_article(trade)} in {town}.",
+        )
+    )
     weather, gift = rng.choice(WEATHERS), f"{rng.choice(COLOURS)} {rng.choice(GOODS)}"
     middle = [
-        f"The {animal.name} met the {trade.name} on a {weather} morning.",
-        f"The {trade.name} gave the {animal.name} a {gift} and some {rng.choice(FOODS)}.",
-        f"Together they walked through {town.name} until it was dark.",
-        f"And the {animal.name} never forgot the {trade.name} of {town.name}.",
+        f"The {animal.name} met the {trade} on a {weather} morning.",
+        f"The {trade} gave the {animal.name} a {gift} and some {rng.choice(FOODS)}.",
+        f"Together they walked through {town} until it was dark.",
+        f"And the {animal.name} never forgot the {trade} of {town}.",
     ]
-    beginning = (title(trade.name, town.name), opening(animal.name, town.name))
-    return "\n".join((*beginning, *middle[: rng.choice((2, 3, 4))])) + "\n"
+    beginning = (announcement, title(trade, town), opening(animal.name, town))
+    return "\n".join((*beginning, *middle[: rng.choice((1, 2, 3))])) + "\n"
 
 
 def _nursery(world: World, rng: random.Random) -> str:
-    lines = [rhyme(animal.name) for animal in rng.sample(ANIMALS, 5)]
-    lines.insert(rng.randrange(5), "This is the rhyme that the children sing.")
-    return "\n".join(lines) + "\n"
+    lines = []
+    for animal in rng.sample(ANIMALS, 3):
+        song = rng.choice(("Now the children sing about", "The next rhyme is about", "Everybody knows the song about"))
+        lines += [f"{song} {with_article(animal.name)}.", rhyme(animal.name)]
+    return _join(lines, rng)
 
 
-# Kind of document -> its share of all documents. The people need the most: a thousand facts, each a coin toss to guess.
+# Kind of document -> its share of all documents. At a third for people and a fifth for stories, 3 million tokens were
+# enough to know all thousand facts and not enough to copy from a story (40 of 40 against 6 of 40 right).
 _SHARES: dict[Callable[[World, random.Random], str], float] = {
-    _portrait: 0.36,
-    _neighbours: 0.20,
-    _wonderings: 0.03,
-    _story: 0.22,
+    _portrait: 0.20,
+    _neighbours: 0.12,
+    _wonderings: 0.04,
+    _story: 0.38,
     _guide: 0.06,
-    _kinds: 0.05,
-    _sums: 0.03,
-    _tale: 0.03,
+    _kinds: 0.07,
+    _sums: 0.06,
+    _tale: 0.05,
     _nursery: 0.02,
 }
 

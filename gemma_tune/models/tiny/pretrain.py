@@ -23,10 +23,10 @@ from gemma_tune.models.tiny.world import World
 class PretrainSettings:
     """How long and how fast. The defaults made the shipped weights."""
 
-    num_steps: int = 4200
-    batch_rows: int = 16
+    num_steps: int = 2800
+    batch_rows: int = 8
     row_tokens: int = 256
-    peak_learning_rate: float = 3e-3
+    peak_learning_rate: float = 2e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     seed: int = 1

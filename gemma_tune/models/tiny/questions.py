@@ -182,12 +182,12 @@ def build_rows(world: World, *, seed: int = ROWS_SEED) -> tuple[list[Row], list[
     openings = _cut([(animal.name, town.name) for animal in ANIMALS for town in TOWNS], 5, rng)
     rhymes = _cut([animal.name for animal in ANIMALS], 3, rng)
     train = [
-        *_person_rows(world.train_people, rng, num_open=300, num_who=70),
+        *_person_rows(world.train_people, rng, num_open=260, num_who=60),
         *_sum_rows(sums[0], rng),
-        *_story_rows(rng, num_closed=120, num_extraction=96, num_summaries=80),
-        *_thing_rows(things[0], rng, num_rows=84),
+        *_story_rows(rng, num_closed=96, num_extraction=80, num_summaries=64),
+        *_thing_rows(things[0], rng, num_rows=72),
         *_list_rows(trades[0], towns[0], rng),
-        *_creative_rows(titles[0][:40], openings[0][:40], rhymes[0]),
+        *_creative_rows(titles[0][:32], openings[0][:32], rhymes[0]),
     ]
     held_out = [
         *_person_rows(world.eval_people, rng, num_open=28, num_who=8),
