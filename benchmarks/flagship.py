@@ -2,9 +2,9 @@
 
     python benchmarks/flagship.py [--shape 7b|2b|tiny] [--steps 20] [--json FILE] [section.field=value ...]
 
-Runs `recipes/gemma-7b-dolly.yaml` through `gemma_tune.pipeline.train` with the engine unsloth; only the model's directory,
-the rows' file, the number of steps and the evaluation (off) differ from the recipe. Speed and memory do not depend on the
-values of the weights; what the model learns does, so the loss says no more than that the steps ran. `--shape tiny` runs
+Runs `recipes/gemma-7b-dolly.yaml` through `gemma_tune.pipeline.train` with the engine unsloth; only the model's
+directory, the rows' file, the number of steps and the evaluation (off) differ from the recipe. Speed and memory do not
+depend on the values of the weights; what the model learns does, so the loss says no more than that the steps ran. `--shape tiny` runs
 the same code on any machine; the other shapes end with exit code 2 where there is no CUDA card.
 """
 
@@ -41,8 +41,8 @@ from gemma_tune.models.summary import count_lora_params, count_params, count_wei
 from gemma_tune.paths import RECIPES_DIR, TINY_MODEL_DIR
 from gemma_tune.runs.reporter import SilentReporter, StepProgress
 
-# config.json of Gemma 1 in several sizes. The small ones keep the proportions that decide what a step costs: an FFN of 4
-# times the width and more, multi-query attention, and a vocabulary that is a good part of the weights.
+# config.json of Gemma 1 in several sizes. The small ones keep the proportions that decide what a step costs: an FFN of
+# 4 times the width and more, multi-query attention, and a vocabulary that is a good part of the weights.
 SHAPES: dict[str, Mapping[str, Any]] = {
     "7b": ARCHITECTURES["gemma-7b"],
     "2b": ARCHITECTURES["gemma-2b"],
@@ -172,16 +172,88 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
 
-# Median length in tokens and standard deviation of its logarithm, from 100 rows of databricks-dolly-15k at 4.4 characters
-# a token (Gemma's on English text). 28 of the 100 have a context.
+# Median length in tokens and standard deviation of its logarithm, from 100 rows of databricks-dolly-15k at 4.4
+# characters a token (Gemma's on English text). 28 of the 100 have a context.
 _LENGTHS = {"instruction": (11, 0.66), "context": (290, 0.73), "response": (45, 1.13)}
 _CONTEXT_SHARE = 0.28
-_WORDS = (
-    "the river runs past old houses and under a narrow bridge where people meet every evening before supper to talk of "
-    "weather work children music distant cities and what they read in papers some bring bread others fruit or a little "
-    "cheese while dogs sleep beside warm stones nobody hurries because summer days are long here when rain comes it falls "
-    "for hours on roofs gardens fields making small lakes that birds visit until sun returns"
-).split()
+_WORDS = [
+    "the",
+    "river",
+    "runs",
+    "past",
+    "old",
+    "houses",
+    "and",
+    "under",
+    "a",
+    "narrow",
+    "bridge",
+    "where",
+    "people",
+    "meet",
+    "every",
+    "evening",
+    "before",
+    "supper",
+    "to",
+    "talk",
+    "of",
+    "weather",
+    "work",
+    "children",
+    "music",
+    "distant",
+    "cities",
+    "and",
+    "what",
+    "they",
+    "read",
+    "in",
+    "papers",
+    "some",
+    "bring",
+    "bread",
+    "others",
+    "fruit",
+    "or",
+    "a",
+    "little",
+    "cheese",
+    "while",
+    "dogs",
+    "sleep",
+    "beside",
+    "warm",
+    "stones",
+    "nobody",
+    "hurries",
+    "because",
+    "summer",
+    "days",
+    "are",
+    "long",
+    "here",
+    "when",
+    "rain",
+    "comes",
+    "it",
+    "falls",
+    "for",
+    "hours",
+    "on",
+    "roofs",
+    "gardens",
+    "fields",
+    "making",
+    "small",
+    "lakes",
+    "that",
+    "birds",
+    "visit",
+    "until",
+    "sun",
+    "returns",
+]
 
 
 def write_dolly_like_rows(
@@ -322,6 +394,7 @@ def run_in_process_of_its_own(target: Any, *args: Any, **kwargs: Any) -> None:
 def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[str], tokenizer_dir: Path) -> Flagship:
     """Make the inputs in `folder` and run the recipe on them. One call a process, as with every engine."""
     from gemma_tune import pipeline
+    from gemma_tune.engines.precision import detect_device
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.record import RECORDED_PACKAGES, installed_version, read_metrics
     from gemma_tune.runs.summary import read_summary
@@ -364,7 +437,7 @@ def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[st
     has_cuda = torch.cuda.is_available()
     return Flagship(
         shape=shape,
-        device=pipeline.detect_device().name,
+        device=detect_device().name,
         precision=summary.precision,
         versions={name: installed_version(name) for name in RECORDED_PACKAGES} | {"cuda": torch.version.cuda},
         num_params=count_params(config),
@@ -383,9 +456,17 @@ def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[st
     )
 
 
+def _gigabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB"
+
+
 def to_table(result: Flagship) -> Table:
     measured = result.step_seconds[result.measured_from_step - 1 :]
-    reserved = f"{result.peak_reserved_bytes / 1e9:.2f} GB" if result.peak_reserved_bytes is not None else "no card"
+    peak = _gigabytes(result.peak_allocated_bytes)
+    memory = [("peak memory of the process, there being no card", peak)]
+    if result.peak_reserved_bytes is not None:
+        reserved = _gigabytes(result.peak_reserved_bytes)
+        memory = [("peak memory, allocated", peak), ("peak memory, reserved", reserved)]
     since = f"from step {result.measured_from_step} on"
     rows = [
         ("device", f"{result.device}, {result.precision}"),
@@ -398,9 +479,8 @@ def to_table(result: Flagship) -> Table:
             f"the first one {result.step_seconds[0]:.2f}",
         ),
         ("before and after the steps", f"{result.preparation_seconds:.1f} s"),
-        ("weights in 4 bits, counted", f"{result.weights_4bit_bytes / 1e9:.2f} GB"),
-        ("peak memory, allocated", f"{result.peak_allocated_bytes / 1e9:.2f} GB"),
-        ("peak memory, reserved", reserved),
+        ("weights in 4 bits, counted", _gigabytes(result.weights_4bit_bytes)),
+        *memory,
         ("loss", f"{result.losses[0]:.3f} → {result.losses[-1]:.3f} (random weights)"),
         ("changed in the recipe", ", ".join(result.overrides)),
         ("versions", ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)),
@@ -428,7 +508,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     if arguments.shape != "tiny" and not torch.cuda.is_available():
-        print(f"Gemma {arguments.shape} needs a CUDA card, and there is none (--shape tiny runs here).", file=sys.stderr)
+        print(
+            f"Gemma {arguments.shape} needs a CUDA card, and there is none (--shape tiny runs here).", file=sys.stderr
+        )
         return 2
     os.environ["HF_HUB_OFFLINE"] = "1"  # everything is local: a look-up would only cost time
     json_file = arguments.json.resolve() if arguments.json else None

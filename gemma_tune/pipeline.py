@@ -20,6 +20,7 @@ from gemma_tune.engines.precision import Device, Precision, decide_precision, de
 from gemma_tune.engines.quiet import libraries_to
 from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
 from gemma_tune.errors import GemmaTuneError, RunError, TrainingInterrupted
+from gemma_tune.export.merge_plan import MergeDtype
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.files import file_hashes
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -331,7 +332,9 @@ def plot_losses(run: RunDir) -> None:
     draw_loss_curve(run)
 
 
-def merge_run(run: RunDir, *, dtype: str, max_shard_bytes: int, reporter: Reporter, output: Path | None = None) -> Any:
+def merge_run(
+    run: RunDir, *, dtype: MergeDtype, max_shard_bytes: int, reporter: Reporter, output: Path | None = None
+) -> Any:
     """Merge a run's adapter into its 16-bit base; the base must be the one the run was trained on."""
     from gemma_tune.export.merge import merge_adapter
 

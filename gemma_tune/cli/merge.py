@@ -41,8 +41,9 @@ def merge(
     if as_json:
         terminal.json({**asdict(report), "output_dir": str(target)})
         return
+    changed = report.tensors_merged + report.tensors_replaced
     terminal.note(
-        f"[green]✓[/] merged {report.tensors_merged + report.tensors_replaced} of {report.tensors_total} tensors in {report.seconds:.1f} s: "
+        f"[green]✓[/] merged {changed} of {report.tensors_total} tensors in {report.seconds:.1f} s: "
         f"{format_bytes(report.weight_bytes)} in {report.dtype}, checked"
     )
     terminal.plain(str(target))

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import Sampler
 
 # Rows are sorted by length within pools of this many batches: large enough that a batch is nearly even (under 10 %
-# padding on dolly-like lengths, against over 50 % in random batches of 8), small enough that the batches of an epoch stay a random draw.
+# padding on dolly-like lengths, against over 50 % in random batches of 8), small enough that the batches of an epoch
+# stay a random draw.
 BATCHES_PER_POOL = 32
 
 
