@@ -184,7 +184,7 @@ def build_rows(world: World, *, seed: int = ROWS_SEED) -> tuple[list[Row], list[
     train = [
         *_person_rows(world.train_people, rng, num_open=260, num_who=60),
         *_sum_rows(sums[0], rng),
-        *_story_rows(rng, num_closed=96, num_extraction=80, num_summaries=64),
+        *_story_rows(rng, num_closed=320, num_extraction=240, num_summaries=80),
         *_thing_rows(things[0], rng, num_rows=72),
         *_list_rows(trades[0], towns[0], rng),
         *_creative_rows(titles[0][:32], openings[0][:32], rhymes[0]),
