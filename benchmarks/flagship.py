@@ -5,7 +5,8 @@
 Runs `recipes/gemma-7b-dolly.yaml` through `gemma_tune.pipeline.train` with the engine unsloth; only the model's
 directory, the rows' file, the number of steps and the evaluation (off) differ from the recipe. Speed and memory do not
 depend on the values of the weights; what the model learns does, so the loss says no more than that the
-steps ran. `--shape tiny` runs the same code on any machine; the other shapes end with exit code 2 where there is no CUDA card.
+steps ran. `--shape tiny` runs the same code on any machine; the other shapes end with exit code 2 where there is no
+CUDA card.
 """
 
 from __future__ import annotations
