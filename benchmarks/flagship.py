@@ -34,7 +34,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gemma_tune.data.render import render_example
-from gemma_tune.data.sources import SourceRow
+from gemma_tune.data.rows import SourceRow
 from gemma_tune.data.template import load_template
 from gemma_tune.models.config import TextConfig, check_config, read_config
 from gemma_tune.models.registry import ARCHITECTURES

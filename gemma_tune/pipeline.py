@@ -11,18 +11,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.build import Datasets, Examples, encode_examples, read_examples
+from gemma_tune.data.audit import AuditReport
+from gemma_tune.data.build import build_datasets
 from gemma_tune.data.chat import ChatRenderer
-from gemma_tune.data.template import DataTemplate, load_template
+from gemma_tune.data.encode import Datasets
+from gemma_tune.data.inputs import Inputs, open_inputs
+from gemma_tune.data.pack import require_rows_fit
 from gemma_tune.data.tokenize import Encoder
 from gemma_tune.engines.base import AttachedLora, Engine
 from gemma_tune.engines.precision import Device, Precision, decide_precision, detect_device
 from gemma_tune.engines.quiet import libraries_to
 from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
-from gemma_tune.errors import GemmaTuneError, RunError, TrainingInterrupted
+from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
 from gemma_tune.export.merge_plan import MergeDtype
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.files import file_hashes
+from gemma_tune.models.files import file_hashes, tokenizer_hashes
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir, create_run, discard_run, find_interrupted
@@ -43,7 +46,7 @@ class Setting:
 
     recipe: Recipe
     base: LocalModel
-    template: DataTemplate
+    inputs: Inputs
     device: Device
     precision: Precision
     choice: EngineChoice
@@ -98,13 +101,18 @@ def resume_command(loaded: LoadedRecipe, run: RunDir) -> str:
 
 
 def _decide(recipe: Recipe) -> Setting:
-    template = load_template(recipe.data.template)
-    base = fetch_model(recipe.model.name, revision=recipe.model.revision)
+    base, inputs = open_data(recipe)
+    for item in inputs.all:
+        if item.template.kind == "preference":
+            raise DataError(
+                f"{item.source.label} holds preference pairs, which are checked but cannot be trained yet",
+                hint="look at them with: gemma-tune data audit; to learn the chosen answers, give them as messages",
+            )
     device = detect_device()
     return Setting(
         recipe=recipe,
         base=base,
-        template=template,
+        inputs=inputs,
         device=device,
         precision=decide_precision(recipe.model.dtype, device=device),
         choice=choose_engine(recipe.model, training=recipe.training, device=device),
@@ -119,7 +127,7 @@ def _fresh_run(loaded: LoadedRecipe, setting: Setting) -> RunDir:
     try:
         write_text(run.recipe, loaded.text)
         write_text(run.resolved_recipe, dump_recipe(loaded.recipe))
-        write_text(run.template, setting.template.source_text)
+        write_text(run.template, setting.inputs.template.source_text)
         start_manifest(run)
     except GemmaTuneError:
         discard_run(run)
@@ -165,8 +173,12 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
     engine = start_engine(setting.choice.name)
 
     reporter.stage("data")
-    tokenizer, encoder, datasets = load_data(recipe, directory=base.directory, template=setting.template)
+    tokenizer, encoder, datasets = load_data(recipe, base=base, inputs=setting.inputs)
     write_json(run.data_report, asdict(datasets.report))
+    if recipe.training.packing:
+        require_rows_fit(datasets.train.lengths, capacity=recipe.training.pack_tokens or recipe.data.max_seq_tokens)
+    if datasets.cached:
+        reporter.detail("from the token cache: nothing that decides these rows has changed")
     for line in datasets.report.lines():
         reporter.detail(line)
     lock = _lock(loaded, setting, datasets=datasets)
@@ -193,15 +205,44 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
     return Prepared(engine, tokenizer, encoder, datasets, attached)
 
 
-def load_data(recipe: Recipe, *, directory: Path, template: DataTemplate) -> tuple[Any, Encoder, Datasets]:
-    """The tokenizer of a model directory, and the recipe's rows as token ids and labels."""
+def open_data(recipe: Recipe) -> tuple[LocalModel, Inputs]:
+    """The base, and the opened sources of the rows with the templates that read them."""
+    base = fetch_model(recipe.model.name, revision=recipe.model.revision)
+    return base, open_inputs(recipe.data, prefers_chat=base.knows_chat_turns)
+
+
+def load_data(recipe: Recipe, *, base: LocalModel, inputs: Inputs) -> tuple[Any, Encoder, Datasets]:
+    """The tokenizer of the base, and the recipe's rows as token ids and labels."""
+    tokenizer, encoder, chat = load_encoder(base, inputs=inputs)
+    datasets = build_datasets(
+        recipe.data, inputs, tokenizer_files=tokenizer_hashes(base.directory), load=lambda: (encoder, chat)
+    )
+    return tokenizer, encoder, datasets
+
+
+def load_encoder(base: LocalModel, *, inputs: Inputs) -> tuple[Any, Encoder, ChatRenderer | None]:
+    """The tokenizer of the base, its encoder, and its chat renderer where a template needs one."""
     from gemma_tune.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(directory)
-    encoder = Encoder(tokenizer)
-    chat = ChatRenderer.from_tokenizer(tokenizer) if template.kind == "chat" else None
-    examples: Examples = read_examples(recipe.data, chat=chat)
-    return tokenizer, encoder, encode_examples(examples, encoder, recipe.data)
+    tokenizer = load_tokenizer(base.directory)
+    needs_chat = any(item.template.kind != "text" for item in inputs.all)
+    return tokenizer, Encoder(tokenizer), ChatRenderer.from_tokenizer(tokenizer) if needs_chat else None
+
+
+def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
+    """Look at every row of a recipe as it stands, before anything is cleaned or left out."""
+    from gemma_tune.data.audit import audit_rows
+    from gemma_tune.data.survey import survey_rows
+
+    base, inputs = open_data(recipe)
+    _, encoder, chat = load_encoder(base, inputs=inputs)
+    rows, bad = survey_rows(recipe.data, inputs, encoder=encoder, chat=chat)
+    return audit_rows(
+        rows,
+        bad=bad,
+        max_seq_tokens=recipe.data.max_seq_tokens,
+        on_progress=reporter.progress,
+    )
 
 
 def _lock(loaded: LoadedRecipe, setting: Setting, *, datasets: Datasets) -> Lock:
@@ -210,7 +251,11 @@ def _lock(loaded: LoadedRecipe, setting: Setting, *, datasets: Datasets) -> Lock
         recipe=loaded.name,
         overrides=list(loaded.overrides),
         base={"name": base.name, "revision": base.revision, "files": file_hashes(base.directory)},
-        data={"label": datasets.report.label, "sha256": datasets.sha256, "template_sha256": setting.template.sha256},
+        data={
+            "label": datasets.report.label,
+            "sha256": datasets.sha256,
+            "template_sha256": setting.inputs.template.sha256,
+        },
         engine=asdict(setting.choice),
         precision=asdict(setting.precision),
         hardware=asdict(setting.device),
@@ -284,7 +329,7 @@ def _train_and_summarise(
         base_revision=setting.base.revision,
         resume_from=resume_from,
     )
-    write_text(run.adapter / run.template.name, setting.template.source_text)
+    write_text(run.adapter / run.template.name, setting.inputs.template.source_text)
     after = answer("after training") if examples else []
     answers = pair_answers(examples, before, after)
     write_text(run.answers, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answers))

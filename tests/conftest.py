@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,14 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails a connection at once and everywhere, instead of after a time-out on machines without network only."""
     monkeypatch.setattr(socket.socket, "connect", _refuse_connect)
     monkeypatch.setattr(socket, "getaddrinfo", _refuse_resolve)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's own cache is neither read nor written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA_TUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -215,7 +215,19 @@ def test_start_up_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> N
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["code"] in (0, None), done.stdout + done.stderr
     assert "gemma_tune" in told["modules"]
-    slow = HEAVY | {"matplotlib", "pandas", "pyarrow", "huggingface_hub", "numpy"}
+    slow = HEAVY | {
+        "matplotlib",
+        "pandas",
+        "pyarrow",
+        "huggingface_hub",
+        "numpy",
+        "scipy",
+        "datasketch",
+        "ftfy",
+        "phonenumbers",
+        "stdnum",
+        "py3langid",
+    }
     assert not slow & set(told["modules"])
 
 

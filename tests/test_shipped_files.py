@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from gemma_tune.data.inputs import detect_template
 from gemma_tune.data.template import load_template
 from gemma_tune.models.registry import find_model
 from gemma_tune.paths import DATA_TEMPLATES_DIR, RECIPES_DIR
@@ -67,11 +68,19 @@ def test_the_promised_recipes_are_there() -> None:
     assert small | large <= {path.stem for path in RECIPES}
 
 
+DOLLY_COLUMNS = ("instruction", "context", "response", "category")
+
+
 @each_recipe
 def test_recipe_is_valid_and_its_model_and_template_exist(path: Path) -> None:
     recipe = load_recipe(path).recipe
     model = find_model(recipe.model.name)
-    template = load_template(recipe.data.template)
+    template = (
+        detect_template(DOLLY_COLUMNS, prefers_chat=model.is_instruction_tuned)
+        if recipe.data.template == "auto"
+        else load_template(recipe.data.template)
+    )
+    assert template is not None
     assert template.kind == ("chat" if model.is_instruction_tuned else "text"), (
         "an -it model is trained on its own turns"
     )

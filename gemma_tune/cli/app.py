@@ -8,7 +8,7 @@ import sys
 import typer
 
 from gemma_tune.cli.console import Terminal
-from gemma_tune.cli.data import show_data
+from gemma_tune.cli.data import data_app
 from gemma_tune.cli.generate import generate
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
@@ -28,10 +28,10 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("validate")(validate)
-app.command("data")(show_data)
 app.command("generate")(generate)
 app.command("merge")(merge)
 app.command("report")(report)
+app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(models_app, name="models")
 

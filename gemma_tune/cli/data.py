@@ -1,39 +1,116 @@
-"""`gemma-tune data`."""
+"""`gemma-tune data preview|audit|clear-cache`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
 
+import typer
 from rich.text import Text
 
-from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal
+from gemma_tune.cli.arguments import AsJson, Overrides
+from gemma_tune.cli.console import Terminal, TerminalReporter, format_bytes
+from gemma_tune.errors import GemmaTuneError
+
+data_app = typer.Typer(help="What is trained: look at it, audit it.", no_args_is_help=True)
+RowsOrRecipe = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE|ROWS",
+        help="A recipe, or a file of rows to look at as gemma-tiny would be trained on it.",
+        show_default=False,
+    ),
+]
 
 
-def show_data(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Show what would be trained: counts, lengths, and one row as the model sees it, its supervised text marked."""
+@data_app.command("preview")
+def preview(
+    recipe: RowsOrRecipe,
+    overrides: Overrides = None,
+    num_rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
+    side: Annotated[Literal["train", "eval"], typer.Option(help="Which rows.")] = "train",
+    at: Annotated[
+        str | None, typer.Option(help="Show the row that stands here, such as rows.jsonl:12.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model will see them, token by token, with what is trained marked; and the counts of all rows."""
     from gemma_tune import pipeline
-    from gemma_tune.data.build import format_sample
-    from gemma_tune.data.template import load_template
+    from gemma_tune.data.preview import preview_rows
     from gemma_tune.engines.quiet import libraries_to
-    from gemma_tune.models.fetch import fetch_model
-    from gemma_tune.recipe.load import load_recipe
+    from gemma_tune.recipe.load import load_recipe_or_rows
 
     terminal = Terminal()
-    loaded = load_recipe(recipe, overrides or ()).recipe
+    loaded = load_recipe_or_rows(recipe, overrides or ()).recipe
     with libraries_to(None):
-        template = load_template(loaded.data.template)
-        base = fetch_model(loaded.model.name, revision=loaded.model.revision)
-        tokenizer, _, datasets = pipeline.load_data(loaded, directory=base.directory, template=template)
+        base, inputs = pipeline.open_data(loaded)
+        tokenizer, encoder, datasets = pipeline.load_data(loaded, base=base, inputs=inputs)
+    rows = preview_rows(datasets, tokenizer, control_ids=encoder.control_ids, side=side, count=num_rows, at=at)
     if as_json:
-        terminal.json(asdict(datasets.report))
+        terminal.json({"report": asdict(datasets.report), "rows": [asdict(row) for row in rows]})
         return
     for line in datasets.report.lines():
         terminal.plain(line)
-    terminal.plain("\nOne row, as the model sees it; what is trained is marked:\n")
     marked = terminal.out.is_terminal
-    for text, is_supervised in format_sample(datasets, tokenizer):
-        terminal.result_inline(
-            Text(text, style="bold green") if is_supervised and marked else Text(f"⟦{text}⟧" if is_supervised else text)
-        )
-    terminal.plain("")
+    terminal.plain("\nTrained tokens are " + ("green, control tokens inverse." if marked else "between ⟦ and ⟧."))
+    for row in rows:
+        terminal.plain(f"\n{row.where}: {row.num_tokens} tokens, {row.num_supervised} of them in the loss")
+        for text, style in row.styled(colours=marked):
+            terminal.result_inline(Text(text, style=style))
+        terminal.plain("")
+
+
+@data_app.command("audit")
+def audit(
+    recipe: RowsOrRecipe,
+    overrides: Overrides = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Also write the report as a web page.", metavar="FILE", show_default=False)
+    ] = None,
+    fail_on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="error|warning|KIND=N",
+            help="End with exit code 1 at a finding of this severity, or at N or more findings of a kind.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what ruins a fine-tune: duplicates, leaks, damage, personal data, rows that do not fit."""
+    from gemma_tune import pipeline
+    from gemma_tune.cli.audit import parse_threshold, print_audit, threshold_passed
+    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.recipe.load import load_recipe_or_rows
+
+    terminal = Terminal()
+    loaded = load_recipe_or_rows(recipe, overrides or ())
+    threshold = parse_threshold(fail_on) if fail_on else None
+    with libraries_to(None), TerminalReporter(terminal) as reporter:
+        report = pipeline.audit_data(loaded.recipe, reporter=reporter)
+    if html is not None:
+        from gemma_tune.reporting.audit_page import write_audit_page
+
+        try:
+            write_audit_page(html, asdict(report), title=loaded.name)
+        except OSError as error:
+            raise GemmaTuneError(f"cannot write {html}: {(error.strerror or str(error)).lower()}") from None
+    if as_json:
+        terminal.json(asdict(report))
+    else:
+        print_audit(terminal, report)
+    if html is not None:
+        terminal.note(f"[green]✓[/] wrote {html}")
+    if threshold is not None and threshold_passed(report, threshold):
+        raise typer.Exit(1)
+
+
+@data_app.command("clear-cache")
+def clear_cache() -> None:
+    """Remove the token cache; the next training encodes its rows again."""
+    from gemma_tune.data.cache import cache_dir
+    from gemma_tune.data.cache import clear_cache as clear
+
+    num_entries, num_bytes = clear()
+    Terminal().note(f"[green]✓[/] removed {num_entries} entries, {format_bytes(num_bytes)}, of {cache_dir()}")

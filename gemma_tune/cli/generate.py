@@ -92,10 +92,11 @@ def generate(
 def _rows(template: Any, prompts: Any, *, context: str, file: Path | None) -> list[dict[str, Any]]:
     """The template's fields for every question."""
     from gemma_tune.data.render import question_fields
-    from gemma_tune.data.sources import load_source
 
     if file is not None:
-        return [dict(row.fields) for row in load_source(str(file)).rows]
+        from gemma_tune.data.sources import open_source, read_whole
+
+        return [dict(row.fields) for row in read_whole(open_source(str(file)))]
     rows = [question_fields(template, prompt) for prompt in prompts]
     if context:
         if "context" not in template.fields:

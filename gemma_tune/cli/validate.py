@@ -8,14 +8,14 @@ from gemma_tune.cli.console import Terminal
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe without loading a model: keys, values, model name and data template."""
-    from gemma_tune.data.template import load_template
+    from gemma_tune.data.template import check_named
     from gemma_tune.models.registry import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
 
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
     resolve_model(loaded.recipe.model.name)
-    load_template(loaded.recipe.data.template)
+    check_named(loaded.recipe.data)
     if as_json:
         terminal.json(loaded.recipe.model_dump(mode="json"))
         return

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.rows import SourceRow
 from gemma_tune.data.segments import RowError, Segment
-from gemma_tune.data.sources import SourceRow
 from gemma_tune.data.template import DataTemplate, MessageTemplate, render_pieces, render_text
 from gemma_tune.errors import DataError
 
@@ -58,6 +58,11 @@ class Example:
         """Everything before the last answer as text, without the BOS."""
         return "".join(segment.text for segment in self.prompt_segments)
 
+    @property
+    def own_texts(self) -> tuple[str, ...]:
+        """The row's own pieces of text, without what the template adds."""
+        return tuple(segment.text for segment in self.segments if not segment.control)
+
 
 def render_example(
     template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
@@ -82,7 +87,10 @@ def render_example(
         question = values.get(template.question or "", "")
         key = _key(sorted(values.items()))
     else:
-        if template.conversation:
+        if template.kind == "preference":
+            messages = _preference(template, row.fields, columns=columns, chat=chat, where=row.where)
+            key = _key((message["role"], message["content"]) for message in messages)
+        elif template.conversation:
             messages = _conversation(template, row.fields, columns=columns, where=row.where)
             key = _key((message["role"], message["content"]) for message in messages)
         else:
@@ -204,11 +212,52 @@ def _conversation(
     if column is None:
         raise RowError(where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
     value = row[column]
+    if isinstance(value, str) and value.strip() and template.kind == "preference":
+        return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise RowError(
             where, f"{column} is {'an empty list' if value == [] else type(value).__name__}, not a list of messages"
         )
     return [_message(item, where=f"{column}[{index}]", row=where) for index, item in enumerate(value)]
+
+
+def _preference(
+    template: DataTemplate,
+    row: Mapping[str, object],
+    *,
+    columns: Mapping[str, str],
+    chat: ChatRenderer | None,
+    where: str,
+) -> list[dict[str, str]]:
+    """The conversation with its chosen answer; the rejected one is rendered as well, so that its faults are told.
+
+    An answer is text, a message, or a list of messages: the last one of it counts, and without a conversation column
+    those before it are the conversation.
+    """
+    names = [columns.get(name, name) for name in template.conversation]
+    has_prompt = any(row.get(name) is not None for name in names)
+    prompt = _conversation(template, row, columns=columns, where=where) if has_prompt else None
+    answered = []
+    for side in ("chosen", "rejected"):
+        column = columns.get(side, side)
+        value = row.get(column)
+        if isinstance(value, str):
+            messages = [{"role": "assistant", "content": value}]
+        else:
+            items = value if isinstance(value, list) else [value]
+            messages = [_message(item, where=column, row=where) for item in items]
+        if prompt is None and len(messages) < 2:
+            raise RowError(
+                where, f"{' and '.join(names)} are missing, and {column} holds no question before its answer"
+            )
+        conversation = [*(messages[:-1] if prompt is None else prompt), messages[-1]]
+        _renderer(chat).row(conversation, where=f"{where}: {side}")
+        answered.append(conversation)
+    if answered[0] == answered[1]:
+        raise RowError(where, "chosen and rejected are the same")
+    if answered[0][:-1] != answered[1][:-1]:
+        raise RowError(where, "chosen and rejected answer different conversations")
+    return answered[0]
 
 
 def _message(item: object, *, where: str, row: str) -> dict[str, str]:

@@ -24,6 +24,11 @@ class Segment:
     control: bool
     stop: bool = False
 
+    @property
+    def is_row_prompt(self) -> bool:
+        """Whether this is a row's own text outside the loss."""
+        return not (self.supervised or self.control)
+
 
 class RowError(DataError):
     """One row that cannot be used: `where` it stands and the `problem`."""

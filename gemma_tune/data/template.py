@@ -27,7 +27,7 @@ from ruamel.yaml.events import AliasEvent
 from gemma_tune.errors import DataError, did_you_mean
 from gemma_tune.paths import DATA_TEMPLATES_DIR
 from gemma_tune.recipe.problems import problem_of
-from gemma_tune.recipe.schema import Names, NonEmpty, Section
+from gemma_tune.recipe.schema import DataSection, Names, NonEmpty, Section
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
@@ -70,7 +70,8 @@ class DataTemplate:
     Attributes:
         name: what the recipe calls it.
         kind: `text` joins prompt and response as plain text and ends with the tokenizer's eos; `chat` renders messages
-            with the model's own chat template and ends with its turn end.
+            with the model's own chat template and ends with its turn end; `preference` reads a conversation with a
+            chosen and a rejected answer, both in chat turns.
         about: one line for lists.
         required: fields that every row must have as text.
         optional: fields that are empty text where a row has none.
@@ -81,14 +82,14 @@ class DataTemplate:
         strip_response: whether white space around the response is removed.
         messages: of a chat template whose rows hold single fields; the last one is the assistant's.
         conversation: of a chat template whose rows hold whole conversations: the columns that may hold the list of
-            {role, content} or {from, value}; the first one that a row has is taken.
+            {role, content} or {from, value}, or a single question as text; the first one that a row has is taken.
         example: a row of the right form, shown when rows are not.
         sha256: of `source_text` in UTF-8.
         source_text: the file as it was read; `load_template` reads it back from a run.
     """
 
     name: str
-    kind: Literal["text", "chat"]
+    kind: Literal["text", "chat", "preference"]
     about: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -118,7 +119,7 @@ class _TemplateFile(Section):
     """The keys of a template file."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    kind: Literal["text", "chat"]
+    kind: Literal["text", "chat", "preference"]
     about: str = ""
     optional: Names = ()
     question: NonEmpty | None = None
@@ -159,6 +160,17 @@ def load_template(name_or_path: str | Path) -> DataTemplate:
     return parse_template(text.replace("\r\n", "\n"), label=path.name)
 
 
+def check_named(section: DataSection) -> None:
+    """Load every template that a recipe names, without looking at rows.
+
+    Raises:
+        DataError: as `load_template`.
+    """
+    for name in dict.fromkeys([section.template, *(part.template for part in section.mix)]):
+        if name is not None and name != "auto":
+            load_template(name)
+
+
 def _find(name: str) -> Path:
     if name in list_templates():
         return DATA_TEMPLATES_DIR / f"{name}.yaml"
@@ -192,6 +204,7 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         )
         raise DataError(f"{label} is not a data template\n{told}", hint=_SHAPE_HINT) from None
     _check_shape(file, label=label)
+    pair = ("chosen", "rejected") if file.kind == "preference" else ()
     sources = {"prompt": file.prompt or "", "response": file.response or ""}
     sources |= {f"messages.{index}.content": message.content for index, message in enumerate(file.messages)}
     used = list(
@@ -207,7 +220,7 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         name=file.name,
         kind=file.kind,
         about=file.about,
-        required=tuple(name for name in used if name not in file.optional),
+        required=(*pair, *(name for name in used if name not in file.optional)),
         optional=tuple(name for name in used if name in file.optional),
         question=file.question,
         category=file.category,
@@ -259,6 +272,10 @@ def _check_shape(file: _TemplateFile, *, label: str) -> None:
     elif file.kind == "chat" and (text_keys or len(chat_keys) != 1):
         fault = "a chat template has either `messages` or `conversation`" + (
             f" and no `{text_keys[0]}`" if text_keys else ""
+        )
+    elif file.kind == "preference" and (text_keys or file.messages or not file.conversation):
+        fault = (
+            "a preference template has `conversation` and nothing else: its answers are the columns chosen and rejected"
         )
     elif file.messages and file.messages[-1].role != "assistant":
         fault = "the last message must be the assistant's: it is the answer that is learned"

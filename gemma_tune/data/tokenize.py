@@ -10,19 +10,22 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
+import numpy as np
+
 from gemma_tune.data.chat import control_strings
+from gemma_tune.data.encoded import EncodedRow, EncodedRows, starts_of
+from gemma_tune.data.render import Example
 from gemma_tune.data.segments import Segment
 from gemma_tune.errors import DataError
 
-IGNORED = -100  # cross-entropy's ignore_index: a token without loss
 # What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
 TURN_ENDS = ("<end_of_turn>", "<turn|>")
-# Pieces per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which
-# hold much more than ids, are never all in memory.
-_BATCH_PIECES = 8192
+# Rows per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which hold
+# much more than ids, are never all in memory.
+_BATCH_ROWS = 2048
 
 
 class FastTokenizer(Protocol):
@@ -37,17 +40,7 @@ class FastTokenizer(Protocol):
     backend_tokenizer: Any
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """One row as the model gets it.
-
-    Attributes:
-        input_ids: the BOS, then the row, which ends with a stop token.
-        labels: of the same length; the token's own id where it is in the loss, -100 elsewhere (not shifted).
-    """
-
-    input_ids: list[int]
-    labels: list[int]
+TrainOn = Literal["response", "last_response", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +76,7 @@ class Encoder:
         self._lock = threading.Lock()
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
+        self._bos, self._eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
         self._control_ids: dict[str, int] = {}
         for string in control_strings(tokenizer):
             token_id = backend.token_to_id(string)
@@ -92,34 +86,31 @@ class Encoder:
         self._require_plain_text()
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """The ids of all control tokens."""
+        return frozenset(self._control_ids.values())
+
+    @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: the eos and the turn end, as far as the tokenizer has them."""
         ends = (self._control_ids.get(string) for string in TURN_ENDS)
         return tuple(dict.fromkeys([self.eos_token_id, *(token_id for token_id in ends if token_id is not None)]))
 
-    def encode(self, segments: Sequence[Segment], *, train_on: Literal["response", "all"] = "response") -> EncodedRow:
+    def encode(self, segments: Sequence[Segment], *, train_on: TrainOn = "response") -> EncodedRow:
         """Encode one row; see `encode_rows`."""
         return self.encode_rows([segments], train_on=train_on)[0]
 
-    def encode_rows(
-        self, rows: Sequence[Sequence[Segment]], *, train_on: Literal["response", "all"] = "response"
-    ) -> list[EncodedRow]:
+    def encode_rows(self, rows: Sequence[Sequence[Segment]], *, train_on: TrainOn = "response") -> EncodedRows:
         """Encode rows: exactly one BOS at position 0, then the segments.
 
         Neighbouring text is tokenized together unless one part is supervised and the other is not, so that a prompt has
-        the same ids in training and when it is asked. With `all`, every token but the BOS has a label.
+        the same ids in training and when it is asked. `last_response` supervises the last answer of a conversation
+        only; with `all`, every token but the BOS has a label.
         """
-        pieces = [self._pieces(segments) for segments in rows]
-        texts = iter(self._encode_texts([piece.text for row in pieces for piece in row if piece.token_id is None]))
-        encoded = []
-        for row in pieces:
-            input_ids, labels = [self.bos_token_id], [IGNORED]
-            for piece in row:
-                token_ids = next(texts) if piece.token_id is None else [piece.token_id]
-                input_ids += token_ids
-                labels += token_ids if piece.supervised or train_on == "all" else [IGNORED] * len(token_ids)
-            encoded.append(EncodedRow(input_ids, labels))
-        return encoded
+        return EncodedRows.join(
+            self._encode_batch(rows[start : start + _BATCH_ROWS], train_on=train_on)
+            for start in range(0, len(rows), _BATCH_ROWS)
+        )
 
     def encode_prompt(self, segments: Sequence[Segment]) -> list[int]:
         """The ids of a prompt, the BOS first."""
@@ -129,10 +120,51 @@ class Encoder:
         """How often the row's own text spells a control token (S8). Such text is encoded as text."""
         return sum(len(self._control.findall(segment.text)) for segment in segments if not segment.control)
 
+    def with_controls(self, example: Example) -> Example:
+        """The example with control tokens meant wherever its text spells one, for rows that were templated elsewhere.
+
+        A BOS or eos at the ends of the row is removed, as every row gets its own.
+        """
+        segments = [replace(segment, control=True) for segment in example.segments]
+        segments[0] = replace(segments[0], text=segments[0].text.removeprefix(self._bos))
+        if segments[-1].stop and len(segments) > 1:
+            segments[-2] = replace(segments[-2], text=segments[-2].text.rstrip().removesuffix(self._eos))
+        return replace(example, segments=tuple(segments))
+
     def offsets(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each token of a plain text, in characters."""
         with self._plain_backend() as backend:
             return list(backend.encode(text, add_special_tokens=False).offsets)
+
+    def _encode_batch(self, rows: Sequence[Sequence[Segment]], *, train_on: TrainOn) -> EncodedRows:
+        pieces = [self._pieces(segments) for segments in rows]
+        texts = iter(self._encode_texts([piece.text for row in pieces for piece in row if piece.token_id is None]))
+        token_ids: list[int] = []
+        # Supervision in runs, not token by token: (length, supervised).
+        runs: list[int] = []
+        flags: list[bool] = []
+        lengths = np.empty(len(pieces), dtype=np.int64)
+        for index, row in enumerate(pieces):
+            start = len(token_ids)
+            token_ids.append(self.bos_token_id)
+            runs.append(1)
+            flags.append(False)
+            last_prompt = max((at for at, piece in enumerate(row) if not piece.supervised), default=-1)
+            for at, piece in enumerate(row):
+                before = len(token_ids)
+                if piece.token_id is None:
+                    token_ids += next(texts)
+                else:
+                    token_ids.append(piece.token_id)
+                runs.append(len(token_ids) - before)
+                flags.append(train_on == "all" or (piece.supervised and (train_on == "response" or at > last_prompt)))
+            lengths[index] = len(token_ids) - start
+        return EncodedRows(
+            np.array(token_ids, dtype=np.int32),
+            np.repeat(np.array(flags, dtype=np.bool_), runs),
+            starts_of(lengths),
+            lengths,
+        )
 
     def _pieces(self, segments: Sequence[Segment]) -> list[_Piece]:
         """A row as control tokens and texts, neighbouring texts joined where they are supervised alike."""
@@ -165,13 +197,9 @@ class Encoder:
         flush()
         return [piece for piece in pieces if piece.text or piece.token_id is not None]
 
-    def _encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = []
+    def _encode_texts(self, texts: list[str]) -> list[list[int]]:
         with self._plain_backend() as backend:
-            for start in range(0, len(texts), _BATCH_PIECES):
-                batch = list(texts[start : start + _BATCH_PIECES])
-                ids += [encoding.ids for encoding in backend.encode_batch_fast(batch, add_special_tokens=False)]
-        return ids
+            return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     @contextmanager
     def _plain_backend(self) -> Iterator[Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.config import TextConfig, read_config
+from gemma_tune.models.files import has_chat_template
 from gemma_tune.models.registry import GemmaModel, resolve_model
 
 # Weights in safetensors only: pickled ones are never loaded (S1). GGUF and Keras files of the same repository are
@@ -32,6 +33,13 @@ class LocalModel:
     revision: str | None
     config: TextConfig
     model: GemmaModel | None
+
+    @property
+    def knows_chat_turns(self) -> bool:
+        """Whether it is instruction-tuned; a model that is not in the registry is when it has a chat template."""
+        if self.model is not None:
+            return self.model.is_instruction_tuned
+        return has_chat_template(self.directory)
 
 
 def fetch_model(name: str, *, revision: str | None = None) -> LocalModel:

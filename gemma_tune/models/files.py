@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +203,27 @@ def _read_json(path: Path) -> dict[str, Any]:
 def file_hashes(directory: Path) -> dict[str, str]:
     """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer: the model's identity."""
     others = (INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
-    paths = weight_files(directory) + [directory / name for name in others if (directory / name).is_file()]
+    return _hashes(weight_files(directory) + [directory / name for name in others if (directory / name).is_file()])
+
+
+def tokenizer_hashes(directory: Path) -> dict[str, str]:
+    """File name -> sha256 (hex) of what decides how text becomes tokens, and messages text."""
+    names = (*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
+    return _hashes([directory / name for name in names if (directory / name).is_file()])
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether the tokenizer of a model directory brings a chat template, in a file of its own or in its config."""
+    if any((directory / name).is_file() for name in CHAT_TEMPLATE_FILES):
+        return True
+    config = directory / "tokenizer_config.json"
+    try:
+        return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+    except (OSError, ValueError):
+        return False
+
+
+def _hashes(paths: Sequence[Path]) -> dict[str, str]:
     # hashlib releases the interpreter lock while it hashes, so two shards are hashed at once.
     with ThreadPoolExecutor(max_workers=2) as pool:
         hashes = pool.map(_sha256, paths)

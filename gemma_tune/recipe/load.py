@@ -21,6 +21,8 @@ from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 
 MAX_RECIPE_BYTES = 256 * 1024
+# For a look at rows without a recipe.
+ROWS_MAX_SEQ_TOKENS = 2048
 # Keys that hold a credential elsewhere. A recipe is copied into runs, reports and model cards, so it never holds one.
 SECRET_WORDS = ("token", "api_key", "apikey", "password", "secret")
 
@@ -59,6 +61,23 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         _apply_override(values, lines, override)
     recipe = _validate(values, label=str(path), lines=lines)
     return LoadedRecipe(recipe=recipe, name=path.stem, path=path, text=text, overrides=tuple(overrides))
+
+
+def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """A recipe; or, for a file that is no YAML, the defaults with that file as `data.source`.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    is_recipe = path.suffix.lower() in (".yaml", ".yml") or (len(path.parts) == 1 and not path.suffix)
+    if is_recipe:
+        return load_recipe(path, overrides)
+    values: dict[str, Any] = {"data": {"source": str(path), "max_seq_tokens": ROWS_MAX_SEQ_TOKENS}}
+    lines = {"data": 0}
+    for override in overrides:
+        _apply_override(values, lines, override)
+    recipe = _validate(values, label="command line", lines=lines)
+    return LoadedRecipe(recipe=recipe, name=path.name, path=path, text="", overrides=tuple(overrides))
 
 
 def find_recipe(path: Path) -> Path:
@@ -173,14 +192,23 @@ def _validate(values: dict[str, Any], *, label: str, lines: dict[str, int]) -> R
     # An empty section (`lora:` with every line commented out) is a section of defaults.
     values = {name: {} if section is None else section for name, section in values.items()}
     raise_problems(_secrets(values), label=label, lines=lines)
+    missing = _missing_source(values)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         found = [problem_of(item, _names_at(item["loc"])) for item in error.errors(include_url=False)]
-        raise_problems(found, label=label, lines=lines)
+        raise_problems(found + missing, label=label, lines=lines)
         raise
-    raise_problems(check_rules(recipe), label=label, lines=lines)
+    raise_problems(missing + check_rules(recipe), label=label, lines=lines)
     return recipe
+
+
+def _missing_source(values: Mapping[str, Any]) -> list[Problem]:
+    """Rows have to come from somewhere; told along with mistakes in single fields, before the rules are checked."""
+    data = values.get("data")
+    if not isinstance(data, Mapping) or data.get("source") is not None or data.get("mix"):
+        return []
+    return [Problem("data.source", "is required and missing")]
 
 
 def _secrets(values: Mapping[str, Any]) -> list[Problem]:

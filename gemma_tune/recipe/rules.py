@@ -18,7 +18,52 @@ def _one_quantisation(recipe: Recipe) -> list[Problem]:
     return []
 
 
+def _one_source(recipe: Recipe) -> list[Problem]:
+    data = recipe.data
+    if data.source is not None and data.mix:
+        return [Problem("data.mix", "excludes data.source: name every source in data.mix", fix="data.source=null")]
+    return []
+
+
+def _mix_is_measured_one_way(recipe: Recipe) -> list[Problem]:
+    mix = recipe.data.mix
+    weighted = [index for index, part in enumerate(mix) if part.weight is not None]
+    problems = [
+        Problem(f"data.mix.{index}.weight", "a source has either a weight or #N rows", fix="remove one of them")
+        for index in weighted
+        if "#" in mix[index].source
+    ]
+    if weighted and len(weighted) < len(mix):
+        missing = next(index for index in range(len(mix)) if index not in weighted)
+        problems.append(
+            Problem(f"data.mix.{missing}.weight", "is missing: give every source of the mix a weight, or none")
+        )
+    return problems
+
+
+def _response_bounds_leave_room(recipe: Recipe) -> list[Problem]:
+    clean = recipe.data.clean
+    if clean.min_response_words and clean.max_response_words and clean.min_response_words > clean.max_response_words:
+        return [
+            Problem(
+                "data.clean.max_response_words",
+                f"is {clean.max_response_words}, below data.clean.min_response_words {clean.min_response_words}",
+            )
+        ]
+    return []
+
+
+def _packing_is_asked_for(recipe: Recipe) -> list[Problem]:
+    if recipe.training.pack_tokens and not recipe.training.packing:
+        return [Problem("training.pack_tokens", "has no meaning without training.packing", fix="training.packing=true")]
+    return []
+
+
 def _one_eval_source(recipe: Recipe) -> list[Problem]:
+    if recipe.data.mix and recipe.data.eval_split:
+        return [
+            Problem("data.eval_split", "names a split of data.source, and there is a mix", fix="data.eval_source=…")
+        ]
     if recipe.data.eval_source and recipe.data.eval_split:
         return [
             Problem(
@@ -94,6 +139,10 @@ def _no_duplicate_names(recipe: Recipe) -> list[Problem]:
 
 RULES: tuple[Callable[[Recipe], list[Problem]], ...] = (
     _one_quantisation,
+    _one_source,
+    _mix_is_measured_one_way,
+    _response_bounds_leave_room,
+    _packing_is_asked_for,
     _one_eval_source,
     _early_stop_evaluates,
     _has_eval_rows,

@@ -85,20 +85,58 @@ class LoraSection(Section):
     )
 
 
+class MixSection(Section):
+    """One of several sources. What is null here is taken from the data section."""
+
+    source: NonEmpty = Field(description="As data.source.")
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Share of the mix, relative to the other weights; rows are left out, never repeated, to reach it.",
+    )
+    subset: NonEmpty | None = Field(None, description="As data.subset.")
+    split: NonEmpty | None = Field(None, description="As data.split.")
+    revision: NonEmpty | None = Field(None, description="As data.revision.")
+    template: NonEmpty | None = Field(None, description="As data.template.")
+    columns: dict[str, str] | None = Field(None, description="As data.columns.")
+
+
+class CleanSection(Section):
+    """What is done to the rows before they are templated; `gemma-tune data audit` says which of these would act."""
+
+    drop_duplicates: Literal["off", "exact", "near"] = Field(
+        "off",
+        description="Leave out train rows that repeat an earlier one; near also takes rows that differ in few words.",
+    )
+    pii: Literal["keep", "mask", "drop"] = Field(
+        "keep",
+        description="E-mail addresses, phone, card and IBAN numbers, IP addresses and secrets: mask writes [EMAIL] and "
+        "so on in their place, drop leaves the row out.",
+    )
+    strip_citations: bool = Field(False, description="Remove citation marks such as [1] and [citation needed].")
+    fix_encoding: bool = Field(False, description="Mend text that was decoded with the wrong encoding (mojibake).")
+    min_response_words: PositiveInt | None = Field(None, description="Leave out rows with a shorter response.")
+    max_response_words: PositiveInt | None = Field(None, description="Leave out rows with a longer response.")
+
+
 class DataSection(Section):
     """The rows, and how a row becomes a prompt and a response."""
 
-    source: NonEmpty = Field(
-        description="A .jsonl/.json/.csv/.parquet file, a hub id owner/name, or `tiny-world`, the rows that ship "
-        "with gemma-tune."
+    source: NonEmpty | None = Field(
+        None,
+        description="A .jsonl/.json/.csv/.tsv/.parquet file or a pattern such as rows/*.jsonl (also .gz, .bz2, .xz, "
+        ".zst), a hub id owner/name, or `tiny-world`, the rows that ship with gemma-tune. `#N` behind it takes N train "
+        "rows, repeating them where there are fewer.",
+    )
+    mix: Annotated[tuple[MixSection, ...], Field(strict=False)] = Field(
+        (), description="Several sources instead of data.source, each with its own weight or `#N` rows."
     )
     subset: NonEmpty | None = Field(None, description="Configuration name of a hub dataset.")
     split: NonEmpty = Field("train", description="Split of a hub dataset that is trained on.")
     revision: NonEmpty | None = Field(None, description="Commit, tag or branch of a hub dataset.")
     template: NonEmpty = Field(
-        "dolly",
-        description="A template of data_templates/ by name (dolly, dolly-chat, alpaca, chat, completion), or a "
-        "path to a .yaml file.",
+        "auto",
+        description="A template of data_templates/ by name (dolly, dolly-chat, alpaca, chat, completion, text, …), or "
+        "a path to a .yaml file; auto takes the shipped one that fits the columns, as chat turns for an -it model.",
     )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Template field → column of the rows, for rows that have other names."
@@ -107,12 +145,27 @@ class DataSection(Section):
         description="Longest row in tokens, prompt and response and stop token together. There is no default: a "
         "hidden one eats answers."
     )
-    too_long: Literal["drop", "truncate_prompt", "refuse"] = Field(
+    too_long: Literal["drop", "truncate_prompt", "truncate", "refuse"] = Field(
         "drop",
-        description="What happens to a longer row; the answer is never cut, and the counts are shown before training.",
+        description="What happens to a longer row: truncate_prompt cuts row text of the prompt from its left, truncate "
+        "also the end of the answer where that is not enough. A row that is kept ends in its stop token, and the "
+        "counts are shown before training.",
     )
-    train_on: Literal["response", "all"] = Field(
-        "response", description="Loss on the response and its stop token, or on every token but the first."
+    train_on: Literal["response", "last_response", "all"] = Field(
+        "response",
+        description="Loss on every answer and its stop token, on the last one of a conversation, or on every token but "
+        "the first.",
+    )
+    control_tokens: Literal["text", "control", "refuse"] = Field(
+        "text",
+        description="Control tokens spelled out in row text, such as <end_of_turn>: encoded as plain text, as the "
+        "tokens they name (for rows that were templated elsewhere), or the row is left out.",
+    )
+    clean: CleanSection = Field(
+        default_factory=CleanSection, description="What is done to the rows before they are templated."
+    )
+    max_bad_fraction: Fraction = Field(
+        0.5, description="Stop when more than this share of a source's rows cannot be used; up to it they are left out."
     )
     eval_source: NonEmpty | None = Field(
         None, description="Rows for evaluation from another source; excludes eval_split."
@@ -128,6 +181,9 @@ class DataSection(Section):
     max_train_rows: PositiveInt | None = Field(None, description="Train on the first N rows after shuffling.")
     max_eval_rows: PositiveInt | None = Field(200, description="Evaluate on at most N rows.")
     seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the split and of the order.")
+    cache: bool = Field(
+        True, description="Keep the encoded rows, so that the same data is ready at once the next time."
+    )
 
 
 class TrainingSection(Section):
@@ -163,6 +219,14 @@ class TrainingSection(Section):
     )
     group_by_length: bool = Field(
         True, description="Batches of rows of similar length: less padding, so more real tokens a second."
+    )
+    packing: bool = Field(
+        False,
+        description="Join rows into sequences of pack_tokens, each row seeing only itself: no padding, so more real "
+        "tokens a second; batch_size then counts packs.",
+    )
+    pack_tokens: PositiveInt | None = Field(
+        None, description="Length of a pack in tokens; null takes data.max_seq_tokens."
     )
     save_every_steps: PositiveInt | None = Field(
         None, description="Steps between checkpoints; null saves at every tenth of the run."

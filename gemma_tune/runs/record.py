@@ -29,13 +29,14 @@ RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a run. Times are UTC, ISO 8601; `step` counts optimizer steps."""
+    """The state of a run. Times are UTC, ISO 8601; `step` counts optimizer steps; `packed` once training has begun."""
 
     status: Status
     started: str
     updated: str
     step: int = 0
     total_steps: int | None = None
+    packed: bool | None = None
     error: str | None = None
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import set_seed
 
-from gemma_tune.data.build import Datasets
+from gemma_tune.data.encode import Datasets
 from gemma_tune.engines.base import Engine, LoadedModel
-from gemma_tune.errors import TrainingInterrupted
+from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import read_manifest, update_manifest
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.callbacks import (
     CheckpointCallback,
@@ -22,6 +23,7 @@ from gemma_tune.training.callbacks import (
     MetricsCallback,
     peak_memory_bytes,
 )
+from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
 
 
@@ -65,9 +67,14 @@ def train_adapter(
     Raises:
         TrainingStopped: going on would ruin the run.
         TrainingInterrupted: a signal came; a checkpoint was saved.
+        RunError: a run that was trained packed would go on unpacked, or the other way round.
     """
     interrupt = InterruptCallback()
-    trainer = _build(loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run)
+    pack_tokens = _settle_packing(
+        loaded, engine=engine, tokenizer=tokenizer, datasets=datasets, recipe=recipe, reporter=reporter
+    )
+    _keep_packing(run, packed=pack_tokens is not None, resumes=resume_from is not None)
+    trainer = _build(loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens)
     metrics = MetricsCallback(run, reporter=reporter, count_tokens=lambda: trainer.num_real_tokens)
     for callback in (GuardCallback(), metrics, CheckpointCallback(run), interrupt):
         trainer.add_callback(callback)
@@ -97,8 +104,44 @@ def train_adapter(
     )
 
 
+def _settle_packing(
+    loaded: LoadedModel, *, engine: Engine, tokenizer: Any, datasets: Datasets, recipe: Recipe, reporter: Reporter
+) -> int | None:
+    """Tokens of a pack, or None when rows are not joined: nobody asked, or they would see each other here."""
+    section = recipe.training
+    if not section.packing:
+        return None
+    engine.set_mode(loaded, training=True)
+    leak = find_leak(loaded, rows=datasets.train, pad_token_id=tokenizer.pad_token_id, batch_size=section.batch_size)
+    if leak is not None:
+        reporter.warn(
+            f"training.packing is set aside, and a batch holds {section.batch_size} padded rows instead of packs: "
+            f"{leak}"
+        )
+        return None
+    return section.pack_tokens or recipe.data.max_seq_tokens
+
+
+def _keep_packing(run: RunDir, *, packed: bool, resumes: bool) -> None:
+    """Steps of packs and steps of rows are not the same steps: a run goes on as it began (F36)."""
+    before = read_manifest(run).packed
+    if resumes and before is not None and before != packed:
+        ways = ("packed", "unpacked") if before else ("unpacked", "packed")
+        raise RunError(
+            f"{run.path} was trained {ways[0]} so far, and on this machine it would go on {ways[1]}",
+            hint="resume it where it began, or start a new run without --resume",
+        )
+    update_manifest(run, packed=packed)
+
+
 def _build(
-    loaded: LoadedModel, *, tokenizer: Any, datasets: Datasets, recipe: Recipe, run: RunDir
+    loaded: LoadedModel,
+    *,
+    tokenizer: Any,
+    datasets: Datasets,
+    recipe: Recipe,
+    run: RunDir,
+    pack_tokens: int | None,
 ) -> TokenWeightedTrainer:
     config = to_sft_config(
         recipe.training,
@@ -116,6 +159,7 @@ def _build(
         train_rows=datasets.train,
         eval_rows=datasets.eval,
         section=recipe.training,
+        pack_tokens=pack_tokens,
         callbacks=(),
     )
 

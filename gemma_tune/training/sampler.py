@@ -2,62 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 
-# Rows are sorted by length within pools of this many batches: large enough that a batch is nearly even (under 10 %
+from gemma_tune.data.encoded import Ints
+from gemma_tune.data.pack import pack_rows
+
+# Groups are sorted by length within pools of this many batches: large enough that a batch is nearly even (under 10 %
 # padding on dolly-like lengths, against over 50 % in random batches of 8), small enough that the batches of an epoch
 # stay a random draw.
 BATCHES_PER_POOL = 32
 
+Group = tuple[int, ...]  # the row numbers of one sequence: a single row, or a pack
 
-class EpochSampler(Sampler[int]):
-    """Row indices for one epoch after another.
+
+class EpochSampler(Sampler[Group]):
+    """Groups of row numbers for one epoch after another. Every row is in one group; all epochs have as many groups.
 
     transformers' own length grouping draws from the global random state, which a resumed process does not have (F35).
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows of a forward pass.
-        seed: decides the order, together with the epoch.
-        group_by_length: batches of rows of similar length; the longest batch comes first, so that a run that does not
+        lengths: tokens of each row, [num_rows].
+        batch_size: groups of a forward pass.
+        seed: decides the order and the packs, together with the epoch.
+        group_by_length: batches of groups of similar length; the longest batch comes first, so that a run that does not
             fit into memory says so at its first step (F39).
+        pack_tokens: length in tokens of the packs that rows are joined into; None leaves each row on its own.
     """
 
-    def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int, group_by_length: bool) -> None:
+    def __init__(
+        self, lengths: Ints, *, batch_size: int, seed: int, group_by_length: bool, pack_tokens: int | None = None
+    ) -> None:
         self.lengths = lengths
         self.batch_size = batch_size
         self.seed = seed
         self.group_by_length = group_by_length
+        self.pack_tokens = pack_tokens
         self.epoch = 0
+        self._num_groups = len(self._groups())
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self._num_groups
 
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate's data loader before each epoch, also when it resumes in the middle of one."""
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Group]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order: list[int] = torch.randperm(len(self.lengths), generator=generator).tolist()
+        groups = self._groups()
+        order: list[int] = torch.randperm(len(groups), generator=generator).tolist()
         if not self.group_by_length:
-            return iter(order)
-        batches = self._batches(order)
+            return (groups[index] for index in order)
+        row_lengths = self.lengths.tolist()
+        lengths = [sum(row_lengths[row] for row in group) for group in groups]
+        batches = self._batches(order, lengths=lengths)
         # A short last batch must stay the last one, or the borders of all others would move.
         tail = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         if batches:
-            longest = max(range(len(batches)), key=lambda index: sum(self.lengths[row] for row in batches[index]))
+            longest = max(range(len(batches)), key=lambda number: sum(lengths[index] for index in batches[number]))
             first = batches.pop(longest)
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
-            batches = [first, *(batches[index] for index in shuffled)]
-        return iter([row for batch in batches + tail for row in batch])
+            batches = [first, *(batches[number] for number in shuffled)]
+        return (groups[index] for batch in batches + tail for index in batch)
 
-    def _batches(self, order: list[int]) -> list[list[int]]:
+    def _groups(self) -> list[Group]:
+        if self.pack_tokens is None:
+            return [(row,) for row in range(len(self.lengths))]
+        return pack_rows(self.lengths, capacity=self.pack_tokens, seed=self.seed, epoch=self.epoch)
+
+    def _batches(self, order: list[int], *, lengths: list[int]) -> list[list[int]]:
         """Cut the order into pools, sort each by length, and cut it into batches; only the last one may be short."""
-        pool_rows = self.batch_size * BATCHES_PER_POOL
-        pools = [order[start : start + pool_rows] for start in range(0, len(order), pool_rows)]
-        rows = [row for pool in pools for row in sorted(pool, key=lambda row: self.lengths[row], reverse=True)]
-        return [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
+        pool_size = self.batch_size * BATCHES_PER_POOL
+        pools = [order[start : start + pool_size] for start in range(0, len(order), pool_size)]
+        ordered = [index for pool in pools for index in sorted(pool, key=lambda index: lengths[index], reverse=True)]
+        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]

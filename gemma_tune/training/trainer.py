@@ -5,21 +5,25 @@ Import it after the engine has started: Unsloth replaces `trl.SFTTrainer` when i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from datasets import Dataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from gemma_tune.data.tokenize import IGNORED, EncodedRow
+from gemma_tune.data.encoded import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.training.sampler import EpochSampler
+from gemma_tune.training.sampler import EpochSampler, Group
+
+RowArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # token ids and supervised flags of one row
 
 _OPTIMIZERS = {
     "adamw": "adamw_torch",
@@ -92,9 +96,22 @@ def to_sft_config(
     )
 
 
+class RowGroups(torch.utils.data.Dataset[list[RowArrays]]):
+    """The rows of a group, as views of the flat arrays; a group is a single row or a pack."""
+
+    def __init__(self, rows: EncodedRows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, group: Group) -> list[RowArrays]:
+        return [self.rows.arrays(row) for row in group]
+
+
 @dataclass(frozen=True)
 class PadRight:
-    """Collate encoded rows into right-padded tensors.
+    """Collate groups of one row into right-padded tensors.
 
     Returns `input_ids`, `attention_mask` and `labels`, each [batch, longest row]. Padding is masked by the attention
     mask and has label -100 whatever its id is, so a pad token that equals the stop token masks nothing else (F14).
@@ -103,18 +120,103 @@ class PadRight:
     pad_token_id: int
     pad_to_multiple_of: int = 1
 
-    def __call__(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        longest = max(len(row["input_ids"]) for row in rows)
-        longest = -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        input_ids = torch.full((len(rows), longest), self.pad_token_id, dtype=torch.long)
-        labels = torch.full_like(input_ids, IGNORED)
-        attention_mask = torch.zeros_like(input_ids)
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[index, :length] = torch.tensor(row["input_ids"])
-            labels[index, :length] = torch.tensor(row["labels"])
-            attention_mask[index, :length] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    def __call__(self, groups: Sequence[Sequence[RowArrays]]) -> dict[str, torch.Tensor]:
+        rows = [row for group in groups for row in group]
+        width = _round_up(max(len(ids) for ids, _ in rows), self.pad_to_multiple_of)
+        input_ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORED)
+        attention_mask = np.zeros_like(input_ids)
+        for index, (ids, supervised) in enumerate(rows):
+            input_ids[index, : len(ids)] = ids
+            labels[index, : len(ids)] = np.where(supervised, ids, IGNORED)
+            attention_mask[index, : len(ids)] = 1
+        return {
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(attention_mask),
+            "labels": torch.from_numpy(labels),
+        }
+
+
+@dataclass(frozen=True)
+class JoinRows:
+    """Collate packs into sequences in which each row sees only itself.
+
+    Returns `input_ids`, `labels` and `position_ids`, each [packs, longest pack], and `num_tokens`, the count of tokens
+    that are not padding, for `TokenWeightedTrainer`. Positions restart at 0 with every row, and every padding token has
+    position 0. There is no attention mask: from restarting positions without one the attention code finds the borders
+    of the rows, and a mask of ones silently switches that off. The first token of a row has label -100, because what
+    predicts it is the last token of another row.
+
+    Attributes:
+        pad_token_id: fills what a shorter pack leaves of the batch; its label is -100.
+        pad_to_multiple_of: the length of the batch is a multiple of this.
+        in_one_sequence: put all packs of a batch behind one another, [1, tokens of the batch].
+        with_row_lengths: add `packed_seq_lengths`, the tokens of each row in order, int32 [rows]; only beside
+            `in_one_sequence`.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int = 1
+    in_one_sequence: bool = False
+    with_row_lengths: bool = False
+
+    def __call__(self, packs: Sequence[Sequence[RowArrays]]) -> dict[str, Any]:
+        sequences = [[row for pack in packs for row in pack]] if self.in_one_sequence else packs
+        num_tokens = [sum(len(ids) for ids, _ in sequence) for sequence in sequences]
+        width = _round_up(max(num_tokens), self.pad_to_multiple_of)
+        input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
+        labels = np.full_like(input_ids, IGNORED)
+        position_ids = np.zeros_like(input_ids)
+        for index, sequence in enumerate(sequences):
+            start = 0
+            for ids, supervised in sequence:
+                stop = start + len(ids)
+                input_ids[index, start:stop] = ids
+                labels[index, start + 1 : stop] = np.where(supervised, ids, IGNORED)[1:]
+                position_ids[index, start:stop] = np.arange(len(ids))
+                start = stop
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.from_numpy(position_ids),
+            "num_tokens": sum(num_tokens),
+        }
+        if self.with_row_lengths:
+            lengths = [len(ids) for sequence in sequences for ids, _ in sequence]
+            batch["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        return batch
+
+
+def join_rows_for(loaded: LoadedModel, *, pad_token_id: int) -> JoinRows:
+    """The layout in which a model's attention keeps joined rows apart.
+
+    transformers' SDPA masks find the borders in each sequence of a batch, and cost less there than in one long
+    sequence. Its flash attention, and Unsloth's own forward pass on CUDA, look for them in a batch of one sequence only
+    and would let rows see each other in a larger one. Unsloth also takes the row lengths, which saves it reading
+    positions back from the card, and lets the sequence be longer than the `max_seq_length` of the load.
+    """
+    on_cuda = loaded.model.device.type == "cuda"
+    unsloth_forward = on_cuda and loaded.engine == "unsloth"
+    attention = getattr(loaded.model.config, "_attn_implementation", None) or ""
+    return JoinRows(
+        pad_token_id,
+        pad_to_multiple_of=_pad_multiple(on_cuda=on_cuda),
+        in_one_sequence=unsloth_forward or "flash" in attention,
+        with_row_lengths=unsloth_forward,
+    )
+
+
+def pad_right_for(loaded: LoadedModel, *, pad_token_id: int) -> PadRight:
+    """Padding to the length that a model's device is fast with."""
+    return PadRight(pad_token_id, pad_to_multiple_of=_pad_multiple(on_cuda=loaded.model.device.type == "cuda"))
+
+
+def _pad_multiple(*, on_cuda: bool) -> int:
+    return 8 if on_cuda else 1  # the tensor cores' tiles
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 class TokenWeightedTrainer(SFTTrainer):
@@ -125,12 +227,15 @@ class TokenWeightedTrainer(SFTTrainer):
 
     num_real_tokens = 0
     row_order: EpochSampler
+    eval_rows: EncodedRows
+    pad_right: PadRight
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.row_order
 
-    def training_step(self, model: Any, inputs: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.num_real_tokens += int(inputs["attention_mask"].sum())
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        packed = "num_tokens" in inputs
+        self.num_real_tokens += inputs.pop("num_tokens") if packed else int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -145,8 +250,7 @@ class TokenWeightedTrainer(SFTTrainer):
         self.model.eval()
         total, num_tokens = 0.0, 0
         with torch.no_grad():
-            for batch in self.get_eval_dataloader():
-                batch = self._prepare_inputs(batch)
+            for batch in map(self._prepare_inputs, self._eval_batches()):
                 with self.compute_loss_context_manager():
                     loss = self.model(**batch, use_cache=False).loss
                 count = int((batch["labels"][:, 1:] != IGNORED).sum())
@@ -155,46 +259,64 @@ class TokenWeightedTrainer(SFTTrainer):
         self.model.train(was_training)
         return total / num_tokens
 
+    def _eval_batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """Padded batches, the longest rows first: little padding, and too little memory shows at once."""
+        order = np.argsort(-self.eval_rows.lengths, kind="stable").tolist()
+        size: int = self.args.eval_batch_size
+        for start in range(0, len(order), size):
+            yield self.pad_right([[self.eval_rows.arrays(row)] for row in order[start : start + size]])
+
 
 def build_trainer(
     loaded: LoadedModel,
     *,
     config: SFTConfig,
     tokenizer: Any,
-    train_rows: Sequence[EncodedRow],
-    eval_rows: Sequence[EncodedRow],
+    train_rows: EncodedRows,
+    eval_rows: EncodedRows,
     section: TrainingSection,
+    pack_tokens: int | None,
     callbacks: Sequence[TrainerCallback],
 ) -> TokenWeightedTrainer:
     """A trainer over ready-made rows.
 
     The adapter's weights come out as they went in: TRL casts those of a quantised model to bfloat16, in which updates
     below 1/256 of a weight are lost, so they are put back in float32 before the optimizer sees them.
+
+    Args:
+        pack_tokens: length of the packs that rows are joined into; None pads each row on its own.
     """
     model = loaded.model
     weights = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     patience = section.early_stop_patience if eval_rows else None
     stop = [EarlyStoppingCallback(patience)] if patience else []
+    pad_right = pad_right_for(loaded, pad_token_id=tokenizer.pad_token_id)
+    join_rows = join_rows_for(loaded, pad_token_id=tokenizer.pad_token_id)
+    # SFTTrainer, Unsloth's patch of it included, wants a `datasets.Dataset`, but only looks at its columns and first
+    # row; every later use goes through `trainer.train_dataset` and our own sampler. So it is shown one row and then
+    # given the rows where they are: a Dataset of them all would copy every token into Arrow, and one of row numbers
+    # with a transform cannot be indexed by a pack and goes through Arrow for every batch.
+    sample = Dataset.from_dict({"input_ids": [train_rows[0].input_ids], "labels": [train_rows[0].labels]})
     trainer = TokenWeightedTrainer(
         model=model,
         args=config,
-        train_dataset=_to_dataset(train_rows),
-        eval_dataset=_to_dataset(eval_rows) if eval_rows else None,
-        data_collator=PadRight(tokenizer.pad_token_id, pad_to_multiple_of=1 if config.use_cpu else 8),
+        train_dataset=sample,
+        eval_dataset=sample if eval_rows else None,
+        data_collator=pad_right if pack_tokens is None else join_rows,
         processing_class=tokenizer,
         callbacks=[*callbacks, *stop],
     )
+    trainer.train_dataset = RowGroups(train_rows)
+    trainer.eval_rows = eval_rows
+    trainer.pad_right = pad_right
     trainer.row_order = EpochSampler(
-        [len(row.input_ids) for row in train_rows],
+        train_rows.lengths,
         batch_size=section.batch_size,
         seed=section.seed,
         group_by_length=section.group_by_length,
+        pack_tokens=pack_tokens,
     )
     for name, weight in model.named_parameters():
         if name in weights:
             weight.data = weights[name]
     return trainer
-
-
-def _to_dataset(rows: Sequence[EncodedRow]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})

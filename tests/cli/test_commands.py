@@ -80,13 +80,47 @@ def test_models(gemma: Gemma) -> None:
     assert "gemma-tune models list" in err
 
 
-def test_data_shows_counts_and_one_marked_row(gemma: Gemma) -> None:
-    out, _ = gemma("data", "quickstart")
-    assert "<bos>### Instruction:\n" in out
+def test_data_preview_shows_counts_and_marked_rows(gemma: Gemma) -> None:
+    out, _ = gemma("data", "preview", "quickstart", "--rows", "2")
+    assert out.count("<bos>### Instruction:\n") == 2
     assert "⟦" in out and "<eos>⟧" in out
-    report = json.loads(gemma("data", "quickstart", "--json")[0])
-    assert report["train_rows"] >= 800
-    assert report["dropped_too_long"] == 0
+    shown = json.loads(gemma("data", "preview", "quickstart", "--json", "--side", "eval", "--rows", "1")[0])
+    assert shown["report"]["train_rows"] >= 800
+    assert shown["report"]["dropped_too_long"] == 0
+    (row,) = shown["rows"]
+    assert row["num_tokens"] == len(row["tokens"])
+    assert row["num_supervised"] == sum(token["trained"] for token in row["tokens"])
+    assert [token["id"] for token in row["tokens"] if token["control"]] == [2, 1]
+    at = json.loads(gemma("data", "preview", "quickstart", "--json", "--side", "eval", "--at", row["where"])[0])
+    assert at["rows"] == [row]
+    _, err = gemma("data", "preview", "quickstart", "--at", "train.jsonl:99999", code=2)
+    assert "no train row stands at" in err
+
+
+def test_data_preview_and_audit_take_a_bare_file_of_rows(gemma: Gemma) -> None:
+    rows = [{"prompt": f"Number {n}?", "completion": f" {n}."} for n in range(20)]
+    rows += [rows[0], {"prompt": "Mail?", "completion": " Write to ann@example.org or call."}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out, _ = gemma("data", "preview", "rows.jsonl")
+    assert "template completion (detected)" in out
+    out, _ = gemma("data", "audit", "rows.jsonl", "--html", "audit.html")
+    assert "exact" in out and "ann@example.org" not in out
+    assert "ann@example.org" not in Path("audit.html").read_text(encoding="utf-8")
+    report = json.loads(gemma("data", "audit", "rows.jsonl", "--json", "--fail-on", "warning", code=1)[0])
+    kinds = {finding["kind"] for finding in report["findings"]}
+    assert any("duplicate" in kind for kind in kinds) and any("mail" in kind for kind in kinds)
+    gemma("data", "audit", "rows.jsonl", "--fail-on", "error")
+    _, err = gemma("data", "audit", "rows.jsonl", "--fail-on", "eror", code=2)
+    assert "--fail-on" in err
+
+
+def test_the_token_cache_is_used_and_cleared(gemma: Gemma, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("GEMMA_TUNE_CACHE", str(tmp_path / "cache"))
+    gemma("data", "preview", "quickstart")
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 1
+    _, err = gemma("data", "clear-cache")
+    assert "removed 1 entries" in err
+    assert not list((tmp_path / "cache" / "tokens").iterdir())
 
 
 def test_generate_answers_each_question_in_order(gemma: Gemma) -> None:

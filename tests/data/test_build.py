@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from gemma_tune.data import sources
-from gemma_tune.data.build import Datasets, Examples, encode_examples, format_sample, read_examples
 from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.encode import Datasets, encode_examples
+from gemma_tune.data.inputs import open_inputs
+from gemma_tune.data.read import Examples, read_examples
 from gemma_tune.data.tokenize import Encoder
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
@@ -27,16 +29,20 @@ def save(path: Path, rows: list[Row]) -> str:
 
 
 def section(source: str, **settings: Any) -> DataSection:
-    return DataSection(**{"source": source, "max_seq_tokens": 512} | settings)
+    return DataSection(**{"source": source, "template": "dolly", "max_seq_tokens": 512} | settings)
+
+
+def examples_of(chosen: DataSection, *, chat: ChatRenderer | None = None) -> Examples:
+    return read_examples(chosen, open_inputs(chosen, prefers_chat=chat is not None), chat=chat)
 
 
 def read(tmp_path: Path, rows: list[Row], **settings: Any) -> Examples:
-    return read_examples(section(save(tmp_path / "rows.jsonl", rows), **settings), chat=None)
+    return examples_of(section(save(tmp_path / "rows.jsonl", rows), **settings))
 
 
 def encode(tokenizer: Any, tmp_path: Path, rows: list[Row], **settings: Any) -> Datasets:
     chosen = section(save(tmp_path / "rows.jsonl", rows), **settings)
-    return encode_examples(read_examples(chosen, chat=None), Encoder(tokenizer), chosen)
+    return encode_examples(examples_of(chosen), Encoder(tokenizer), chosen)
 
 
 def questions(examples: Any) -> set[str]:
@@ -79,9 +85,9 @@ def test_rows_keep_their_side_when_others_come_and_go(tmp_path: Path) -> None:
 
 def test_another_template_holds_out_the_same_rows(tmp_path: Path, tokenizer: Any) -> None:
     path = save(tmp_path / "rows.jsonl", numbered(100))
-    plain = read_examples(section(path, eval_fraction=0.2), chat=None)
+    plain = examples_of(section(path, eval_fraction=0.2))
     chat = ChatRenderer.from_tokenizer(tokenizer)
-    turns = read_examples(section(path, eval_fraction=0.2, template="dolly-chat"), chat=chat)
+    turns = examples_of(section(path, eval_fraction=0.2, template="dolly-chat"), chat=chat)
     assert questions(plain.eval) == questions(turns.eval)
 
 
@@ -124,7 +130,6 @@ def test_eval_rows_of_another_source_leave_train(tmp_path: Path) -> None:
     assert not questions(made.train) & questions(made.eval)
     assert (made.report.num_leaked, made.report.num_duplicates) == (10, 11)
     assert made.report.label == "rows.jsonl + eval.jsonl"
-    assert len(made.source_sha256s) == 2
 
 
 def test_train_rows_that_are_all_eval_rows_stop_the_run(tmp_path: Path) -> None:
@@ -136,9 +141,9 @@ def test_tiny_world_brings_its_eval_split(tmp_path: Path, monkeypatch: pytest.Mo
     save(tmp_path / "train.jsonl", numbered(20))
     save(tmp_path / "eval.jsonl", numbered(30)[20:])
     monkeypatch.setattr(sources, "TINY_ROWS_DIR", tmp_path)
-    made = read_examples(section("tiny-world"), chat=None)
+    made = examples_of(section("tiny-world"))
     assert (len(made.train), len(made.eval)) == (20, 10)
-    made = read_examples(section("tiny-world", eval_fraction=0.0), chat=None)
+    made = examples_of(section("tiny-world", eval_fraction=0.0))
     assert (len(made.train), made.eval) == (20, [])
 
 
@@ -158,9 +163,9 @@ def test_bad_rows_are_left_out_and_listed(tmp_path: Path, tokenizer: Any) -> Non
         {"messages": [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "No"}]} for _ in range(10)
     ]
     path = save(tmp_path / "rows.jsonl", good + bad)
-    made = read_examples(section(path, template="chat", eval_fraction=0.0), chat=ChatRenderer.from_tokenizer(tokenizer))
+    made = examples_of(section(path, template="chat", eval_fraction=0.0), chat=ChatRenderer.from_tokenizer(tokenizer))
     assert (len(made.train), made.report.rows_read, made.report.rows_bad) == (30, 40, 10)
-    assert len(made.report.bad_samples) == 5
+    assert [sample.split(": ")[0] for sample in made.report.bad_samples] == [f"rows.jsonl:{n}" for n in range(31, 41)]
     assert made.report.bad_samples[0].startswith("rows.jsonl:31: the last message is from 'user'")
 
 
@@ -228,9 +233,9 @@ def test_report_counts_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
     assert report.train_supervised_tokens == sum(label != -100 for row in made.train for label in row.labels)
     lengths = sorted(len(row.input_ids) for row in [*made.train, *made.eval])
     assert (report.length_p50, report.length_p90, report.length_max) == (lengths[49], lengths[89], lengths[99])
-    assert [example.segments for example in made.train_examples] == [
-        example.segments for example in read(tmp_path, numbered(100), eval_fraction=0.2).train
-    ]
+    whole = read(tmp_path, numbered(100), eval_fraction=0.2)
+    assert made.train_places == tuple(example.where for example in whole.train)
+    assert made.eval_examples == tuple(whole.eval)
     assert json.loads(json.dumps(asdict(report)))["train_rows"] == report.train_rows
     assert (
         report.lines()[0]
@@ -253,8 +258,8 @@ def long_and_short() -> list[Row]:
 
 def test_long_rows_are_dropped_and_told(tokenizer: Any, tmp_path: Path) -> None:
     made = encode(tokenizer, tmp_path, long_and_short(), eval_fraction=0.0, max_seq_tokens=128)
-    assert len(made.train) == len(made.train_examples) == 4
-    assert "Long?" not in questions(made.train_examples)
+    assert len(made.train) == len(made.train_places) == 4
+    assert "rows.jsonl:5" not in made.train_places
     assert made.report.dropped_too_long == 1
     assert made.report.longest_row == "rows.jsonl:5"
     assert any("1 row dropped, over max_seq_tokens 128: rows.jsonl:5 (" in line for line in made.report.lines())
@@ -275,20 +280,20 @@ def test_prompts_are_cut_on_the_left_and_answers_never(tokenizer: Any, tmp_path:
     made = encode(tokenizer, tmp_path, rows, eval_fraction=0.0, max_seq_tokens=150, too_long="truncate_prompt")
     assert made.report.dropped_too_long == 0 and made.report.truncated >= 4
     assert len(made.train) == 8
-    for row, before, example, original in zip(
-        made.train, whole.train, made.train_examples, whole.train_examples, strict=True
-    ):
+    for row, before, place in zip(made.train, whole.train, made.train_places, strict=True):
         assert len(row.input_ids) <= 150
         assert [label for label in row.labels if label != -100] == [label for label in before.labels if label != -100]
         assert row.input_ids[0] == 2 and row.input_ids[-1] == 1
-        assert example.question == original.question
-        kept = example.prompt_text
-        assert kept.startswith(f"### Instruction:\n{original.question}\n\n") and kept.endswith("\n\n### Response:\n")
+        original = rows[int(place.rpartition(":")[2]) - 1]
+        prompt_ids = [token_id for token_id, label in zip(row.input_ids, row.labels, strict=True) if label == -100]
+        kept = tokenizer.decode(prompt_ids[1:])
+        assert kept.startswith(f"### Instruction:\n{original['instruction']}\n\n")
+        assert kept.endswith("\n\n### Response:\n")
         if len(before.input_ids) > 150:
             # Cut, but by no more than it takes: one more of the longest pieces would not fit.
             assert len(row.input_ids) > 150 - 12
             context = kept.split("### Context:\n")[1].removesuffix("\n\n### Response:\n")
-            assert context and original.segments[3].text.endswith(context)
+            assert context and original["context"].endswith(context)
 
 
 def test_an_answer_that_alone_is_too_long_drops_the_row(tokenizer: Any, tmp_path: Path) -> None:
@@ -307,7 +312,7 @@ def test_no_row_left_says_what_would_fit(tokenizer: Any, tmp_path: Path) -> None
 def test_eval_rows_that_are_all_too_long_are_noted(tokenizer: Any, tmp_path: Path) -> None:
     eval_source = save(tmp_path / "eval.jsonl", [{"instruction": "Long?", "response": "word " * 300}])
     made = encode(tokenizer, tmp_path, numbered(5), eval_source=eval_source, max_seq_tokens=128)
-    assert made.eval == [] and "nothing is evaluated" in made.report.notes[-1]
+    assert len(made.eval) == 0 and "nothing is evaluated" in made.report.notes[-1]
 
 
 def test_control_strings_are_counted_with_their_place(tokenizer: Any, tmp_path: Path) -> None:
@@ -353,16 +358,143 @@ def test_the_hash_knows_the_template_and_not_the_place(tokenizer: Any, tmp_path:
 def test_the_hash_knows_the_models_chat_template(tokenizer: Any, gemma3_tokenizer: Any, tmp_path: Path) -> None:
     chosen = section(save(tmp_path / "rows.jsonl", numbered(9)), template="dolly-chat")
     first, second = (
-        encode_examples(read_examples(chosen, chat=ChatRenderer.from_tokenizer(made)), Encoder(made), chosen)
+        encode_examples(examples_of(chosen, chat=ChatRenderer.from_tokenizer(made)), Encoder(made), chosen)
         for made in (tokenizer, gemma3_tokenizer)
     )
     assert [row.input_ids for row in first.train] == [row.input_ids for row in second.train]
     assert first.sha256 != second.sha256
 
 
-def test_sample_shows_a_row_and_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
-    made = encode(tokenizer, tmp_path, numbered(9), eval_fraction=0.0)
-    pieces = format_sample(made, tokenizer)
-    assert [supervised for _, supervised in pieces] == [False, True]
-    assert pieces[0][0].startswith("<bos>### Instruction:\nWhat is number")
-    assert pieces[1][0].startswith("It is") and pieces[1][0].endswith(".<eos>")
+# --- length, cleaning, control tokens ---------------------------------------------------------------------------------
+
+
+def test_truncate_cuts_the_answer_last_and_keeps_the_stop_token(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [
+        *numbered(3),
+        {"instruction": "Prompt?", "context": "word " * 300, "response": "Kept whole."},
+        {"instruction": "Answer?", "response": "word " * 300},
+    ]
+    settings = {"eval_fraction": 0.0, "max_seq_tokens": 128, "too_long": "truncate"}
+    made = encode(tokenizer, tmp_path, rows, **settings)
+    assert (made.report.truncated, made.report.truncated_answers, made.report.dropped_too_long) == (2, 1, 0)
+    answers = {}
+    for row, place in zip(made.train, made.train_places, strict=True):
+        supervised = [label for label in row.labels if label != -100]
+        assert len(row.input_ids) <= 128 and supervised[-1] == row.input_ids[-1] == 1
+        answers[place] = tokenizer.decode(supervised[:-1])
+    assert answers["rows.jsonl:4"] == "Kept whole."
+    assert len(answers["rows.jsonl:5"]) > 100 and rows[4]["response"].startswith(answers["rows.jsonl:5"])
+    assert any("1 answer cut as well" in line for line in made.report.lines())
+
+
+def test_exact_duplicates_are_dropped_when_asked(tmp_path: Path) -> None:
+    rows = numbered(20) * 3
+    made = read(tmp_path, rows, eval_fraction=0.2, clean={"drop_duplicates": "exact"})
+    assert len(made.train) == len(questions(made.train))
+    assert made.report.left_out == {"exact duplicate": 2 * len(made.train)}
+
+
+def test_near_duplicates_of_train_and_eval_rows_are_dropped(tmp_path: Path) -> None:
+    def words(index: int) -> list[str]:
+        return [f"w{index}x{n}" for n in range(50)]
+
+    rows = []
+    for index in range(20):
+        changed = words(index)
+        changed[25] = "other"
+        rows += [{"instruction": f"Q{index}", "response": " ".join(text)} for text in (words(index), changed)]
+    made = read(tmp_path, rows, eval_fraction=0.3, clean={"drop_duplicates": "near"})
+    assert made.eval
+    assert len(questions(made.train)) == len(made.train)
+    assert not questions(made.train) & questions(made.eval)
+    plain = read(tmp_path, rows, eval_fraction=0.3)
+    assert questions(plain.train) & questions(plain.eval)  # what it is for
+
+
+def test_text_is_cleaned_before_it_is_templated(tmp_path: Path) -> None:
+    rows = [
+        *numbered(5),
+        {
+            "instruction": "Mail?",
+            "context": "It bakes.[1] Ask ann@example.org.",
+            "response": "It is ann@example.org [citation needed].",
+        },
+        {"instruction": "Ã¼ber?", "response": "SchÃ¶n."},
+    ]
+    clean = {"pii": "mask", "strip_citations": True, "fix_encoding": True}
+    made = read(tmp_path, rows, eval_fraction=0.0, clean=clean)
+    by_place = {example.where: example for example in made.train}
+    assert by_place["rows.jsonl:6"].response == "It is [EMAIL]."
+    assert "It bakes. Ask [EMAIL]." in by_place["rows.jsonl:6"].prompt_text
+    assert (by_place["rows.jsonl:7"].question, by_place["rows.jsonl:7"].response) == ("über?", "Schön.")
+    dropped = read(tmp_path, rows, eval_fraction=0.0, clean={"pii": "drop"})
+    assert (len(dropped.train), dropped.report.left_out) == (6, {"personal data or a secret": 1})
+
+
+def test_responses_of_a_wrong_length_are_left_out(tmp_path: Path) -> None:
+    rows = [*numbered(3), {"instruction": "One?", "response": "Yes."}, {"instruction": "Long?", "response": "so " * 9}]
+    made = read(tmp_path, rows, eval_fraction=0.0, clean={"min_response_words": 2, "max_response_words": 5})
+    assert len(made.train) == 3
+    assert made.report.left_out == {"response under 2 words": 1, "response over 5 words": 1}
+
+
+@pytest.mark.parametrize("policy", ["text", "control", "refuse"])
+def test_control_tokens_in_row_text(policy: str, tokenizer: Any, tmp_path: Path) -> None:
+    turns = "<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\nAnn.<end_of_turn>\n<eos>"
+    rows = [{"text": turns}, {"text": "plain words"}]
+    path = save(tmp_path / "rows.jsonl", rows)
+    chosen = section(path, template="text", eval_fraction=0.0, control_tokens=policy)
+    made = encode_examples(examples_of(chosen), Encoder(tokenizer), chosen)
+    row = dict(zip(made.train_places, made.train, strict=True)).get("rows.jsonl:1")
+    if policy == "refuse":
+        assert row is None and made.report.left_out == {"control tokens in row text": 1}
+        return
+    assert row is not None and row.input_ids.count(2) == row.input_ids.count(1) == 1
+    start = tokenizer.convert_tokens_to_ids("<start_of_turn>")
+    assert row.input_ids.count(start) == (2 if policy == "control" else 0)
+    assert made.report.control_strings == 6 and made.report.control_as == policy
+    if policy == "control":
+        assert tokenizer.decode(row.input_ids) == turns
+
+
+# --- preference pairs -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."},
+        {
+            "conversations": [{"from": "human", "value": "Who?"}],
+            "chosen": {"from": "gpt", "value": "Ann."},
+            "rejected": {"from": "gpt", "value": "Bob."},
+        },
+        {
+            "chosen": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Ann."}],
+            "rejected": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Bob."}],
+        },
+    ],
+)
+def test_preference_pairs_are_read_in_their_three_forms(row: Row, tokenizer: Any, tmp_path: Path) -> None:
+    path = save(tmp_path / "rows.jsonl", [row])
+    chat = ChatRenderer.from_tokenizer(tokenizer)
+    made = examples_of(section(path, template="preference", eval_fraction=0.0), chat=chat)
+    assert (made.train[0].question, made.train[0].response) == ("Who?", "Ann.")
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"prompt": "Who?", "chosen": "Ann.", "rejected": "Ann."}, "chosen and rejected are the same"),
+        ({"prompt": "Who?", "chosen": "Ann.", "rejected": " "}, "the assistant's answer is empty"),
+        ({"chosen": "Ann.", "rejected": "Bob."}, "chosen holds no question"),
+        ({"prompt": "Who?", "chosen": "Ann.", "rejected": None}, "rejected is NoneType"),
+    ],
+)
+def test_faults_of_a_preference_pair_are_told(row: Row, problem: str, tokenizer: Any, tmp_path: Path) -> None:
+    good = {"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."}
+    path = save(tmp_path / "rows.jsonl", [good, row])
+    made = examples_of(
+        section(path, template="preference", eval_fraction=0.0), chat=ChatRenderer.from_tokenizer(tokenizer)
+    )
+    assert len(made.train) == 1 and problem in made.report.bad_samples[0]

@@ -6,8 +6,8 @@ import pytest
 
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.render import END_OF_TEXT, question_fields, render_example, render_prompt
+from gemma_tune.data.rows import SourceRow
 from gemma_tune.data.segments import RowError, Segment
-from gemma_tune.data.sources import SourceRow
 from gemma_tune.data.template import load_template, parse_template
 from gemma_tune.errors import DataError
 

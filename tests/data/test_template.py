@@ -14,12 +14,21 @@ TEXT = 'name: mine\nkind: text\nprompt: "{{ question }}"\nresponse: "{{ answer }
 
 
 def test_shipped_templates_load_and_describe_themselves() -> None:
-    assert list_templates() == ["alpaca", "alpaca-chat", "chat", "completion", "dolly", "dolly-chat"]
+    assert list_templates() == [
+        "alpaca",
+        "alpaca-chat",
+        "chat",
+        "completion",
+        "dolly",
+        "dolly-chat",
+        "preference",
+        "text",
+    ]
     for name in list_templates():
         template = load_template(name)
         assert template.name == name
         assert template.about and template.example
-        assert template.conversation or template.question in template.required
+        assert template.conversation or template.question in template.fields
 
 
 def test_dolly_names_its_fields() -> None:

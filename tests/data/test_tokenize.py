@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.encoded import IGNORED, EncodedRow
 from gemma_tune.data.render import END_OF_TEXT, render_example
+from gemma_tune.data.rows import SourceRow
 from gemma_tune.data.segments import Segment
-from gemma_tune.data.sources import SourceRow
 from gemma_tune.data.template import load_template
-from gemma_tune.data.tokenize import IGNORED, EncodedRow, Encoder
+from gemma_tune.data.tokenize import Encoder
 from gemma_tune.errors import DataError
 
 PAD, EOS, BOS = 0, 1, 2
@@ -147,7 +148,7 @@ def test_rows_are_encoded_together_as_one_by_one(tokenizer: Any) -> None:
         dolly(instruction=f"Number {index}?", context="x" * (index % 3), response=f"{index}") for index in range(50)
     ]
     encoder = Encoder(tokenizer)
-    assert encoder.encode_rows(rows) == [encoder.encode(row) for row in rows]
+    assert list(encoder.encode_rows(rows)) == [encoder.encode(row) for row in rows]
 
 
 def test_settings_left_in_the_tokenizer_do_not_matter_and_are_left_alone(tokenizer: Any) -> None:

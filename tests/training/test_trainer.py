@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from gemma_tune.data.build import Datasets
-from gemma_tune.data.tokenize import IGNORED, EncodedRow
+from gemma_tune.data.encode import Datasets
+from gemma_tune.data.encoded import IGNORED, EncodedRow, EncodedRows
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.transformers_engine import TransformersEngine
@@ -45,12 +45,12 @@ def make_rows(count: int, *, seed: int, shortest: int = 4, longest: int = 24) ->
     return rows
 
 
-@dataclass(frozen=True)
 class Rows:
     """The part of `Datasets` that training reads."""
 
-    train: Sequence[EncodedRow]
-    eval: Sequence[EncodedRow]
+    def __init__(self, train: Sequence[EncodedRow], eval: Sequence[EncodedRow]) -> None:
+        self.train = EncodedRows.from_rows(train)
+        self.eval = EncodedRows.from_rows(eval)
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +145,10 @@ def reference_loss(model: torch.nn.Module, rows: Sequence[EncodedRow]) -> float:
 
 def test_padding_has_no_label_and_no_attention_even_when_pad_is_the_stop_token() -> None:
     rows = [
-        {"input_ids": [2, 7, 1], "labels": [IGNORED, 7, 1]},
-        {"input_ids": [2, 8, 9, 9, 1], "labels": [2, 8, 9, 9, 1]},
+        (np.array([2, 7, 1], dtype=np.int32), np.array([False, True, True])),
+        (np.array([2, 8, 9, 9, 1], dtype=np.int32), np.ones(5, dtype=np.bool_)),
     ]
-    batch = PadRight(pad_token_id=1, pad_to_multiple_of=4)(rows)
+    batch = PadRight(pad_token_id=1, pad_to_multiple_of=4)([[row] for row in rows])
     assert batch["input_ids"].shape == (2, 8)
     assert batch["labels"][0].tolist() == [IGNORED, 7, 1] + [IGNORED] * 5
     assert batch["attention_mask"].sum(1).tolist() == [3, 5]

@@ -1,0 +1,113 @@
+"""What `gemma-tune data audit` prints, and the limit at which it fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.text import Text
+
+from gemma_tune.cli.console import Terminal, make_table
+from gemma_tune.errors import DataError, did_you_mean
+
+if TYPE_CHECKING:
+    from gemma_tune.data.audit import AuditReport
+
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+_BAR_CHARS = 40
+_SHOWN_SAMPLES = 3
+_SHOWN_NAMES = 8
+
+
+def print_audit(terminal: Terminal, report: AuditReport) -> None:
+    """The report on stdout: counts, lengths, findings with their first places, the worst first."""
+    terminal.plain(
+        f"{report.train_rows:,} training rows, {report.eval_rows:,} eval rows, {report.bad_rows:,} not usable\n"
+        f"{report.tokens:,} tokens, {report.supervised_share:.1%} of them in the loss"
+    )
+    for name, entries in (("categories", report.categories), ("languages", report.languages)):
+        if entries:
+            more = f", and {len(entries) - _SHOWN_NAMES} more" if len(entries) > _SHOWN_NAMES else ""
+            note = f" (of {report.language_rows:,} sampled rows)" if name == "languages" else ""
+            shown = ", ".join(f"{key} {count:,}" for key, count in entries[:_SHOWN_NAMES])
+            terminal.plain(f"{name}{note}: {shown}{more}")
+    if report.length_bins:
+        terminal.plain("")
+        _print_lengths(terminal, report)
+    terminal.plain("")
+    if not report.findings:
+        terminal.plain("nothing was found")
+        return
+    table = make_table(("", "rows", "kind", "recipe line that would act"), (), right=(1,))
+    for found in report.findings:
+        table.add_row(
+            Text(found.severity, style=_STYLES[found.severity]),
+            f"{found.count:,}",
+            Text(found.kind),
+            Text(found.option or "—"),
+        )
+    terminal.result(table)
+    for found in report.findings:
+        terminal.plain("")
+        terminal.result(Text.assemble((found.severity, _STYLES[found.severity]), f": {found.summary}"))
+        for where, detail in found.samples[:_SHOWN_SAMPLES]:
+            terminal.plain(f"  {_one_line(where)}: {_one_line(detail)}")
+        if len(found.samples) > _SHOWN_SAMPLES:
+            terminal.plain("  …")
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """Where `--fail-on` draws the line: any finding of `severities`, or `count` rows with findings of `kind`."""
+
+    severities: tuple[str, ...] = ()
+    kind: str | None = None
+    count: int = 1
+
+
+def parse_threshold(text: str) -> Threshold:
+    """`error` (any error), `warning` (any warning or error) or `KIND=N` (N or more rows with that finding).
+
+    Raises:
+        DataError: the text is none of these.
+    """
+    from gemma_tune.data.audit import FINDING_KINDS
+
+    if text == "error":
+        return Threshold(severities=("error",))
+    if text == "warning":
+        return Threshold(severities=("error", "warning"))
+    kind, _, limit = text.partition("=")
+    if kind in FINDING_KINDS and limit.isascii() and limit.isdigit() and int(limit) > 0:
+        return Threshold(kind=kind, count=int(limit))
+    near = did_you_mean(kind, FINDING_KINDS) if kind not in FINDING_KINDS else ""
+    raise DataError(
+        f"--fail-on {text!r} is not known" + (f"; {near}" if near else ""),
+        hint=f"give error, warning, or KIND=N, N at least 1, with a KIND of: {', '.join(FINDING_KINDS)}",
+    )
+
+
+def threshold_passed(report: AuditReport, threshold: Threshold) -> bool:
+    """Whether the findings reach the threshold, so that the command fails."""
+    if threshold.kind is None:
+        return any(found.severity in threshold.severities for found in report.findings)
+    return sum(found.count for found in report.findings if found.kind == threshold.kind) >= threshold.count
+
+
+def _print_lengths(terminal: Terminal, report: AuditReport) -> None:
+    highest = max(one.count for one in report.length_bins)
+    rows = []
+    for one in report.length_bins:
+        bar = "█" * max(1, round(_BAR_CHARS * one.count / highest)) if one.count else ""
+        over = "  over data.max_seq_tokens" if one.low > report.max_seq_tokens and one.count else ""
+        rows.append((f"{one.low:,}–{one.high:,}", f"{one.count:,}", bar + over))
+    terminal.result(make_table(("tokens", "rows", ""), rows, right=(0, 1)))
+    terminal.plain(
+        f"p50 {report.length_p50:,} · p90 {report.length_p90:,} · p99 {report.length_p99:,} · "
+        f"longest {report.length_max:,} · data.max_seq_tokens {report.max_seq_tokens:,}"
+    )
+
+
+def _one_line(text: str) -> str:
+    """Nothing of a row's text may move the cursor."""
+    return "".join(char if char.isprintable() else " " for char in text)

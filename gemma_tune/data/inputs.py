@@ -1,0 +1,177 @@
+"""Which sources a recipe names, and which data template reads each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gemma_tune.data.sources import TINY_WORLD, Source, open_source, read_whole
+from gemma_tune.data.template import DataTemplate, list_templates, load_template
+from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.recipe.schema import DataSection, MixSection
+
+# What `template: auto` tries, in this order: for a base model, and before those for a model that knows chat turns.
+_AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "text")
+_AUTO_CHAT = ("dolly-chat", "alpaca-chat")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One opened source and how it is read.
+
+    Attributes:
+        source: the rows.
+        template: what renders them.
+        detected: whether the template was chosen by the columns (`template: auto`).
+        columns: template field → column of the rows.
+        num_rows: train rows to take (`#N`); None takes all.
+        weight: share of the mix, relative to the other weights.
+    """
+
+    source: Source
+    template: DataTemplate
+    detected: bool
+    columns: Mapping[str, str]
+    num_rows: int | None = None
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where train rows come from and, when they have a source of their own, eval rows."""
+
+    train: tuple[Input, ...]
+    eval: Input | None
+
+    @property
+    def all(self) -> tuple[Input, ...]:
+        return (*self.train, self.eval) if self.eval else self.train
+
+    @property
+    def template(self) -> DataTemplate:
+        """The template that questions are asked with: that of the first source."""
+        return self.train[0].template
+
+
+def open_inputs(section: DataSection, *, prefers_chat: bool) -> Inputs:
+    """Open every source of a recipe and settle its template. `prefers_chat`: the model is instruction-tuned.
+
+    Raises:
+        DataError: a source or a template is missing or wrong, or they do not fit each other.
+    """
+    parts = section.mix or (MixSection(source=section.source or ""),)
+    train = tuple(_open(part, section, prefers_chat=prefers_chat) for part in parts)
+    held_out = None
+    if section.eval_source is not None:
+        held_out = MixSection(source=section.eval_source, split="train")
+    elif section.eval_split is not None:
+        held_out = MixSection(source=section.source or "", split=section.eval_split)
+    elif section.source == TINY_WORLD and section.split == "train" and section.eval_fraction:
+        held_out = MixSection(source=TINY_WORLD, split="eval")
+    return Inputs(train, _open(held_out, section, prefers_chat=prefers_chat) if held_out else None)
+
+
+def _open(part: MixSection, section: DataSection, *, prefers_chat: bool) -> Input:
+    name, num_rows = split_count(part.source)
+    # Subset, split and revision of the data section belong to its own source; an eval_source has none of them.
+    whole = name == split_count(section.source or "")[0] or bool(section.mix and part in section.mix)
+    source = open_source(
+        name,
+        subset=part.subset or (section.subset if whole else None),
+        split=part.split or section.split,
+        revision=part.revision or (section.revision if whole else None),
+    )
+    if not source.columns:
+        read_whole(source)  # raises: there is not one row among the first lines
+    columns = section.columns if part.columns is None else part.columns
+    wanted = part.template or section.template
+    if wanted != "auto":
+        template = load_template(wanted)
+    else:
+        detected = detect_template(_fields_of(source, columns), prefers_chat=prefers_chat)
+        if detected is None:
+            raise DataError(
+                f"no shipped data template fits the columns of {source.label}: {', '.join(source.columns)}",
+                hint="map them, for example data.columns.instruction=QUESTION data.columns.response=ANSWER, or write "
+                "a template of your own and name it as data.template",
+            )
+        template = detected
+    _check_columns(columns, template, source)
+    return Input(source, template, wanted == "auto", columns, num_rows, part.weight)
+
+
+def split_count(source: str) -> tuple[str, int | None]:
+    """`rows.jsonl#500` → (`rows.jsonl`, 500).
+
+    Raises:
+        DataError: what follows the last # is not a number above 0.
+    """
+    name, mark, count = source.rpartition("#")
+    if not mark:
+        return source, None
+    if not count.isdigit() or int(count) == 0:
+        raise DataError(f"{source}: #{count} is no number of rows", hint=f"write {name}#500 for 500 train rows of it")
+    return name, int(count)
+
+
+def detect_template(columns: Sequence[str], *, prefers_chat: bool) -> DataTemplate | None:
+    """The first shipped template whose required fields are among `columns`."""
+    order = (*_AUTO_CHAT, *_AUTO) if prefers_chat else _AUTO
+    return next((template for name in order if _fits(template := load_template(name), columns)), None)
+
+
+def _fits(template: DataTemplate, columns: Sequence[str]) -> bool:
+    # The answers of a preference pair may bring the conversation themselves.
+    needs_conversation = template.kind == "chat" and bool(template.conversation)
+    has_conversation = any(column in columns for column in template.conversation)
+    return (has_conversation or not needs_conversation) and all(field in columns for field in template.required)
+
+
+def _fields_of(source: Source, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """The columns of a source, and the fields that are mapped to one of them."""
+    return (*source.columns, *(field for field, column in columns.items() if column in source.columns))
+
+
+def _check_columns(columns: Mapping[str, str], template: DataTemplate, source: Source) -> None:
+    """Refuse a mapping or a template that cannot fit any row, before the rows are looked at one by one."""
+    known = (*template.conversation, *template.fields)
+    category = (template.category,) if template.category else ()
+    for name, column in columns.items():
+        if name not in (*known, *category):
+            near = did_you_mean(name, known)
+            raise DataError(
+                f"data.columns: the template {template.name} has no field {name!r}" + (f"; {near}" if near else ""),
+                hint=f"its fields: {', '.join(known)}",
+            )
+        if column not in source.columns:
+            near = did_you_mean(column, source.columns)
+            raise DataError(
+                f"data.columns.{name}: {source.label} has no column {column!r}" + (f"; {near}" if near else ""),
+                hint=f"its columns: {', '.join(source.columns)}",
+            )
+    missing = _missing_columns(columns, template, source)
+    if missing:
+        fitting = [
+            name
+            for name in list_templates()
+            if name != template.name and _fits(load_template(name), _fields_of(source, columns))
+        ]
+        hint = (
+            f"these columns fit data.template={fitting[0]}"
+            if fitting
+            else f"map it: data.columns.{missing[0].split()[0]}=COLUMN"
+        )
+        raise DataError(
+            f"{source.label} has no column {', '.join(missing)}, which the template {template.name} needs; "
+            f"its columns: {', '.join(source.columns)}",
+            hint=hint,
+        )
+
+
+def _missing_columns(columns: Mapping[str, str], template: DataTemplate, source: Source) -> Sequence[str]:
+    wanted = [columns.get(name, name) for name in template.required]
+    missing = [column for column in wanted if column not in source.columns]
+    places = [columns.get(name, name) for name in template.conversation]
+    if places and template.kind == "chat" and not any(column in source.columns for column in places):
+        missing.insert(0, " or ".join(places))
+    return missing

@@ -1,0 +1,69 @@
+"""Every row of a recipe as it stands, for the audit: nothing is cleaned, dropped or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from gemma_tune.data.audit import AuditRow
+from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.inputs import Input, Inputs
+from gemma_tune.data.read import render_rows, split_rows
+from gemma_tune.data.render import Example
+from gemma_tune.data.rows import SourceRow
+from gemma_tune.data.tokenize import Encoder
+from gemma_tune.recipe.schema import DataSection
+
+
+def survey_rows(
+    section: DataSection, inputs: Inputs, *, encoder: Encoder, chat: ChatRenderer | None
+) -> tuple[list[AuditRow], list[tuple[str, str]]]:
+    """The rows on the side where training would put them, and place and problem of those that cannot be used."""
+    bad: list[tuple[str, str]] = []
+    rendered: list[tuple[Input, SourceRow, Example]] = []
+    for item in inputs.all:
+        for row, result in render_rows(item, cleaner=None, chat=chat):
+            if row is not None and isinstance(result, Example):
+                rendered.append((item, row, result))
+            elif not isinstance(result, Example):
+                bad.append((result.where, result.problem))
+    if inputs.eval is None and len({example.key for _, _, example in rendered}) > 1:
+        _, held_out = split_rows([[example for _, _, example in rendered]], section=section)
+        eval_keys = {example.key for example in held_out}
+    else:
+        eval_keys = set()
+    encoded = encoder.encode_rows([example.segments for _, _, example in rendered], train_on=section.train_on)
+    supervised = encoded.num_supervised()
+    rows = [
+        AuditRow(
+            where=example.where,
+            side="eval" if item is inputs.eval or example.key in eval_keys else "train",
+            prompt=example.prompt_text,
+            response=example.response,
+            key=example.key,
+            texts=tuple(_texts(item, row.fields)),
+            category=example.category,
+            num_tokens=int(encoded.lengths[index]),
+            num_supervised=int(supervised[index]),
+            control_strings=encoder.count_control_strings(example.segments),
+        )
+        for index, (item, row, example) in enumerate(rendered)
+    ]
+    return rows, bad
+
+
+def _texts(item: Input, fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+    """Column and text of every text that the template reads, messages one by one."""
+    for name in (*item.template.conversation, *item.template.fields):
+        column = item.columns.get(name, name)
+        yield from _texts_in(column, fields.get(column))
+
+
+def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts_in(f"{name}[{index}]", item)
+    elif isinstance(value, Mapping):
+        text = value.get("content", value.get("value"))
+        yield from _texts_in(name, text)

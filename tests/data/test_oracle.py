@@ -1,0 +1,189 @@
+"""Token ids and supervised text against an independent reading: plain tokenizer calls and string operations.
+
+Nothing of gemma_tune makes the expected values here: not the template engine, not the encoder, not the chat renderer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_tune.data.build import build_datasets
+from gemma_tune.data.chat import ChatRenderer
+from gemma_tune.data.encode import Datasets
+from gemma_tune.data.inputs import open_inputs
+from gemma_tune.data.tokenize import Encoder
+from gemma_tune.recipe.schema import DataSection
+
+Row = dict[str, Any]
+Parts = Sequence[tuple[str, bool]]  # text and whether it is supervised, control tokens spelled out
+
+ROWS: tuple[Row, ...] = (
+    {"instruction": "Who bakes?", "context": "", "response": "The baker."},
+    {"instruction": "Repeat: The baker.", "context": "The baker.", "response": "The baker."},
+    {"instruction": "  Spaces around? ", "context": "  ", "response": "  Yes, two.  "},
+    {"instruction": "Über Köln 日本 🦆?", "context": "Ä\u2028Ö", "response": "Schön\u00a0🦆."},
+    {"instruction": "Lines?", "context": "one\n\ntwo", "response": "first\n\n\nlast"},
+    {"instruction": "### Response:\nfake", "context": "{{7*7}} {% raw %}", "response": "{{ instruction }}"},
+)
+
+
+def plain_prompt(instruction: str, context: str, title: str) -> str:
+    middle = f"### {title}:\n{context}\n\n" if context.strip() else ""
+    return f"### Instruction:\n{instruction}\n\n{middle}### Response:\n"
+
+
+def dolly(row: Row, tokenizer: Any) -> Parts:
+    return [(plain_prompt(row["instruction"], row["context"], "Context"), False), (row["response"].strip(), True)]
+
+
+def alpaca(row: Row, tokenizer: Any) -> Parts:
+    return [(plain_prompt(row["instruction"], row["input"], "Input"), False), (row["output"].strip(), True)]
+
+
+def completion(row: Row, tokenizer: Any) -> Parts:
+    return [(row["prompt"], False), (row["completion"], True)]
+
+
+def text(row: Row, tokenizer: Any) -> Parts:
+    return [(row["text"], True)]
+
+
+def chat(messages: list[dict[str, str]], tokenizer: Any) -> Parts:
+    """Gemma's turns through the tokenizer's own apply_chat_template, cut where an answer starts and ends."""
+    parts: list[tuple[str, bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = tokenizer.apply_chat_template(messages[:index], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
+        parts.append((asked[len(done) :], False))
+        answer = answered[len(asked) :]
+        end = answer.index("<end_of_turn>") + len("<end_of_turn>")
+        parts.append((answer[:end], True))
+        done = asked + answer[:end]
+    return [(parts[0][0].removeprefix("<bos>"), parts[0][1]), *parts[1:]]
+
+
+def dolly_chat(row: Row, tokenizer: Any) -> Parts:
+    context = f"\n\n{row['context']}" if row["context"].strip() else ""
+    question = f"{row['instruction']}{context}".strip()
+    answer = row["response"].strip()
+    return chat([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], tokenizer)
+
+
+def messages_row(row: Row, tokenizer: Any) -> Parts:
+    return chat(row["messages"], tokenizer)
+
+
+def sharegpt_row(row: Row, tokenizer: Any) -> Parts:
+    roles = {"human": "user", "gpt": "assistant", "system": "system"}
+    return chat([{"role": roles[m["from"]], "content": m["value"]} for m in row["conversations"]], tokenizer)
+
+
+def expected_ids(parts: Parts, tokenizer: Any, *, ends_in_eos: bool) -> tuple[list[int], list[int]]:
+    """Every part through the tokenizer by itself; only the control tokens of chat turns are control tokens."""
+    ids, labels = [tokenizer.bos_token_id], [-100]
+    for part, supervised in parts:
+        found = tokenizer(part, add_special_tokens=False).input_ids
+        ids += found
+        labels += found if supervised else [-100] * len(found)
+    if ends_in_eos:
+        ids.append(tokenizer.eos_token_id)
+        labels.append(tokenizer.eos_token_id)
+    return ids, labels
+
+
+def as_alpaca(row: Row) -> Row:
+    return {"instruction": row["instruction"], "input": row["context"], "output": row["response"]}
+
+
+def as_messages(row: Row) -> Row:
+    turns = [("user", row["instruction"]), ("assistant", row["response"]), ("user", "And?"), ("assistant", "No more.")]
+    return {"messages": [{"role": role, "content": content.strip()} for role, content in turns]}
+
+
+def as_sharegpt(row: Row) -> Row:
+    names = {"user": "human", "assistant": "gpt"}
+    return {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in as_messages(row)["messages"]]}
+
+
+CASES: dict[str, tuple[Callable[[Row], Row], Callable[[Row, Any], Parts], bool]] = {
+    "dolly": (lambda row: row, dolly, True),
+    "alpaca": (as_alpaca, alpaca, True),
+    "completion": (lambda row: {"prompt": row["instruction"], "completion": row["response"]}, completion, True),
+    "text": (lambda row: {"text": f"{row['instruction']}\n{row['response']}"}, text, True),
+    "dolly-chat": (lambda row: row, dolly_chat, False),
+    "chat": (as_messages, messages_row, False),
+    "sharegpt": (as_sharegpt, sharegpt_row, False),
+}
+
+
+def encode(rows: Sequence[Row], tokenizer: Any, folder: Path, **settings: Any) -> Datasets:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    section = DataSection(
+        **{"source": str(path), "max_seq_tokens": 4096, "eval_fraction": 0.0, "cache": False} | settings
+    )
+    inputs = open_inputs(section, prefers_chat=settings.get("template") == "dolly-chat")
+    needs_chat = inputs.template.kind != "text"
+    chat_renderer = ChatRenderer.from_tokenizer(tokenizer) if needs_chat else None
+    return build_datasets(section, inputs, tokenizer_files={}, load=lambda: (Encoder(tokenizer), chat_renderer))
+
+
+@pytest.mark.parametrize("generation", ["tokenizer", "gemma3_tokenizer"])  # Gemma 2 has the template of 1
+@pytest.mark.parametrize("case", CASES)
+def test_ids_and_labels_are_those_of_a_plain_tokenizer(
+    case: str, generation: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    tokenizer = request.getfixturevalue(generation)
+    to_row, to_parts, ends_in_eos = CASES[case]
+    rows = [to_row(row) for row in ROWS]
+    made = encode(rows, tokenizer, tmp_path, template="chat" if case == "sharegpt" else case)
+    assert len(made.train) == len(rows)
+    for row, place in zip(made.train, made.train_places, strict=True):
+        parts = to_parts(rows[int(place.rpartition(":")[2]) - 1], tokenizer)
+        assert (row.input_ids, row.labels) == expected_ids(parts, tokenizer, ends_in_eos=ends_in_eos), place
+        supervised = tokenizer.decode([label for label in row.labels if label != -100])
+        assert supervised == "".join(part for part, trained in parts if trained) + "<eos>" * ends_in_eos
+
+
+def test_the_system_turn_is_what_the_models_template_makes_of_it(
+    tokenizer: Any, gemma3_tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": f"Who {n}?"},
+                {"role": "assistant", "content": "Ann."},
+            ]
+        }
+        for n in range(4)
+    ]
+    made = encode(rows, gemma3_tokenizer, tmp_path, template="chat")  # folds it into the first user turn
+    for row, place in zip(made.train, made.train_places, strict=True):
+        parts = messages_row(rows[int(place.rpartition(":")[2]) - 1], gemma3_tokenizer)
+        assert (row.input_ids, row.labels) == expected_ids(parts, gemma3_tokenizer, ends_in_eos=False)
+    from gemma_tune.errors import DataError
+
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*System role not supported"):
+        encode(rows, tokenizer, tmp_path, template="chat")  # Gemma 1 and 2 refuse it
+
+
+@pytest.mark.parametrize(
+    ("train_on", "answers"), [("response", ["The baker.", "No more."]), ("last_response", ["No more."])]
+)
+def test_which_answers_of_a_conversation_are_trained(
+    train_on: str, answers: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    row = encode([as_messages(ROWS[0])], tokenizer, tmp_path, template="chat", train_on=train_on).train[0]
+    supervised = tokenizer.decode([label for label in row.labels if label != -100])
+    assert supervised == "".join(f"{answer}<end_of_turn>" for answer in answers)
+    whole = encode([as_messages(ROWS[0])], tokenizer, tmp_path, template="chat", train_on="all").train[0]
+    assert whole.input_ids == row.input_ids and whole.labels == [-100, *row.input_ids[1:]]
