@@ -53,7 +53,10 @@ def preview(
     for line in datasets.report.lines():
         terminal.plain(line)
     marked = terminal.out.is_terminal
-    terminal.plain("\nTrained tokens are " + ("green, control tokens inverse." if marked else "between ⟦ and ⟧."))
+    terminal.plain(
+        "\nTrained tokens are "
+        + ("green, control tokens inverse, every second token underlined." if marked else "between ⟦ and ⟧.")
+    )
     for row in rows:
         terminal.plain(f"\n{row.where}: {row.num_tokens} tokens, {row.num_supervised} of them in the loss")
         for text, style in row.styled(colours=marked):

@@ -46,10 +46,11 @@ class PreviewRow:
     text: tuple[tuple[str, bool, bool], ...]
 
     def styled(self, *, colours: bool) -> Iterator[tuple[str, str]]:
-        """Pieces of text with a rich style; without colours trained text stands between ⟦ and ⟧."""
+        """Pieces of text with a rich style: every second token underlined; without colours trained text in ⟦ ⟧."""
         if colours:
-            for text, trained, control in self.text:
-                yield text, " ".join(["bold green"] * trained + ["reverse"] * control) or "default"
+            for index, token in enumerate(self.tokens):
+                style = ["bold green"] * token.trained + ["reverse"] * token.control + ["underline"] * (index % 2)
+                yield token.piece.replace("▁", " "), " ".join(style) or "default"
             return
         for trained, runs in groupby(self.text, key=lambda run: run[1]):
             text = "".join(run[0] for run in runs)

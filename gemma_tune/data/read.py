@@ -52,6 +52,7 @@ class _Read:
     broken: list[BrokenLine]
     bad: list[RowError]
     left_out: Counter[str]
+    labelled_false: int = 0  # KTO's mark of an unwanted answer
 
 
 def read_examples(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> Examples:
@@ -124,7 +125,7 @@ def read_examples(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | 
         num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
         train_rows=len(used_train),
         eval_rows=len(used_eval),
-        notes=tuple(_notes(used_train)),
+        notes=(*_label_notes(own_train), *_notes(used_train)),
     )
     return Examples(used_train, used_eval, report, examples_sha256(section, inputs, chat=chat))
 
@@ -167,6 +168,7 @@ def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None) -> _Re
     read = _Read(item, 0, [], [], [], Counter())
     for row, result in render_rows(item, cleaner=cleaner, chat=chat):
         read.rows_read += row is not None
+        read.labelled_false += row is not None and row.fields.get("label") is False
         if isinstance(result, Example):
             assert row is not None
             reason = cleaner.reason_to_leave_out(row.fields, result)
@@ -281,6 +283,15 @@ def _mix(
         mixed.append(part * passes + chosen[:rest])
         repeats.append(max(0, count - len(part)))
     return mixed, repeats
+
+
+def _label_notes(read: Sequence[_Read]) -> Iterator[str]:
+    for source in read:
+        if source.labelled_false:
+            yield (
+                f"{source.labelled_false:,} rows of {source.input.source.label} have label false (KTO's unwanted "
+                "answers); they are learned like the others, so take them out unless that is meant"
+            )
 
 
 def _notes(examples: Sequence[Example]) -> list[str]:

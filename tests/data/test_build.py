@@ -498,3 +498,9 @@ def test_faults_of_a_preference_pair_are_told(row: Row, problem: str, tokenizer:
         section(path, template="preference", eval_fraction=0.0), chat=ChatRenderer.from_tokenizer(tokenizer)
     )
     assert len(made.train) == 1 and problem in made.report.bad_samples[0]
+
+
+def test_unwanted_answers_of_a_kto_file_are_noted(tmp_path: Path) -> None:
+    rows = [row | {"label": index % 2 == 0} for index, row in enumerate(numbered(6))]
+    (note,) = read(tmp_path, rows, eval_fraction=0.0).report.notes
+    assert note.startswith("3 rows of rows.jsonl have label false")
