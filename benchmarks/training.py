@@ -11,14 +11,15 @@ one table, not seconds of two.
 A process runs two epochs and the second one is measured, from the end of the first one's last step to the end of its
 own: every way is timed on every row once, with the caches warm. Loading, imports and the last checkpoint are outside.
 Tokens are real ones, padding left out, as each way's own tokenization counts them; memory is the peak of the whole
-process up to its last step, imports included.
+process up to its last step, imports included. `/ notebook` and `/ own loop` are ratios of tokens/s: to the Unsloth
+notebook, and to the plain loop of the same engine.
 
 The ways with random batches get the same random batches, gemma-tune's: on a few rows, the luck of the draw moves the
-share of padding by a tenth. What is left between `equal settings` and the
-loops: gemma-tune gives ready-made ids where they give text (tokenized before the first step, outside of the clock),
-cuts rows into prompt and response before tokenizing (a token more or less at the border), writes a line of metrics at
-every step where TRL prints one at every tenth, checks every gradient for NaN, and trains the adapter in float32 where
-TRL turns the adapter of a 4-bit model into bfloat16.
+share of padding by a tenth. What is left between `equal settings` and the loops: gemma-tune gives ready-made ids where
+they give text (tokenized before the first step, outside of the clock), cuts rows into prompt and response before
+tokenizing (a token more or less at the border), writes a line of metrics at every step where TRL prints one at every
+tenth, checks every gradient for NaN, and trains the adapter in float32 where TRL turns the adapter of a 4-bit model
+into bfloat16. The loss is TRL's own in all of them, over real tokens only: padding costs nothing in the head.
 
 `--cpu-time` gives every process one thread and counts its processor seconds: for a machine that others use as well,
 where two threads that wait for each other measure mostly the others.
@@ -51,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flagship import SHAPES, run_in_process_of_its_own, write_dolly_like_rows, write_random_gemma
 from gemma_tune.data.render import Example, render_example
-from gemma_tune.data.sources import SourceRow
+from gemma_tune.data.rows import SourceRow
 from gemma_tune.data.template import load_template
 from gemma_tune.engines.precision import Precision, decide_precision, detect_device
 from gemma_tune.paths import TINY_MODEL_DIR
@@ -461,7 +462,7 @@ def to_table(best: Mapping[str, Measurement], *, title: str, caption: str) -> Ta
     table = Table(title=title, caption=caption)
     for column in ("way", "engine"):
         table.add_column(column)
-    for column in ("steps", "rows/s", "tokens/s", "GB", "× notebook", "× own loop"):
+    for column in ("steps", "rows/s", "tokens/s", "peak (GB)", "/ notebook", "/ own loop"):
         table.add_column(column, justify="right")
 
     def ratio(way: str, peer: str) -> str:
@@ -488,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--shape", choices=sorted(SHAPE_NAMES), default="small", help="12 or 74 million parameters")
     parser.add_argument("--batch", type=int, nargs="+", default=[2, 4], metavar="ROWS", help="rows of a forward pass")
     parser.add_argument("--rows", type=Path, metavar="FILE", help="rows in dolly's schema; drawn ones without it")
-    parser.add_argument("--num-rows", type=int, default=64, help="how many rows are drawn")
+    parser.add_argument("--num-rows", type=int, default=32, help="how many rows are drawn; more say more")
     parser.add_argument("--max-seq-tokens", type=int, default=1024, help="longer rows are left out for everyone")
     parser.add_argument("--pack-tokens", type=int, default=1024, help="tokens of a pack")
     parser.add_argument("--repeats", type=int, default=2)
@@ -533,9 +534,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         best = {way: best_of(done) for way, done in runs.items()}
         some = next(iter(best.values()))
         title = f"training: Gemma 1 of {SHAPE_NAMES[arguments.shape].upper()} parameters, NF4, batch {batch_size}"
-        caption = f"{some.num_rows} {rows_name}, {some.num_tokens:,} tokens; best steps of {arguments.repeats} runs; "
+        caption = f"{some.num_rows} {rows_name}, {some.num_tokens:,} tokens; best steps of {arguments.repeats} run(s); "
         speed = "one thread, processor seconds" if arguments.cpu_time else f"{os.cpu_count()} cores"
-        Console().print(to_table(best, title=title, caption=f"{caption}{speed}"))
+        Console(width=None if sys.stdout.isatty() else 110).print(
+            to_table(best, title=title, caption=f"{caption}{speed}")
+        )
     if arguments.json:
         record = {
             "shape": arguments.shape,

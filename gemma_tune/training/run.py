@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from gemma_tune.training.callbacks import (
     peak_memory_bytes,
 )
 from gemma_tune.training.leak_probe import find_leak
+from gemma_tune.training.row_attention import attending_by_row
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
 
 
@@ -69,29 +71,17 @@ def train_adapter(
         TrainingInterrupted: a signal came; a checkpoint was saved.
         RunError: a run that was trained packed would go on unpacked, or the other way round.
     """
-    interrupt = InterruptCallback()
-    pack_tokens = _settle_packing(
-        loaded, engine=engine, tokenizer=tokenizer, datasets=datasets, recipe=recipe, reporter=reporter
-    )
-    _keep_packing(run, packed=pack_tokens is not None, resumes=resume_from is not None)
-    trainer = _build(loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens)
-    metrics = MetricsCallback(run, reporter=reporter, count_tokens=lambda: trainer.num_real_tokens)
-    for callback in (GuardCallback(), metrics, CheckpointCallback(run), interrupt):
-        trainer.add_callback(callback)
-
-    eval_loss_before = trainer.mean_eval_loss() if datasets.eval else None
-    engine.set_mode(loaded, training=True)
-    set_seed(recipe.training.seed)
-    started = time.monotonic()
-    with interrupt.listening(reporter):
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = time.monotonic() - started
-    if interrupt.signal is not None:
-        raise TrainingInterrupted(
-            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}; everything is saved",
-            hint=None,
+    with attending_by_row(loaded) if recipe.training.packing else nullcontext():
+        pack_tokens = _settle_packing(
+            loaded, engine=engine, tokenizer=tokenizer, datasets=datasets, recipe=recipe, reporter=reporter
         )
+        _keep_packing(run, packed=pack_tokens is not None, resumes=resume_from is not None)
+        trainer = _build(
+            loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens
+        )
+        eval_loss_before = trainer.mean_eval_loss() if datasets.eval else None
+        engine.set_mode(loaded, training=True)
+        seconds = _train(trainer, run=run, seed=recipe.training.seed, reporter=reporter, resume_from=resume_from)
     save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter, base_name=base_name, base_revision=base_revision)
     return TrainingResult(
         steps=trainer.state.global_step,
@@ -102,6 +92,32 @@ def train_adapter(
         eval_loss_after=trainer.mean_eval_loss() if datasets.eval else None,
         peak_memory_bytes=peak_memory_bytes(),
     )
+
+
+def _train(
+    trainer: TokenWeightedTrainer, *, run: RunDir, seed: int, reporter: Reporter, resume_from: Path | None
+) -> float:
+    """Run every step; returns seconds of wall time.
+
+    Raises:
+        TrainingStopped, TrainingInterrupted: as `train_adapter`.
+    """
+    interrupt = InterruptCallback()
+    metrics = MetricsCallback(run, reporter=reporter, count_tokens=lambda: trainer.num_real_tokens)
+    for callback in (GuardCallback(), metrics, CheckpointCallback(run), interrupt):
+        trainer.add_callback(callback)
+    set_seed(seed)
+    started = time.monotonic()
+    with interrupt.listening(reporter):
+        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.monotonic() - started
+    if interrupt.signal is not None:
+        raise TrainingInterrupted(
+            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of "
+            f"{trainer.state.max_steps}; everything is saved",
+            hint=None,
+        )
+    return seconds
 
 
 def _settle_packing(

@@ -21,6 +21,7 @@ from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import EpochSampler, Group
 
 RowArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # token ids and supervised flags of one row
@@ -191,9 +192,10 @@ def join_rows_for(loaded: LoadedModel, *, pad_token_id: int) -> JoinRows:
     """The layout in which a model's attention keeps joined rows apart.
 
     transformers' SDPA masks find the borders in each sequence of a batch, and cost less there than in one long
-    sequence. Its flash attention, and Unsloth's own forward pass on CUDA, look for them in a batch of one sequence only
-    and would let rows see each other in a larger one. Unsloth also takes the row lengths, which saves it reading
-    positions back from the card, and lets the sequence be longer than the `max_seq_length` of the load.
+    sequence. `row_attention` finds them in one sequence, which costs no more than its rows. transformers' flash
+    attention, and Unsloth's own forward pass on CUDA, look for them in a batch of one sequence only and would let rows
+    see each other in a larger one. Unsloth also takes the row lengths, which saves it reading positions back from the
+    card, and lets the sequence be longer than the `max_seq_length` of the load.
     """
     on_cuda = loaded.model.device.type == "cuda"
     unsloth_forward = on_cuda and loaded.engine == "unsloth"
@@ -201,7 +203,7 @@ def join_rows_for(loaded: LoadedModel, *, pad_token_id: int) -> JoinRows:
     return JoinRows(
         pad_token_id,
         pad_to_multiple_of=_pad_multiple(on_cuda=on_cuda),
-        in_one_sequence=unsloth_forward or "flash" in attention,
+        in_one_sequence=unsloth_forward or "flash" in attention or attention == ROW_ATTENTION,
         with_row_lengths=unsloth_forward,
     )
 
