@@ -6,7 +6,7 @@ Import it after the engine has started: Unsloth replaces `trl.SFTTrainer` when i
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ _OPTIMIZERS = {
     "adafactor": "adafactor",
     "sgd": "sgd",
 }
+# Above this the head is computed in chunks, as TRL does; a few buffers of this size live at once.
+_MAX_WHOLE_LOGITS_BYTES = 256 * 2**20
 
 
 def to_sft_config(
@@ -154,12 +156,15 @@ class JoinRows:
         in_one_sequence: put all packs of a batch behind one another, [1, tokens of the batch].
         with_row_lengths: add `packed_seq_lengths`, the tokens of each row in order, int32 [rows]; only beside
             `in_one_sequence`.
+        with_head_targets: add `logits_to_keep`, the positions that predict a supervised token, and `head_targets`,
+            those tokens, both int64 [supervised tokens]; only beside `in_one_sequence`.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 1
     in_one_sequence: bool = False
     with_row_lengths: bool = False
+    with_head_targets: bool = False
 
     def __call__(self, packs: Sequence[Sequence[RowArrays]]) -> dict[str, Any]:
         sequences = [[row for pack in packs for row in pack]] if self.in_one_sequence else packs
@@ -185,6 +190,10 @@ class JoinRows:
         if self.with_row_lengths:
             lengths = [len(ids) for sequence in sequences for ids, _ in sequence]
             batch["packed_seq_lengths"] = torch.tensor(lengths, dtype=torch.int32)
+        if self.with_head_targets:
+            targets = np.flatnonzero(labels[0] != IGNORED)
+            batch["logits_to_keep"] = torch.from_numpy(targets - 1)
+            batch["head_targets"] = torch.from_numpy(labels[0, targets])
         return batch
 
 
@@ -240,6 +249,32 @@ class TokenWeightedTrainer(SFTTrainer):
         self.num_real_tokens += inputs.pop("num_tokens") if packed else int(inputs["attention_mask"].sum())
         return super().training_step(model, inputs, *args, **kwargs)
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """TRL's loss; where the batch says which logits are needed, the same loss from those alone, in one piece.
+
+        TRL computes the head in checkpointed chunks of tokens, for a vocabulary of 256,000 and a small card, and its
+        entropy and accuracy along. Where the logits are small that costs a third of a step.
+        """
+        if "head_targets" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        targets = inputs["head_targets"]
+        outputs = model(
+            **{name: value for name, value in inputs.items() if name not in ("labels", "head_targets")}, use_cache=False
+        )
+        logits_SV = outputs.logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits_SV, targets, reduction="sum") / (
+            num_items_in_batch if num_items_in_batch is not None else len(targets)
+        )
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # as Trainer.compute_loss: gradients are averaged over them
+        return (loss, outputs) if return_outputs else loss
+
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         metrics = {f"{metric_key_prefix}_loss": self.mean_eval_loss()}
         self.log(dict(metrics))
@@ -294,6 +329,9 @@ def build_trainer(
     stop = [EarlyStoppingCallback(patience)] if patience else []
     pad_right = pad_right_for(loaded, pad_token_id=tokenizer.pad_token_id)
     join_rows = join_rows_for(loaded, pad_token_id=tokenizer.pad_token_id)
+    if pack_tokens is not None and join_rows.in_one_sequence:
+        logits_bytes = 4 * pack_tokens * section.batch_size * model.config.get_text_config().vocab_size
+        join_rows = replace(join_rows, with_head_targets=config.use_cpu and logits_bytes <= _MAX_WHOLE_LOGITS_BYTES)
     # SFTTrainer, Unsloth's patch of it included, wants a `datasets.Dataset`, but only looks at its columns and first
     # row; every later use goes through `trainer.train_dataset` and our own sampler. So it is shown one row and then
     # given the rows where they are: a Dataset of them all would copy every token into Arrow, and one of row numbers

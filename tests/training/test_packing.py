@@ -218,6 +218,20 @@ def base(bases: dict[str, Path]) -> Path:
     return bases["gemma3_text"]
 
 
+def test_the_head_is_given_each_supervised_token_and_what_predicts_it() -> None:
+    rows = EncodedRows.from_rows(ROWS[:3])
+    batch = JoinRows(pad_token_id=0, in_one_sequence=True, with_head_targets=True)([RowGroups(rows)[(0, 1, 2)]])
+    kept, targets = batch["logits_to_keep"], batch["head_targets"]
+    assert torch.equal(batch["input_ids"][0, kept + 1], targets)
+    assert (
+        len(targets)
+        == int((batch["labels"] != IGNORED).sum())
+        == sum(label != IGNORED for row in ROWS[:3] for label in row.labels[1:])
+    )
+    firsts = np.concatenate([[0], np.cumsum(rows.lengths)[:-1]])
+    assert not set((kept + 1).tolist()) & set(firsts.tolist())  # no row predicts the start of the next
+
+
 def test_a_joined_batch_restarts_positions_and_has_no_mask() -> None:
     def row(ids: list[int], *, supervised_from: int) -> Any:
         return np.array(ids, dtype=np.int32), np.arange(len(ids)) >= supervised_from
