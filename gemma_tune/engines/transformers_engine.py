@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
+from gemma_tune.engines.attention import choose_attention
 from gemma_tune.engines.base import AttachedLora, LoadedModel
 from gemma_tune.engines.lora import FROZEN_TOWERS, check_attached, require_targets, to_lora_settings
 from gemma_tune.engines.precision import Precision
@@ -36,8 +37,9 @@ class TransformersEngine:
         quantization = to_quantization_config(section, compute=getattr(torch, precision.compute))
         if quantization is not None:
             options["quantization_config"] = quantization
-        if section.attention != "auto":
-            options["attn_implementation"] = section.attention
+        attention = choose_attention(directory, asked=section.attention)
+        if attention is not None:
+            options["attn_implementation"] = attention
         if torch.cuda.is_available():
             options["device_map"] = {"": torch.cuda.current_device()}  # never `auto`: it splits a model that fits (F48)
         model = AutoModelForCausalLM.from_pretrained(

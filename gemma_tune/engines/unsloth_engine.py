@@ -13,6 +13,7 @@ from unsloth import FastLanguageModel  # isort: skip  (must precede torch, trans
 
 import torch
 
+from gemma_tune.engines.attention import choose_attention
 from gemma_tune.engines.base import AttachedLora, LoadedModel
 from gemma_tune.engines.lora import check_attached, require_targets, to_lora_settings
 from gemma_tune.engines.precision import Precision
@@ -29,7 +30,10 @@ class UnslothEngine:
     _checkpointing: str | bool = False
 
     def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
-        options: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+        # On CUDA Unsloth brings its own capped attention for Gemma 2; on a CPU it takes what transformers takes.
+        leaves_choice = section.attention == "auto" and torch.cuda.is_available()
+        attention = None if leaves_choice else choose_attention(directory, asked=section.attention)
+        options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(directory),
             max_seq_length=max_seq_tokens,

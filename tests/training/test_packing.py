@@ -157,8 +157,11 @@ def supervised_loss(logits: torch.Tensor, row: EncodedRow) -> float:
 
 
 def losses_alone(base: Path, rows: Sequence[EncodedRow]) -> list[float]:
-    """The oracle: transformers' own model, one row at a time, without padding, positions or adapter."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    """The oracle: transformers' own model, one row at a time, without padding, positions or adapter.
+
+    In `eager`, which is the only one that caps the attention scores of Gemma 2.
+    """
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     with torch.no_grad():
         return [supervised_loss(model(input_ids=torch.tensor([row.input_ids])).logits[0], row) for row in rows]
 

@@ -1,0 +1,27 @@
+"""Which attention implementation computes what a model was trained with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_tune.errors import EngineError
+from gemma_tune.models.config import read_config
+
+
+def choose_attention(directory: Path, *, asked: str) -> str | None:
+    """The implementation to name to transformers, or None to leave it the choice.
+
+    Gemma 2 caps its attention scores. transformers 5.17 loads it with `sdpa`, which has no cap and drops the setting
+    without a word (F27); `eager` has it, and flash attention does.
+
+    Raises:
+        EngineError: `sdpa` is asked for, and the model caps its scores.
+    """
+    if read_config(directory).attention_softcap is None:
+        return None if asked == "auto" else asked
+    if asked == "sdpa":
+        raise EngineError(
+            "model.attention=sdpa computes another model: this one caps its attention scores, which sdpa cannot",
+            hint="use model.attention=auto",
+        )
+    return "eager" if asked == "auto" else asked
