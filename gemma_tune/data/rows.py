@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gemma_tune.data.report import MAX_SAMPLES, counted
 from gemma_tune.errors import DataError
-
-MAX_TOLD = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()
     if not broken:
         return
     names = ", ".join(dict.fromkeys(line.where.partition(":")[0] for line in broken))
-    message = f"{names}: {len(broken):,} broken line{'s' if len(broken) > 1 else ''}\n" + told(
+    message = f"{names}: {counted(len(broken), 'broken line')}\n" + told(
         [f"{line.where}: {line.problem}" for line in broken]
     )
     if any(line.ends_reading for line in broken):
@@ -77,8 +76,8 @@ def _hint(line: BrokenLine) -> str:
 
 
 def told(problems: Sequence[str]) -> str:
-    """Problems a line each, the first 20 of them, indented."""
-    shown = [f"  {problem}" for problem in problems[:MAX_TOLD]]
-    if len(problems) > MAX_TOLD:
-        shown.append(f"  and {len(problems) - MAX_TOLD:,} more")
+    """Problems a line each, the first of them, indented."""
+    shown = [f"  {problem}" for problem in problems[:MAX_SAMPLES]]
+    if len(problems) > MAX_SAMPLES:
+        shown.append(f"  and {len(problems) - MAX_SAMPLES:,} more")
     return "\n".join(shown)
