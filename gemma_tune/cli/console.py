@@ -116,6 +116,9 @@ class TerminalReporter:
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[facts]}"),
                 console=self.console,
+                # rich would put its own stdout and stderr over those of engines.quiet, and show what libraries print.
+                redirect_stdout=False,
+                redirect_stderr=False,
             )
             self.live.add_task(label, total=total, facts=facts)
             self.live.start()
