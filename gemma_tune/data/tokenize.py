@@ -26,6 +26,8 @@ TURN_ENDS = ("<end_of_turn>", "<turn|>")
 # Rows per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which hold
 # much more than ids, are never all in memory.
 _BATCH_ROWS = 2048
+# One for the process: encoders may share a backend, and encoding uses all cores from one thread anyway.
+_BACKEND_LOCK = threading.Lock()
 
 
 class FastTokenizer(Protocol):
@@ -73,7 +75,6 @@ class Encoder:
                     hint="check its tokenizer_config.json",
                 )
         self._backend = backend
-        self._lock = threading.Lock()
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
         self._bos, self._eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
@@ -208,7 +209,7 @@ class Encoder:
         It is shared with the tokenizer, which leaves the settings of its last call in it and sets its own before the
         next one.
         """
-        with self._lock:
+        with _BACKEND_LOCK:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
