@@ -176,7 +176,7 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
     tokenizer, encoder, datasets = load_data(recipe, base=base, inputs=setting.inputs)
     write_json(run.data_report, asdict(datasets.report))
     if recipe.training.packing:
-        require_rows_fit(datasets.train.lengths, capacity=recipe.training.pack_tokens or recipe.data.max_seq_tokens)
+        require_rows_fit(datasets.train.lengths, capacity=recipe.tokens_per_pack)
     if datasets.cached:
         reporter.detail("from the token cache: nothing that decides these rows has changed")
     for line in datasets.report.lines():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 
-from gemma_tune.data.cache import cache_key, example_from, example_to_json, read_entry, report_from, write_entry
+from gemma_tune.data.cache import Entry, cache_key, keep_entry, new_entry, read_entry
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.encode import Datasets, encode_examples
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.read import read_examples
+from gemma_tune.data.report import DataReport
 from gemma_tune.data.tokenize import Encoder
 from gemma_tune.recipe.schema import DataSection
 
@@ -34,22 +34,16 @@ def build_datasets(
     """
     key = cache_key(section, inputs, tokenizer_files=tokenizer_files)
     if section.cache and (found := read_entry(key)) is not None:
-        sides, facts = found
-        return Datasets(
-            train=sides["train"],
-            eval=sides["eval"],
-            train_places=tuple(facts["train_places"]),
-            eval_examples=tuple(map(example_from, facts["eval_examples"])),
-            report=report_from(facts["report"]),
-            cached=True,
-        )
+        return _datasets(*found, cached=True)
     encoder, chat = load()
-    datasets = encode_examples(read_examples(section, inputs, chat=chat), encoder, section)
-    if section.cache:
-        facts = {
-            "report": asdict(datasets.report),
-            "train_places": datasets.train_places,
-            "eval_examples": [example_to_json(example) for example in datasets.eval_examples],
-        }
-        write_entry(key, {"train": datasets.train, "eval": datasets.eval}, facts)
-    return datasets
+    with new_entry(cached=section.cache) as writer:
+        examples = read_examples(section, inputs, chat=chat, scratch=writer.directory)
+        report = encode_examples(examples, encoder, section, into=writer)
+        entry = writer.finish()
+        if section.cache:
+            keep_entry(key, writer, report)
+    return _datasets(entry, report, cached=False)
+
+
+def _datasets(entry: Entry, report: DataReport, *, cached: bool) -> Datasets:
+    return Datasets(entry.train, entry.eval, entry.train_places, entry.eval_examples, report, cached)

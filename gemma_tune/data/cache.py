@@ -1,4 +1,4 @@
-"""The token cache: encoded rows on disk, under a key of everything that decides them.
+"""Encoded rows on disk; kept as the token cache under a key of everything that decides them.
 
 An entry is written beside and renamed, so that a reader sees a whole one or none and two runs that write the same
 entry do not disturb each other. Entries hold the user's rows and are readable by the user alone (S9).
@@ -6,31 +6,38 @@ entry do not disturb each other. Entries hold the user's rows and are readable b
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gemma_tune.data.encoded import EncodedRows
+from gemma_tune.data.encode import Side
+from gemma_tune.data.encoded import EncodedRows, Ints, starts_of
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.render import Example
 from gemma_tune.data.report import DataReport, SourceReport
-from gemma_tune.data.segments import Segment
+from gemma_tune.data.stored import Lines, LineWriter, example_from_json, example_to_json
+from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
 
 CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
 # A file whose presence is an entry's last word: it is written before the rename, after all others.
 _FACTS = "facts.json"
-_ARRAYS = ("token_ids.npy", "supervised.npy", "rows.npz")
+_TOKEN_IDS, _SUPERVISED, _ROWS = "token_ids.int32", "supervised.bool", "rows.npz"
+_LINES: Mapping[Side, str] = {"train": "train_places.jsonl", "eval": "eval_examples.jsonl"}
+_FILES = (_TOKEN_IDS, _SUPERVISED, _ROWS, *_LINES.values())
+_NO_ROWS = np.zeros(0, dtype=np.int64)
 # What renders and tokenizes; a new release of one of them may read the same rows otherwise.
 _PACKAGES = ("jinja2", "tokenizers", "transformers")
 
@@ -72,54 +79,126 @@ def _code_sha256() -> str:
     return digest.hexdigest()
 
 
-def read_entry(key: str) -> tuple[dict[str, EncodedRows], dict[str, Any]] | None:
-    """The rows by side and the facts of an entry, or None where there is none or a byte of it has changed.
+@dataclass(frozen=True)
+class Entry:
+    """Encoded rows on disk. Token ids, places and examples are mapped from their files, not kept in memory."""
 
-    Token ids are mapped from the file, not kept in memory.
-    """
+    train: EncodedRows
+    eval: EncodedRows
+    train_places: Lines[str]
+    eval_examples: Lines[Example]
+
+
+def read_entry(key: str) -> tuple[Entry, DataReport] | None:
+    """The rows and the report of an entry, or None where there is none or a byte of it has changed."""
     path = _entry(key)
     try:
         facts: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
-        if facts["sha256"] != {name: _sha256(path / name) for name in _ARRAYS}:
+        if facts["sha256"] != _hashes(path):
             shutil.rmtree(path, ignore_errors=True)
             return None
-        token_ids = np.load(path / "token_ids.npy", mmap_mode="r", allow_pickle=False)
-        supervised = np.load(path / "supervised.npy", mmap_mode="r", allow_pickle=False)
-        with np.load(path / "rows.npz", allow_pickle=False) as rows:
-            sides = {
-                side: EncodedRows(token_ids, supervised, rows[f"{side}_starts"], rows[f"{side}_lengths"])
-                for side in ("train", "eval")
-            }
+        return _map_entry(path), report_from(facts["report"])
     except FileNotFoundError:
         if path.exists():  # a file of it is gone
             shutil.rmtree(path, ignore_errors=True)
         return None
     except (OSError, ValueError, KeyError):
         return None
-    return sides, facts
 
 
-def write_entry(key: str, sides: Mapping[str, EncodedRows], facts: Mapping[str, Any]) -> None:
-    """Store rows that share one pair of token arrays. A cache that cannot be written is none: nothing is raised."""
+class EntryWriter:
+    """An entry while it grows, in a directory of its own."""
+
+    def __init__(self, directory: Path, files: ExitStack) -> None:
+        """Open its files; `files` closes them."""
+        self.directory = directory
+        opened = {name: files.enter_context((directory / name).open("wb")) for name in _FILES if name != _ROWS}
+        self._token_ids, self._supervised = opened[_TOKEN_IDS], opened[_SUPERVISED]
+        self._lengths: dict[Side, list[Ints]] = {"train": [], "eval": []}
+        self._lines: dict[Side, LineWriter] = {side: LineWriter(opened[name]) for side, name in _LINES.items()}
+        self._opened = opened.values()
+
+    def add(self, side: Side, rows: EncodedRows, examples: Sequence[Example]) -> None:
+        """Append rows without gaps between them, and what they were made of; all of train before those of eval."""
+        self._token_ids.write(rows.token_ids.data)
+        self._supervised.write(rows.supervised.data)
+        self._lengths[side].append(rows.lengths)
+        for example in examples:
+            self._lines[side].append(example.where if side == "train" else example_to_json(example))
+
+    def finish(self) -> Entry:
+        """Write what is left, and map it all."""
+        arrays = {f"{side}_lengths": np.concatenate([_NO_ROWS, *parts]) for side, parts in self._lengths.items()}
+        arrays |= {f"{side}_line_starts": lines.starts for side, lines in self._lines.items()}
+        np.savez(self.directory / _ROWS, allow_pickle=False, **arrays)
+        for file in self._opened:
+            file.flush()
+        return _map_entry(self.directory)
+
+
+@contextmanager
+def new_entry(*, cached: bool) -> Iterator[EntryWriter]:
+    """A place for an entry: in the cache, or where the system keeps temporary files ($TMPDIR).
+
+    It is gone at the end unless `keep_entry` gave it its name; what was mapped from it stays readable (POSIX).
+
+    Raises:
+        DataError: the disk is full.
+    """
+    directory = _new_directory(cached=cached)
+    try:
+        with ExitStack() as files:
+            yield EntryWriter(directory, files)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"no space is left for the encoded rows in {directory.parent}",
+            hint=f"free some, or name a directory on another disk as {CACHE_VARIABLE if cached else 'TMPDIR'}",
+        ) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def keep_entry(key: str, writer: EntryWriter, report: DataReport) -> None:
+    """Give a finished entry its name. A cache that cannot be written is none: nothing is raised."""
     path = _entry(key)
-    token_ids, supervised = sides["train"].token_ids, sides["train"].supervised
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{key[:16]}-", dir=path.parent))
-    except OSError:
-        return
-    try:
-        np.save(beside / "token_ids.npy", token_ids, allow_pickle=False)
-        np.save(beside / "supervised.npy", supervised, allow_pickle=False)
-        arrays = {f"{side}_starts": rows.starts for side, rows in sides.items()}
-        arrays |= {f"{side}_lengths": rows.lengths for side, rows in sides.items()}
-        np.savez(beside / "rows.npz", allow_pickle=False, **arrays)
-        hashes = {name: _sha256(beside / name) for name in _ARRAYS}
-        text = json.dumps({**facts, "sha256": hashes}, ensure_ascii=False)
-        (beside / _FACTS).write_text(text, encoding="utf-8")
-        beside.rename(path)
+        text = json.dumps({"report": asdict(report), "sha256": _hashes(writer.directory)}, ensure_ascii=False)
+        (writer.directory / _FACTS).write_text(text, encoding="utf-8")
+        if writer.directory.parent == path.parent:
+            writer.directory.rename(path)
     except OSError:  # no space, or another run was faster: its entry is as good
-        shutil.rmtree(beside, ignore_errors=True)
+        return
+
+
+def _new_directory(*, cached: bool) -> Path:
+    """Readable by the user alone (S9)."""
+    if cached:
+        parent = cache_dir() / "tokens"
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".", dir=parent))
+        except OSError:
+            pass
+    return Path(tempfile.mkdtemp(prefix="gemma-tune-"))
+
+
+def _map_entry(path: Path) -> Entry:
+    with np.load(path / _ROWS, allow_pickle=False) as rows:
+        lengths = [rows["train_lengths"], rows["eval_lengths"]]
+        line_starts: dict[Side, Ints] = {"train": rows["train_line_starts"], "eval": rows["eval_line_starts"]}
+    token_ids = np.memmap(path / _TOKEN_IDS, dtype=np.int32, mode="r")
+    supervised = np.memmap(path / _SUPERVISED, dtype=np.bool_, mode="r")
+    starts = np.split(starts_of(np.concatenate(lengths)), [len(lengths[0])])
+    train, held_out = (EncodedRows(token_ids, supervised, *rows) for rows in zip(starts, lengths, strict=True))
+    with (path / _LINES["train"]).open("rb") as places, (path / _LINES["eval"]).open("rb") as examples:
+        return Entry(
+            train,
+            held_out,
+            Lines(places, line_starts["train"], decode=str),
+            Lines(examples, line_starts["eval"], decode=example_from_json),
+        )
 
 
 def clear_cache() -> tuple[int, int]:
@@ -132,16 +211,16 @@ def clear_cache() -> tuple[int, int]:
     return len(entries), num_bytes
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _hashes(directory: Path) -> dict[str, str]:
+    hashes = {}
+    for name in _FILES:
+        with (directory / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def _entry(key: str) -> Path:
     return cache_dir() / "tokens" / key
-
-
-# --- facts as JSON ----------------------------------------------------------------------------------------------------
 
 
 def report_from(values: Mapping[str, Any]) -> DataReport:
@@ -149,14 +228,3 @@ def report_from(values: Mapping[str, Any]) -> DataReport:
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     sources = tuple(SourceReport(**source) for source in values["sources"])
     return DataReport(**{**values, **lists, "sources": sources})
-
-
-def example_to_json(example: Example) -> dict[str, Any]:
-    """All of an example; its key as hexadecimal digits."""
-    return asdict(example) | {"key": example.key.hex()}
-
-
-def example_from(values: Mapping[str, Any]) -> Example:
-    """The example that `example_to_json` wrote."""
-    segments = tuple(Segment(**segment) for segment in values["segments"])
-    return Example(**{**values, "segments": segments, "key": bytes.fromhex(values["key"])})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -11,14 +13,16 @@ from gemma_tune.data.encoded import EncodedRow, EncodedRows, Ints
 from gemma_tune.data.read import Examples
 from gemma_tune.data.render import Example
 from gemma_tune.data.report import MAX_SAMPLES, DataReport, ReadReport, counted, listed
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.tokenize import Encoder, in_batches
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
+
+Side = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """Encoded rows.
+    """Encoded rows; their tokens, places and examples lie on disk and are mapped.
 
     Attributes:
         train, eval: token ids and what of them is in the loss.
@@ -30,8 +34,8 @@ class Datasets:
 
     train: EncodedRows
     eval: EncodedRows
-    train_places: tuple[str, ...]
-    eval_examples: tuple[Example, ...]
+    train_places: Sequence[str]
+    eval_examples: Sequence[Example]
     report: DataReport
     cached: bool = False
 
@@ -41,104 +45,175 @@ class Datasets:
         return self.report.sha256
 
 
-def encode_examples(examples: Examples, encoder: Encoder, section: DataSection) -> Datasets:
-    """Encode the rows and apply the length policy (`data.too_long`).
+class RowSink(Protocol):
+    """Takes encoded rows in their order, all train rows before the eval rows."""
+
+    def add(self, side: Side, rows: EncodedRows, examples: Sequence[Example]) -> None:
+        """Append rows without gaps between them, and what they were made of."""
+        ...
+
+
+def encode_examples(examples: Examples, encoder: Encoder, section: DataSection, *, into: RowSink) -> DataReport:
+    """Encode the rows, batch by batch, and apply the length policy (`data.too_long`).
 
     Raises:
         DataError: no train row is short enough, a row is too long and the policy is to refuse, or a row does not have
             exactly one BOS and at least one supervised token.
     """
-    examples, controls = _settle_controls(examples, encoder, section)
-    both = [*examples.train, *examples.eval]
-    encoded = encoder.encode_rows([example.segments for example in both], train_on=section.train_on)
-    lengths = encoded.lengths
-    limit = section.max_seq_tokens
-    too_long = np.flatnonzero(lengths > limit).tolist()
-    if too_long and section.too_long == "refuse":
+    done = _Encoded()
+    both: tuple[tuple[Side, Sequence[Example]], ...] = (("train", examples.train), ("eval", examples.eval))
+    counts: dict[Side, _Counts] = {}
+    for side, rows in both:
+        counts[side] = _encode_side(side, rows, encoder=encoder, section=section, into=into, done=done)
+        if side == "train":
+            _stop_if_none_is_left(counts[side], done, section)
+    lengths = np.array(done.lengths, dtype=np.int64)
+    if done.num_too_long and section.too_long == "refuse":
         raise DataError(
-            f"{len(too_long):,} of {len(both):,} rows are longer than data.max_seq_tokens {limit}: "
-            + listed(_told_lengths(both, lengths, too_long), len(too_long)),
-            hint=f"set data.max_seq_tokens={lengths.max()}, the longest row, or data.too_long=drop",
+            f"{done.num_too_long:,} of {counted(len(lengths), 'row')} are longer than data.max_seq_tokens "
+            f"{section.max_seq_tokens}: {listed(done.too_long, done.num_too_long)}",
+            hint=f"set data.max_seq_tokens={done.longest}, the longest row, or data.too_long=drop",
         )
-    fitted = {} if section.too_long == "drop" else _fit_all(both, too_long, encoder, section)
-    all_rows = EncodedRows.join([encoded, EncodedRows.from_rows(row for _, row, _ in fitted.values())])
-    replaced = dict(zip(fitted, range(len(both), len(all_rows)), strict=True))
-    dropped = [index for index in too_long if index not in replaced]
-    kept = [index for index in range(len(both)) if index not in set(dropped)]
-    in_train = [index for index in kept if index < len(examples.train)]
-    in_eval = [index for index in kept if index >= len(examples.train)]
-    if not in_train:
-        raise DataError(
-            f"all {len(examples.train):,} train rows are longer than data.max_seq_tokens {limit}: "
-            f"they have {lengths.min()} to {lengths.max()} tokens",
-            hint=f"set data.max_seq_tokens={_percentile(lengths, 99)} to keep 99 % of them",
-        )
-    train = all_rows.take([replaced.get(index, index) for index in in_train])
-    held_out = all_rows.take([replaced.get(index, index) for index in in_eval])
-    for rows, indices in ((train, in_train), (held_out, in_eval)):
-        _check_encoded(rows, encoder.bos_token_id, where=lambda index, at=indices: both[at[index]].where)  # type: ignore[misc]
+    train, held_out = counts["train"], counts["eval"]
+    left_out = dict(examples.report.left_out)
     notes = list(examples.report.notes)
-    if examples.eval and not in_eval:
-        notes.append(f"every eval row is longer than max_seq_tokens {limit}: nothing is evaluated")
+    if section.control_tokens == "refuse" and done.controls:
+        left_out["control tokens in row text"] = len(done.controls)
+    if len(examples.eval) and not held_out.rows:
+        notes.append(f"every eval row is longer than max_seq_tokens {section.max_seq_tokens}: nothing is evaluated")
+    controls = {} if section.control_tokens == "refuse" else done.controls
     read = {field.name: getattr(examples.report, field.name) for field in fields(ReadReport)}
-    report = DataReport(
-        **read | {"train_rows": len(train), "eval_rows": len(held_out), "notes": tuple(notes)},
-        max_seq_tokens=limit,
-        dropped_too_long=len(dropped),
-        truncated=len(fitted),
-        truncated_answers=sum(answer_cut for _, _, answer_cut in fitted.values()),
+    return DataReport(
+        **read | {"train_rows": train.rows, "eval_rows": held_out.rows, "left_out": left_out, "notes": tuple(notes)},
+        max_seq_tokens=section.max_seq_tokens,
+        dropped_too_long=done.num_too_long - done.truncated,
+        truncated=done.truncated,
+        truncated_answers=done.truncated_answers,
         length_p50=_percentile(lengths, 50),
         length_p90=_percentile(lengths, 90),
         length_p99=_percentile(lengths, 99),
-        length_max=int(lengths.max()),
-        longest_row=both[int(lengths.argmax())].where,
-        train_tokens=train.num_tokens,
-        eval_tokens=held_out.num_tokens,
-        train_supervised_tokens=int(train.num_supervised().sum()),
-        eval_supervised_tokens=int(held_out.num_supervised().sum()),
-        control_strings=sum(count for _, count in controls),
+        length_max=done.longest,
+        longest_row=done.longest_row,
+        train_tokens=train.tokens,
+        eval_tokens=held_out.tokens,
+        train_supervised_tokens=train.supervised_tokens,
+        eval_supervised_tokens=held_out.supervised_tokens,
+        control_strings=sum(controls.values()),
         control_as="control" if section.control_tokens == "control" else "text",
-        control_samples=tuple(where for where, _ in controls[:MAX_SAMPLES]),
-        dropped_samples=tuple(_told_lengths(both, lengths, dropped)),
+        control_samples=tuple(controls)[:MAX_SAMPLES],
+        dropped_samples=tuple(done.dropped),
         sha256=examples.sha256,
     )
-    return Datasets(
-        train=train,
-        eval=held_out,
-        train_places=tuple(both[index].where for index in in_train),
-        eval_examples=tuple(fitted[index][0] if index in fitted else both[index] for index in in_eval),
-        report=report,
-    )
 
 
-def _settle_controls(
-    examples: Examples, encoder: Encoder, section: DataSection
-) -> tuple[Examples, list[tuple[str, int]]]:
-    """Apply `data.control_tokens` (S8); also returns where row text spells control tokens, and how many."""
-    counts = {
-        id(example): count
-        for example in (*examples.train, *examples.eval)
-        if (count := encoder.count_control_strings(example.segments))
-    }
-    found = {
-        example.where: counts[id(example)] for example in (*examples.train, *examples.eval) if id(example) in counts
-    }
-    if not found or section.control_tokens == "text":
-        return examples, list(found.items())
-    if section.control_tokens == "control":
-        sides = [
-            [encoder.with_controls(example) if id(example) in counts else example for example in side]
-            for side in (examples.train, examples.eval)
-        ]
-        return replace(examples, train=sides[0], eval=sides[1]), list(found.items())
-    sides = [[example for example in side if id(example) not in counts] for side in (examples.train, examples.eval)]
-    left_out = examples.report.left_out | {"control tokens in row text": len(found)}
-    if not sides[0]:
+@dataclass
+class _Counts:
+    """What is kept of one side."""
+
+    rows: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+
+
+@dataclass
+class _Encoded:
+    """What both sides come to.
+
+    Attributes:
+        lengths: tokens of every row before the length policy.
+        num_too_long, too_long: rows beyond the limit; place and tokens of the first of them.
+        dropped: place and tokens of the first that are dropped for it.
+        controls: where row text spells control tokens, and how many (S8).
+    """
+
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    longest: int = 0
+    longest_row: str = ""
+    num_too_long: int = 0
+    too_long: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    truncated: int = 0
+    truncated_answers: int = 0
+    controls: dict[str, int] = field(default_factory=dict)
+
+
+def _encode_side(
+    side: Side, rows: Iterable[Example], *, encoder: Encoder, section: DataSection, into: RowSink, done: _Encoded
+) -> _Counts:
+    counts = _Counts()
+    for batch in in_batches(_with_settled_controls(rows, encoder, section, done), size=lambda row: row.num_characters):
+        encoded = encoder.encode_rows([example.segments for example in batch], train_on=section.train_on)
+        at = int(encoded.lengths.argmax())
+        if encoded.lengths[at] > done.longest:
+            done.longest, done.longest_row = int(encoded.lengths[at]), batch[at].where
+        done.lengths.extend(encoded.lengths.tolist())
+        encoded, kept = _fit_batch(encoded, batch, encoder=encoder, section=section, done=done)
+        _check_encoded(encoded, encoder.bos_token_id, where=lambda index, rows=kept: rows[index].where)  # type: ignore[misc]
+        counts.rows += len(encoded)
+        counts.tokens += encoded.num_tokens
+        counts.supervised_tokens += int(encoded.num_supervised().sum())
+        into.add(side, encoded, kept)
+    return counts
+
+
+def _with_settled_controls(
+    rows: Iterable[Example], encoder: Encoder, section: DataSection, done: _Encoded
+) -> Iterator[Example]:
+    """Apply `data.control_tokens`: such text stays text, becomes the tokens that it spells, or costs the row (S8)."""
+    for example in rows:
+        count = encoder.count_control_strings(example.segments)
+        if count:
+            done.controls[example.where] = count
+            if section.control_tokens == "refuse":
+                continue
+            if section.control_tokens == "control":
+                example = encoder.with_controls(example)
+        yield example
+
+
+def _fit_batch(
+    encoded: EncodedRows, examples: Sequence[Example], *, encoder: Encoder, section: DataSection, done: _Encoded
+) -> tuple[EncodedRows, Sequence[Example]]:
+    """Drop or cut the rows that are too long."""
+    too_long = np.flatnonzero(encoded.lengths > section.max_seq_tokens).tolist()
+    if not too_long:
+        return encoded, examples
+    rows: list[EncodedRow] = []
+    kept: list[Example] = []
+    for index, example in enumerate(examples):
+        if index not in too_long:
+            rows.append(encoded[index])
+            kept.append(example)
+            continue
+        told = f"{example.where} ({encoded.lengths[index]} tokens)"
+        done.num_too_long += 1
+        done.too_long += [told] * (len(done.too_long) < MAX_SAMPLES)
+        cut = None if section.too_long in ("drop", "refuse") else _fit(example, encoder, section)
+        if cut is None:
+            done.dropped += [told] * (len(done.dropped) < MAX_SAMPLES)
+            continue
+        example, row, answer_cut = cut
+        rows.append(row)
+        kept.append(example)
+        done.truncated += 1
+        done.truncated_answers += answer_cut
+    return EncodedRows.from_rows(rows), kept
+
+
+def _stop_if_none_is_left(train: _Counts, done: _Encoded, section: DataSection) -> None:
+    if train.rows or (done.num_too_long and section.too_long == "refuse"):
+        return
+    if not done.lengths:
         raise DataError(
-            f"all train rows spell control tokens in their text: {listed(list(found), len(found))}",
+            f"all train rows spell control tokens in their text: {listed(list(done.controls), len(done.controls))}",
             hint="set data.control_tokens=text to encode them as text, or control to encode them as tokens",
         )
-    return replace(examples, train=sides[0], eval=sides[1], report=replace(examples.report, left_out=left_out)), []
+    lengths = np.array(done.lengths, dtype=np.int64)
+    raise DataError(
+        f"all {len(lengths):,} train rows are longer than data.max_seq_tokens {section.max_seq_tokens}: "
+        f"they have {lengths.min()} to {lengths.max()} tokens",
+        hint=f"set data.max_seq_tokens={_percentile(lengths, 99)} to keep 99 % of them",
+    )
 
 
 def _check_encoded(rows: EncodedRows, bos_token_id: int, *, where: Callable[[int], str]) -> None:
@@ -163,38 +238,18 @@ def _check_encoded(rows: EncodedRows, bos_token_id: int, *, where: Callable[[int
         )
 
 
-_Fitted = tuple[Example, EncodedRow, bool]
+def _fit(example: Example, encoder: Encoder, section: DataSection) -> tuple[Example, EncodedRow, bool] | None:
+    """Cut row text until the row fits: example, encoded row and whether the answer was cut; None if it never fits.
 
-
-def _fit_all(
-    examples: Sequence[Example], indices: Sequence[int], encoder: Encoder, section: DataSection
-) -> dict[int, _Fitted]:
-    """The rows at `indices` that could be cut to fit: example, encoded row, whether the answer was cut."""
-    fitted: dict[int, _Fitted] = {}
-    for index in indices:
-        cut = _fit(examples[index], encoder, section, answer=False)
-        if cut is None and section.too_long == "truncate":
-            cut = _fit(examples[index], encoder, section, answer=True)
-            if cut is not None:
-                fitted[index] = (*cut, True)
-        elif cut is not None:
-            fitted[index] = (*cut, False)
-    return fitted
-
-
-def _fit(
-    example: Example, encoder: Encoder, section: DataSection, *, answer: bool
-) -> tuple[Example, EncodedRow] | None:
-    """Cut row text until the row fits, None if it never does.
-
-    The prompt first: its longest piece, from the left. Then, with `answer`, the last answer, from the right.
+    The prompt first: its longest piece, from the left. Then, with `too_long: truncate`, the last answer, from the
+    right.
     """
-    segments = list(example.segments)
+    segments, answer_cut = list(example.segments), False
     while True:
         row = encoder.encode(segments, train_on=section.train_on)
         excess = len(row.input_ids) - section.max_seq_tokens
         if excess <= 0:
-            return replace(example, segments=tuple(segments)), row
+            return replace(example, segments=tuple(segments)), row, answer_cut
         prompts = [index for index, segment in enumerate(segments) if segment.text and segment.is_row_prompt]
         answers = [
             index
@@ -204,8 +259,8 @@ def _fit(
         if prompts:
             at = max(prompts, key=lambda index: len(segments[index].text))
             text = _without_first_tokens(segments[at].text, excess, encoder)
-        elif answer and answers:
-            at = answers[-1]
+        elif section.too_long == "truncate" and answers:
+            at, answer_cut = answers[-1], True
             text = _without_last_tokens(segments[at].text, excess, encoder)
             if not text.strip():
                 return None
@@ -228,7 +283,3 @@ def _without_last_tokens(text: str, count: int, encoder: Encoder) -> str:
 def _percentile(lengths: Ints, percent: int) -> int:
     """The smallest value that at least `percent` % of the values do not exceed."""
     return int(np.percentile(lengths, percent, method="inverted_cdf"))
-
-
-def _told_lengths(examples: Sequence[Example], lengths: Ints, indices: Sequence[int]) -> list[str]:
-    return [f"{examples[index].where} ({lengths[index]} tokens)" for index in indices[:MAX_SAMPLES]]

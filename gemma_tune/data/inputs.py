@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_tune.data.sources import TINY_WORLD, Source, open_source, read_whole
@@ -34,6 +34,12 @@ class Input:
     columns: Mapping[str, str]
     num_rows: int | None = None
     weight: float | None = None
+
+    def texts(self, fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
+        """Column and text of every text of a row that the template reads, messages one by one."""
+        for name in (*self.template.conversation, *self.template.fields):
+            column = self.columns.get(name, name)
+            yield from _texts_in(column, fields.get(column))
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,17 @@ def _open(part: MixSection, section: DataSection, *, prefers_chat: bool) -> Inpu
         template = detected
     _check_columns(columns, template, source)
     return Input(source, template, wanted == "auto", columns, num_rows, part.weight)
+
+
+def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield name, value
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _texts_in(f"{name}[{index}]", item)
+    elif isinstance(value, Mapping):
+        text = value.get("content", value.get("value"))
+        yield from _texts_in(name, text)
 
 
 def split_count(source: str) -> tuple[str, int | None]:

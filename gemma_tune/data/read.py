@@ -6,8 +6,10 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
 
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.inputs import Input, Inputs
@@ -16,13 +18,15 @@ from gemma_tune.data.report import MAX_SAMPLES, ReadReport, SourceReport, counte
 from gemma_tune.data.row_cleaner import RowCleaner
 from gemma_tune.data.rows import BrokenLine, SourceRow, stop_if_broken, told
 from gemma_tune.data.segments import RowError
+from gemma_tune.data.stored import ExampleSpool, StoredExample, StoredExamples
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
 
 # A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others
 # in `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
-_MARKER_CHARS = 4
+_MARKER_CHARS, _MARKER_MOST_CHARS = 4, 64
 _MARKER_SHARE = 0.5
+_MARKER_ROWS = 1_000  # looked at
 _MARKER_LAST_CHARACTERS = "#>]|"
 
 
@@ -31,32 +35,37 @@ class Examples:
     """Rendered rows, divided and in the order of training.
 
     Attributes:
-        train, eval: no row of one has the text of a row of the other.
+        train, eval: no row of one has the text of a row of the other. Read from disk one by one.
         report: counts.
         sha256: of the sources, templates, mappings and settings that decide which rows these are and how they read.
     """
 
-    train: list[Example]
-    eval: list[Example]
+    train: StoredExamples
+    eval: StoredExamples
     report: ReadReport
     sha256: str
 
 
 @dataclass
 class _Read:
-    """One source in memory: its rows that can be used, and what is wrong with the others."""
+    """One source: its rows that can be used, and what is wrong with the others."""
 
     input: Input
     rows_read: int
-    examples: list[Example]
+    examples: list[StoredExample]
     broken: list[BrokenLine]
     bad: list[RowError]
     left_out: Counter[str]
     labelled_false: int = 0  # KTO's mark of an unwanted answer
 
 
-def read_examples(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> Examples:
+def read_examples(
+    section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None, scratch: Path | None = None
+) -> Examples:
     """Read, clean, render, check, divide and mix the rows that a recipe names. `chat` is needed by chat templates only.
+
+    The rendered rows lie in a file in `scratch` (else where the system keeps temporary files) that is gone with them;
+    about 0.4 kB of each row stays in memory.
 
     Rows that cannot be used are left out and counted, up to `data.max_bad_fraction` of a source; a line that is no row
     at all stops everything. Rows are divided by a hash of their fields and `data.seed`: a row stays on its side when
@@ -66,8 +75,8 @@ def read_examples(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | 
     Raises:
         DataError: lines are broken, or too many rows cannot be used.
     """
-    cleaner = RowCleaner(section.clean)
-    read = [_read(item, cleaner=cleaner, chat=chat) for item in inputs.all]
+    cleaner, spool = RowCleaner(section.clean), ExampleSpool(scratch)
+    read = [_read(item, cleaner=cleaner, chat=chat, spool=spool) for item in inputs.all]
     bad = [problem for source in read for problem in source.bad]
     stop_if_broken([line for source in read for line in source.broken], unusable=[problem.message for problem in bad])
     for source in read:
@@ -125,9 +134,11 @@ def read_examples(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | 
         num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
         train_rows=len(used_train),
         eval_rows=len(used_eval),
-        notes=(*_label_notes(own_train), *_notes(used_train)),
+        notes=(*_label_notes(own_train), *_notes(row.load().response for row in used_train[:_MARKER_ROWS])),
     )
-    return Examples(used_train, used_eval, report, examples_sha256(section, inputs, chat=chat))
+    return Examples(
+        StoredExamples(used_train), StoredExamples(used_eval), report, examples_sha256(section, inputs, chat=chat)
+    )
 
 
 def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> str:
@@ -164,18 +175,18 @@ def render_rows(
             yield row, error
 
 
-def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None) -> _Read:
+def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None, spool: ExampleSpool) -> _Read:
     read = _Read(item, 0, [], [], [], Counter())
     for row, result in render_rows(item, cleaner=cleaner, chat=chat):
         read.rows_read += row is not None
         read.labelled_false += row is not None and row.fields.get("label") is False
         if isinstance(result, Example):
             assert row is not None
-            reason = cleaner.reason_to_leave_out(row.fields, result)
+            reason = cleaner.reason_to_leave_out(item.texts(row.fields), result)
             if reason:
                 read.left_out[reason] += 1
             else:
-                read.examples.append(result)
+                read.examples.append(spool.add(result))
         elif isinstance(result, BrokenLine):
             read.broken.append(result)
         else:
@@ -207,7 +218,15 @@ class _Order:
         return int.from_bytes(hashlib.sha256(self._seed + key).digest()[:6], "big") / 2**48
 
 
-def split_rows(parts: list[list[Example]], *, section: DataSection) -> tuple[list[list[Example]], list[Example]]:
+class HasKey(Protocol):
+    @property
+    def key(self) -> bytes: ...
+
+
+Row = TypeVar("Row", bound=HasKey)
+
+
+def split_rows(parts: list[list[Row]], *, section: DataSection) -> tuple[list[list[Row]], list[Row]]:
     """Hold out the rows whose number is below `eval_fraction`; at least one distinct row on each side."""
     fraction, order = section.eval_fraction, _Order(section.seed)
     if fraction == 0:
@@ -225,12 +244,12 @@ def split_rows(parts: list[list[Example]], *, section: DataSection) -> tuple[lis
 
 
 def _without_duplicates(
-    parts: list[list[Example]], eval_rows: Sequence[Example], *, near: bool
-) -> tuple[list[list[Example]], Counter[str]]:
+    parts: list[list[StoredExample]], eval_rows: Sequence[StoredExample], *, near: bool
+) -> tuple[list[list[StoredExample]], Counter[str]]:
     """Train rows without those that repeat an earlier one; with `near` also those close to one or to an eval row."""
     dropped: Counter[str] = Counter()
     seen: set[bytes] = set()
-    distinct: list[list[Example]] = []
+    distinct: list[list[StoredExample]] = []
     for part in parts:
         own = []
         for example in part:
@@ -246,8 +265,8 @@ def _without_duplicates(
     from gemma_tune.data.duplicates import near_duplicate_groups, near_pairs
 
     rows = [example for part in distinct for example in part]
-    texts = [example.own_texts for example in rows]
-    leaked = {index for index, _ in near_pairs(texts, [example.own_texts for example in eval_rows])}
+    texts = [example.load().own_texts for example in rows]
+    leaked = {index for index, _ in near_pairs(texts, [example.load().own_texts for example in eval_rows])}
     # Only then the groups: a row whose group begins with a leaked row would go with it otherwise.
     left = [index for index in range(len(rows)) if index not in leaked]
     groups = near_duplicate_groups([texts[index] for index in left])
@@ -258,8 +277,8 @@ def _without_duplicates(
 
 
 def _mix(
-    parts: list[list[Example]], inputs: Sequence[Input], *, order: Callable[[bytes], float]
-) -> tuple[list[list[Example]], list[int]]:
+    parts: list[list[StoredExample]], inputs: Sequence[Input], *, order: Callable[[bytes], float]
+) -> tuple[list[list[StoredExample]], list[int]]:
     """Apply weights and `#N`: the rows of each source that are trained, and how many of them are repeats.
 
     With weights the mix is as large as it can be without repeating a row. Which rows are taken follows from the seed
@@ -271,7 +290,7 @@ def _mix(
         counts: list[int | None] = [max(1, round(size * weight)) if weight else None for weight in weights]
     else:
         counts = [item.num_rows for item in inputs]
-    mixed: list[list[Example]] = []
+    mixed: list[list[StoredExample]] = []
     repeats: list[int] = []
     for part, count in zip(parts, counts, strict=True):
         if count is None or not part:
@@ -294,9 +313,9 @@ def _label_notes(read: Sequence[_Read]) -> Iterator[str]:
             )
 
 
-def _notes(examples: Sequence[Example]) -> list[str]:
+def _notes(responses: Iterable[str]) -> list[str]:
     """A common ending of the responses that looks like the end marker of another tool."""
-    responses = [example.response for example in examples if len(example.response) > _MARKER_CHARS]
+    responses = [response[-_MARKER_MOST_CHARS:] for response in responses if len(response) > _MARKER_CHARS]
     if len(responses) < 10:
         return []
     ending, count = Counter(response[-_MARKER_CHARS:] for response in responses).most_common(1)[0]
@@ -309,6 +328,6 @@ def _notes(examples: Sequence[Example]) -> list[str]:
     ):
         ending = sharing[0][-len(ending) - 1 :]
     return [
-        f"{len(sharing):,} of {counted(len(responses), 'response')} end in {ending!r}, which is learned as part of "
-        "every answer; remove it from the rows if it is not meant"
+        f"{len(sharing):,} of {counted(len(responses), 'response')} looked at end in {ending!r}, which is learned "
+        "as part of every answer; remove it from the rows if it is not meant"
     ]

@@ -59,6 +59,11 @@ class Example:
         return "".join(segment.text for segment in self.prompt_segments)
 
     @property
+    def num_characters(self) -> int:
+        """Of all segments."""
+        return sum(len(segment.text) for segment in self.segments)
+
+    @property
     def own_texts(self) -> tuple[str, ...]:
         """The row's own pieces of text, without what the template adds."""
         return tuple(segment.text for segment in self.segments if not segment.control)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from gemma_tune.data.render import Example
 from gemma_tune.recipe.schema import CleanSection
@@ -20,8 +19,8 @@ class RowCleaner:
         """The row with every text in it cleaned, also inside lists of messages."""
         return {name: self._clean(value) for name, value in fields.items()}
 
-    def reason_to_leave_out(self, fields: Mapping[str, object], example: Example) -> str | None:
-        """Why a rendered row is not used, in the words of the report, or None."""
+    def reason_to_leave_out(self, texts: Iterable[tuple[str, str]], example: Example) -> str | None:
+        """Why a rendered row is not used, in the words of the report, or None; `texts` as `Input.texts` gives them."""
         section = self._section
         if section.min_response_words or section.max_response_words:
             num_words = len(example.response.split())
@@ -32,7 +31,7 @@ class RowCleaner:
         if section.pii == "drop":
             from gemma_tune.data.clean import has_pii
 
-            if has_pii(list(texts_in(fields))):
+            if has_pii([text for _, text in texts]):
                 return "personal data or a secret"
         return None
 
@@ -52,14 +51,3 @@ class RowCleaner:
             return {name: self._clean(item) for name, item in value.items()}
         return value
 
-
-def texts_in(value: Any) -> Iterator[str]:
-    """Every text in a row, also inside lists of messages, keys aside."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from texts_in(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts_in(item)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
 from gemma_tune.data.audit import AuditRow
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.inputs import Input, Inputs
@@ -40,7 +38,7 @@ def survey_rows(
             prompt=example.prompt_text,
             response=example.response,
             key=example.key,
-            texts=tuple(_texts(item, row.fields)),
+            texts=tuple(item.texts(row.fields)),
             category=example.category,
             num_tokens=int(encoded.lengths[index]),
             num_supervised=int(supervised[index]),
@@ -49,21 +47,3 @@ def survey_rows(
         for index, (item, row, example) in enumerate(rendered)
     ]
     return rows, bad
-
-
-def _texts(item: Input, fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """Column and text of every text that the template reads, messages one by one."""
-    for name in (*item.template.conversation, *item.template.fields):
-        column = item.columns.get(name, name)
-        yield from _texts_in(column, fields.get(column))
-
-
-def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
-    if isinstance(value, str):
-        yield name, value
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _texts_in(f"{name}[{index}]", item)
-    elif isinstance(value, Mapping):
-        text = value.get("content", value.get("value"))
-        yield from _texts_in(name, text)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -23,9 +23,10 @@ from gemma_tune.errors import DataError
 
 # What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
 TURN_ENDS = ("<end_of_turn>", "<turn|>")
-# Rows per call of the tokenizer: enough to keep its threads busy, while the Encoding objects of a large set, which hold
-# much more than ids, are never all in memory.
+# Rows and characters per call of the tokenizer: enough to keep its threads busy, while the Encoding objects, which hold
+# about 0.1 kB a token, take no more than some 50 MB.
 _BATCH_ROWS = 2048
+_BATCH_CHARACTERS = 2_000_000
 # One for the process: encoders may share a backend, and encoding uses all cores from one thread anyway.
 _BACKEND_LOCK = threading.Lock()
 
@@ -43,6 +44,7 @@ class FastTokenizer(Protocol):
 
 
 TrainOn = Literal["response", "last_response", "all"]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +110,8 @@ class Encoder:
         the same ids in training and when it is asked. `last_response` supervises the last answer of a conversation
         only; with `all`, every token but the BOS has a label.
         """
-        return EncodedRows.join(
-            self._encode_batch(rows[start : start + _BATCH_ROWS], train_on=train_on)
-            for start in range(0, len(rows), _BATCH_ROWS)
-        )
+        batches = in_batches(rows, size=lambda segments: sum(len(segment.text) for segment in segments))
+        return EncodedRows.join(self._encode_batch(batch, train_on=train_on) for batch in batches)
 
     def encode_prompt(self, segments: Sequence[Segment]) -> list[int]:
         """The ids of a prompt, the BOS first."""
@@ -226,3 +226,17 @@ class Encoder:
                     f"the model's tokenizer reads {string!r} as a control token even in plain text",
                     hint="its tokenizer.json is damaged",
                 )
+
+
+def in_batches(rows: Iterable[Row], *, size: Callable[[Row], int]) -> Iterator[list[Row]]:
+    """Rows in groups that the tokenizer takes at once; `size` gives a row's characters."""
+    batch: list[Row] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += size(row)
+        if len(batch) == _BATCH_ROWS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch

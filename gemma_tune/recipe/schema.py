@@ -296,3 +296,8 @@ class Recipe(Section):
     export: ExportSection = Field(default_factory=ExportSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @property
+    def tokens_per_pack(self) -> int:
+        """Tokens of a pack when rows are packed."""
+        return self.training.pack_tokens or self.data.max_seq_tokens

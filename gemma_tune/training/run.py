@@ -135,7 +135,7 @@ def _settle_packing(
             f"{leak}"
         )
         return None
-    return section.pack_tokens or recipe.data.max_seq_tokens
+    return recipe.tokens_per_pack
 
 
 def _keep_packing(run: RunDir, *, packed: bool, resumes: bool) -> None:

@@ -267,7 +267,7 @@ class TokenWeightedTrainer(SFTTrainer):
         outputs = model(
             **{name: value for name, value in inputs.items() if name not in ("labels", "head_targets")}, use_cache=False
         )
-        logits_SV = outputs.logits[0].float()
+        logits_SV = outputs.logits.flatten(0, 1).float()  # a view: indexing would copy the gradient
         loss = torch.nn.functional.cross_entropy(logits_SV, targets, reduction="sum") / (
             num_items_in_batch if num_items_in_batch is not None else len(targets)
         )

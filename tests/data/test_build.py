@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from gemma_tune.data import sources
+from gemma_tune.data.build import build_datasets
 from gemma_tune.data.chat import ChatRenderer
-from gemma_tune.data.encode import Datasets, encode_examples
+from gemma_tune.data.encode import Datasets
 from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.read import Examples, read_examples
 from gemma_tune.data.tokenize import Encoder
@@ -41,8 +42,16 @@ def read(tmp_path: Path, rows: list[Row], **settings: Any) -> Examples:
 
 
 def encode(tokenizer: Any, tmp_path: Path, rows: list[Row], **settings: Any) -> Datasets:
-    chosen = section(save(tmp_path / "rows.jsonl", rows), **settings)
-    return encode_examples(examples_of(chosen), Encoder(tokenizer), chosen)
+    return build(tokenizer, section(save(tmp_path / "rows.jsonl", rows), **settings))
+
+
+def build(tokenizer: Any, chosen: DataSection, *, chat: ChatRenderer | None = None) -> Datasets:
+    return build_datasets(
+        chosen.model_copy(update={"cache": False}),
+        open_inputs(chosen, prefers_chat=chat is not None),
+        tokenizer_files={},
+        load=lambda: (Encoder(tokenizer), chat),
+    )
 
 
 def questions(examples: Any) -> set[str]:
@@ -56,7 +65,8 @@ def test_split_is_fixed_by_rows_and_seed(tmp_path: Path) -> None:
     rows = numbered(200)
     first = read(tmp_path, rows, eval_fraction=0.2)
     again = read(tmp_path, rows, eval_fraction=0.2)
-    assert first == again
+    assert list(first.train) == list(again.train) and list(first.eval) == list(again.eval)
+    assert (first.report, first.sha256) == (again.report, again.sha256)
     assert 20 <= len(first.eval) <= 60
     assert questions(first.train) | questions(first.eval) == {row["instruction"] for row in rows}
     other = read(tmp_path, rows, eval_fraction=0.2, seed=1)
@@ -112,14 +122,14 @@ def test_one_row_cannot_be_divided_but_can_be_trained(tmp_path: Path) -> None:
         read(tmp_path, numbered(1) * 5)
     assert caught.value.hint is not None and "eval_fraction=0" in caught.value.hint
     made = read(tmp_path, numbered(1) * 5, eval_fraction=0.0)
-    assert (len(made.train), made.eval) == (5, [])
+    assert (len(made.train), len(made.eval)) == (5, 0)
 
 
 def test_limits_on_rows(tmp_path: Path) -> None:
     whole = read(tmp_path, numbered(200), eval_fraction=0.2)
     made = read(tmp_path, numbered(200), eval_fraction=0.2, max_train_rows=10, max_eval_rows=5)
-    assert made.train == whole.train[:10]
-    assert made.eval == whole.eval[:5]
+    assert made.train[:] == whole.train[:10]
+    assert made.eval[:] == whole.eval[:5]
     assert made.report.num_unused == 200 - 15
 
 
@@ -144,7 +154,7 @@ def test_tiny_world_brings_its_eval_split(tmp_path: Path, monkeypatch: pytest.Mo
     made = examples_of(section("tiny-world"))
     assert (len(made.train), len(made.eval)) == (20, 10)
     made = examples_of(section("tiny-world", eval_fraction=0.0))
-    assert (len(made.train), made.eval) == (20, [])
+    assert (len(made.train), len(made.eval)) == (20, 0)
 
 
 def test_a_split_of_a_file_is_refused(tmp_path: Path) -> None:
@@ -212,7 +222,7 @@ def test_columns_with_other_names(tmp_path: Path) -> None:
 def test_an_end_marker_of_another_tool_is_noted(tmp_path: Path, marker: str) -> None:
     rows = [row | {"response": f"{index} {row['response']}{marker}"} for index, row in enumerate(numbered(20))]
     notes = read(tmp_path, rows, eval_fraction=0.0).report.notes
-    assert len(notes) == 1 and notes[0].startswith("20 of 20 responses end in") and marker in notes[0]
+    assert len(notes) == 1 and notes[0].startswith("20 of 20 responses looked at end in") and marker in notes[0]
 
 
 def test_common_words_are_not_noted(tmp_path: Path) -> None:
@@ -234,8 +244,8 @@ def test_report_counts_what_is_trained(tokenizer: Any, tmp_path: Path) -> None:
     lengths = sorted(len(row.input_ids) for row in [*made.train, *made.eval])
     assert (report.length_p50, report.length_p90, report.length_max) == (lengths[49], lengths[89], lengths[99])
     whole = read(tmp_path, numbered(100), eval_fraction=0.2)
-    assert made.train_places == tuple(example.where for example in whole.train)
-    assert made.eval_examples == tuple(whole.eval)
+    assert list(made.train_places) == [example.where for example in whole.train]
+    assert list(made.eval_examples) == list(whole.eval)
     assert json.loads(json.dumps(asdict(report)))["train_rows"] == report.train_rows
     assert (
         report.lines()[0]
@@ -358,8 +368,7 @@ def test_the_hash_knows_the_template_and_not_the_place(tokenizer: Any, tmp_path:
 def test_the_hash_knows_the_models_chat_template(tokenizer: Any, gemma3_tokenizer: Any, tmp_path: Path) -> None:
     chosen = section(save(tmp_path / "rows.jsonl", numbered(9)), template="dolly-chat")
     first, second = (
-        encode_examples(examples_of(chosen, chat=ChatRenderer.from_tokenizer(made)), Encoder(made), chosen)
-        for made in (tokenizer, gemma3_tokenizer)
+        build(made, chosen, chat=ChatRenderer.from_tokenizer(made)) for made in (tokenizer, gemma3_tokenizer)
     )
     assert [row.input_ids for row in first.train] == [row.input_ids for row in second.train]
     assert first.sha256 != second.sha256
@@ -444,7 +453,7 @@ def test_control_tokens_in_row_text(policy: str, tokenizer: Any, tmp_path: Path)
     rows = [{"text": turns}, {"text": "plain words"}]
     path = save(tmp_path / "rows.jsonl", rows)
     chosen = section(path, template="text", eval_fraction=0.0, control_tokens=policy)
-    made = encode_examples(examples_of(chosen), Encoder(tokenizer), chosen)
+    made = build(tokenizer, chosen)
     row = dict(zip(made.train_places, made.train, strict=True)).get("rows.jsonl:1")
     if policy == "refuse":
         assert row is None and made.report.left_out == {"control tokens in row text": 1}

@@ -35,8 +35,8 @@ from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.run import TrainingResult, train_adapter
 from gemma_tune.training.sampler import EpochSampler
 from gemma_tune.training.trainer import JoinRows, RowGroups, join_rows_for
+from tests.training.random_rows import VOCAB, Rows, make_rows
 
-VOCAB = 320
 SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -61,27 +61,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 PACK_TOKENS = 64
 
 
-def make_rows(count: int, *, seed: int, shortest: int = 4, longest: int = 30) -> list[EncodedRow]:
-    """Rows of random ids; about half of each is supervised, the last token always is."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
-        ids = [2, *torch.randint(4, VOCAB, (length,), generator=generator).tolist()]
-        first = 1 + length // 2
-        rows.append(EncodedRow(ids, [IGNORED] * first + ids[first:]))
-    return rows
-
-
 ROWS = make_rows(12, seed=0)
-
-
-class Rows:
-    """The part of `Datasets` that training reads."""
-
-    def __init__(self, train: Sequence[EncodedRow], eval: Sequence[EncodedRow] = ()) -> None:
-        self.train = EncodedRows.from_rows(train)
-        self.eval = EncodedRows.from_rows(eval)
 
 
 class Warnings(SilentReporter):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from gemma_tune.data.encode import Datasets
-from gemma_tune.data.encoded import IGNORED, EncodedRow, EncodedRows
+from gemma_tune.data.encoded import IGNORED, EncodedRow
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.transformers_engine import TransformersEngine
@@ -29,28 +29,7 @@ from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.training.checkpoint import SEAL, last_complete_checkpoint
 from gemma_tune.training.run import TrainingResult, train_adapter
 from gemma_tune.training.trainer import PadRight
-
-VOCAB = 320
-
-
-def make_rows(count: int, *, seed: int, shortest: int = 4, longest: int = 24) -> list[EncodedRow]:
-    """Rows of random ids; about half of each is supervised, the last token always is."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for _ in range(count):
-        length = int(torch.randint(shortest, longest + 1, (1,), generator=generator))
-        ids = [2, *torch.randint(4, VOCAB, (length,), generator=generator).tolist()]
-        first = 1 + length // 2
-        rows.append(EncodedRow(ids, [IGNORED] * first + ids[first:]))
-    return rows
-
-
-class Rows:
-    """The part of `Datasets` that training reads."""
-
-    def __init__(self, train: Sequence[EncodedRow], eval: Sequence[EncodedRow]) -> None:
-        self.train = EncodedRows.from_rows(train)
-        self.eval = EncodedRows.from_rows(eval)
+from tests.training.random_rows import VOCAB, Rows, make_rows
 
 
 @pytest.fixture(scope="module")
