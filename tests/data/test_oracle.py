@@ -86,6 +86,11 @@ def sharegpt_row(row: Row, tokenizer: Any) -> Parts:
     return chat([{"role": roles[m["from"]], "content": m["value"]} for m in row["conversations"]], tokenizer)
 
 
+def preference_row(row: Row, tokenizer: Any) -> Parts:
+    """Until pairs are trained, a pair reads as its chosen answer."""
+    return sharegpt_row({"conversations": [*row["conversations"], row["chosen"]]}, tokenizer)
+
+
 def expected_ids(parts: Parts, tokenizer: Any, *, ends_in_eos: bool) -> tuple[list[int], list[int]]:
     """Every part through the tokenizer by itself; only the control tokens of chat turns are control tokens."""
     ids, labels = [tokenizer.bos_token_id], [-100]
@@ -113,6 +118,11 @@ def as_sharegpt(row: Row) -> Row:
     return {"conversations": [{"from": names[m["role"]], "value": m["content"]} for m in as_messages(row)["messages"]]}
 
 
+def as_preference(row: Row) -> Row:
+    *asked, chosen = as_sharegpt(row)["conversations"]
+    return {"conversations": asked, "chosen": chosen, "rejected": {"from": "gpt", "value": "I do not know."}}
+
+
 CASES: dict[str, tuple[Callable[[Row], Row], Callable[[Row, Any], Parts], bool]] = {
     "dolly": (lambda row: row, dolly, True),
     "alpaca": (as_alpaca, alpaca, True),
@@ -121,6 +131,7 @@ CASES: dict[str, tuple[Callable[[Row], Row], Callable[[Row, Any], Parts], bool]]
     "dolly-chat": (lambda row: row, dolly_chat, False),
     "chat": (as_messages, messages_row, False),
     "sharegpt": (as_sharegpt, sharegpt_row, False),
+    "preference": (as_preference, preference_row, False),
 }
 
 
