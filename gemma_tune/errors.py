@@ -45,16 +45,31 @@ class ExportError(GemmaTuneError):
     """A merge or an export cannot be made, or its result did not pass its check."""
 
 
+class CheckFailed(ExportError):
+    """An export was written and kept, but does not compare as it should with what was trained."""
+
+    exit_code = 1
+
+
 class TrainingStopped(GemmaTuneError):
     """Training stopped by itself because going on would lose the run (non-finite loss, no supervised token)."""
 
     exit_code = 3
 
 
-class TrainingInterrupted(GemmaTuneError):
-    """The user (or the system) asked the run to stop; what was trained is saved."""
+class HubError(GemmaTuneError):
+    """The hub did not take an upload: not logged in, no right to write, or not reachable. The files are still here."""
 
-    exit_code = 130
+    exit_code = 4
+
+
+class TrainingInterrupted(GemmaTuneError):
+    """The user, the system or `training.max_minutes` asked the run to stop; what was trained is saved.
+
+    75 is EX_TEMPFAIL of sysexits.h, "try again": a batch script can tell it from 130, which saved nothing.
+    """
+
+    exit_code = 75
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -26,7 +26,7 @@ ROWS = (
     {"runs"},
     {"data", "engines", "planning", "reporting"},
     {"training", "inference", "export"},
-    {"evaluation"},
+    {"evaluation", "doctor"},
     {"pipeline"},
     {"cli"},
 )

@@ -9,13 +9,18 @@ import typer
 
 from gemma_tune.cli.console import Terminal
 from gemma_tune.cli.data import data_app
+from gemma_tune.cli.doctor import doctor
+from gemma_tune.cli.export import export
 from gemma_tune.cli.generate import generate
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
+from gemma_tune.cli.plan import plan
+from gemma_tune.cli.push import push
 from gemma_tune.cli.recipes import recipes_app
 from gemma_tune.cli.report import report
 from gemma_tune.cli.train import train
 from gemma_tune.cli.validate import validate
+from gemma_tune.cli.verify import verify
 from gemma_tune.errors import GemmaTuneError
 
 app = typer.Typer(
@@ -28,8 +33,13 @@ app = typer.Typer(
 )
 app.command("train")(train)
 app.command("validate")(validate)
+app.command("plan")(plan)
+app.command("doctor")(doctor)
 app.command("generate")(generate)
 app.command("merge")(merge)
+app.command("export")(export)
+app.command("verify")(verify)
+app.command("push")(push)
 app.command("report")(report)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")

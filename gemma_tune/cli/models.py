@@ -1,7 +1,9 @@
-"""`gemma-tune models list|show`."""
+"""`gemma-tune models list|show|download`."""
 
 from __future__ import annotations
 
+import shlex
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +11,7 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, make_table
+from gemma_tune.cli.console import Terminal, TerminalReporter, format_bytes, format_seconds, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.models.registry import GemmaModel
@@ -70,13 +72,13 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's facts and its layer table with parameter counts."""
-    from gemma_tune.models.fetch import fetch_model
+    from gemma_tune.models.fetch import fetch_config
     from gemma_tune.models.registry import describe_config, describe_model, resolve_model
     from gemma_tune.models.summary import count_lora_params, count_weight_bytes, summarize
 
     terminal = Terminal()
     source = resolve_model(name)
-    config = source.config or fetch_model(name).config
+    config = fetch_config(name)
     rows = summarize(config, by="module" if modules else "layer")
     targets = (
         source.model.lora_targets
@@ -101,3 +103,63 @@ def show(
             f"{sizes['4bit'] / 1e9:.2f} GB in 4 bits"
         )
     )
+
+
+@models_app.command("download")
+def download(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A name, a hub id owner/name, or a Kaggle handle owner/model/transformers/variation.",
+            show_default=False,
+        ),
+    ],
+    revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch; the newest by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Download a model before it is needed; an interrupted download goes on where it stopped."""
+    from gemma_tune.models.fetch import fetch_model
+    from gemma_tune.models.files import directory_bytes
+    from gemma_tune.models.kaggle import fetch_kaggle_model, is_kaggle_handle
+
+    terminal = Terminal()
+    if is_kaggle_handle(name):
+        model = fetch_kaggle_model(name)
+    else:
+        with TerminalReporter(terminal) as reporter:
+            model = fetch_model(name, revision=revision, progress=_Progress(reporter).tell)
+    num_bytes = directory_bytes(model.directory)
+    settings = [f"model.name={model.name if model.revision or model.model else model.directory}"]
+    settings += [f"model.revision={revision}"] if revision else []
+    if as_json:
+        terminal.json(
+            {
+                "name": model.name,
+                "directory": str(model.directory),
+                "revision": model.revision,
+                "bytes": num_bytes,
+                "settings": settings,
+            }
+        )
+        return
+    terminal.plain(f"{model.directory} · {format_bytes(num_bytes)} · gemma-tune train RECIPE {shlex.join(settings)}")
+
+
+class _Progress:
+    """Bytes, rate and time left of a download. The rate is that of the bytes that came since the start."""
+
+    def __init__(self, reporter: TerminalReporter) -> None:
+        self.reporter = reporter
+        self.start: tuple[float, int] | None = None
+
+    def tell(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self.start is None:
+            self.start = (now, done)
+        seconds, num_bytes = now - self.start[0], done - self.start[1]
+        what = "downloaded"
+        if seconds > 1 and num_bytes > 0 and done < total:
+            rate = num_bytes / seconds
+            what = f"downloaded  {rate / 1e6:.1f} MB/s  ETA {format_seconds((total - done) / rate)}"
+        self.reporter.progress_bytes(what, done, total)

@@ -114,7 +114,7 @@ class LoraAdapter:
 
 def read_adapter(directory: Path) -> LoraAdapter:
     """Read the config and the header of an adapter directory; ExportError names what is missing or not supported."""
-    config = _read_adapter_config(directory)
+    config = read_adapter_config(directory)
     _refuse_unsupported(directory, config)
     path = directory / ADAPTER_WEIGHTS_FILE
     if not path.is_file():
@@ -127,7 +127,8 @@ def read_adapter(directory: Path) -> LoraAdapter:
     return _group_tensors(directory, config, read_header(path))
 
 
-def _read_adapter_config(directory: Path) -> dict[str, Any]:
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json as a mapping; ExportError when it is missing, not JSON or not a mapping."""
     path = directory / ADAPTER_CONFIG_FILE
     if not path.is_file():
         raise ExportError(f"{directory}: no {ADAPTER_CONFIG_FILE}", hint="give the adapter directory of a finished run")

@@ -102,7 +102,7 @@ def plan_merge(
     name_of = _base_names(base)
     planned = {name: PlannedTensor(name, tensor, tensor, None, tensor.dtype) for name, tensor in base.items()}
     factors, trained, copies = _by_canonical_name(adapter)
-    _refuse_strangers(adapter, name_of)
+    refuse_strangers(adapter, base.keys())
 
     for canonical, change in factors.items():
         if canonical not in (_EMBEDDING, _HEAD):
@@ -193,10 +193,10 @@ def _by_canonical_name(
     return factors, trained, copies
 
 
-def _refuse_strangers(adapter: LoraAdapter, name_of: Mapping[str, str]) -> None:
+def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
     """Refuse adapter tensors that have no weight in the base. A head may be new: a tied base stores none."""
     wanted = [module + ".weight" for module in (*adapter.factors, *adapter.base_copies)] + list(adapter.trained)
-    known = name_of.keys() | {_HEAD}
+    known = {canonical_name(name) for name in base_names} | {_HEAD}
     strangers = sorted({name for name in wanted if canonical_name(name) not in known})
     if strangers:
         more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""

@@ -7,13 +7,10 @@ from pathlib import Path
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.config import TextConfig, read_config
+from gemma_tune.models.download import Progress, download_model
 from gemma_tune.models.files import has_chat_template
+from gemma_tune.models.hub_access import ask_hub, cached_directory
 from gemma_tune.models.registry import GemmaModel, resolve_model
-
-# Weights in safetensors only: pickled ones are never loaded (S1). GGUF and Keras files of the same repository are
-# left out.
-_WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer.model")
-_UNWANTED = ("original/*", "*/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -42,8 +39,13 @@ class LocalModel:
         return has_chat_template(self.directory)
 
 
-def fetch_model(name: str, *, revision: str | None = None) -> LocalModel:
+def fetch_model(name: str, *, revision: str | None = None, progress: Progress | None = None) -> LocalModel:
     """Find or download a model.
+
+    What the hub cannot be asked about is taken from the hub cache where all of it is there.
+
+    Args:
+        progress: called with the bytes that are here and the bytes of the model while it is downloaded.
 
     Raises:
         ModelError: unknown name, no Gemma, gated, or not reachable; the message says which, and what to do.
@@ -52,45 +54,37 @@ def fetch_model(name: str, *, revision: str | None = None) -> LocalModel:
     if source.kind == "directory" or Path(source.location).is_dir():
         directory = Path(source.location)
         return LocalModel(name, directory, None, read_config(directory), source.model)
-    directory = _download(source.location, revision=revision)
+    directory = _hub_directory(source.location, revision=revision, progress=progress)
     # The hub cache names a snapshot's folder after its commit.
     return LocalModel(name, directory, directory.name, read_config(directory), source.model)
 
 
-def _download(hub_id: str, *, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def fetch_config(name: str) -> TextConfig:
+    """The facts of a model's config.json, which is all that is downloaded of it.
 
+    Raises:
+        ModelError: as `fetch_model`.
+    """
+    source = resolve_model(name)
+    if source.config is not None:
+        return source.config
+    here = cached_directory(source.location)
+    if here is not None:
+        return read_config(here)
+    from huggingface_hub import hf_hub_download
+
+    commit = ask_hub(source.location).commit
+    return read_config(Path(hf_hub_download(source.location, "config.json", revision=commit)).parent)
+
+
+def _hub_directory(hub_id: str, *, revision: str | None, progress: Progress | None) -> Path:
+    here = cached_directory(hub_id, revision=revision)
+    if here is not None and here.name == revision:  # a commit never changes
+        return here
     try:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED))
-        )
-    except GatedRepoError:
-        raise ModelError(
-            f"{hub_id} is gated, and this machine's hub account has no access",
-            hint=f"accept the licence at https://huggingface.co/{hub_id}, then `hf auth login` with a token that "
-            f"may read gated repositories",
-        ) from None
-    except RevisionNotFoundError:
-        raise ModelError(
-            f"{hub_id} has no revision {revision!r}",
-            hint="set model.revision to a commit, tag or branch, or leave it out",
-        ) from None
-    except RepositoryNotFoundError:
-        raise ModelError(
-            f"the hub has no model {hub_id}, or it is private and this machine is not logged in",
-            hint="known names: gemma-tune models list; log in with: hf auth login",
-        ) from None
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{hub_id} is not on this machine, and the hub cannot be reached ({type(error).__name__})",
-            hint="connect and try again, give a local directory as model.name, or try model.name=gemma-tiny, which "
-            "is built in",
-        ) from None
+        model = ask_hub(hub_id, revision=revision)
+    except ModelError:
+        if here is None:
+            raise
+        return here
+    return download_model(model, progress=progress)

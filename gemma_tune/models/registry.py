@@ -20,7 +20,9 @@ Modality = Literal["text", "text+image", "text+image+audio"]
 TINY = "gemma-tiny"
 GEMMA_TERMS = ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
 APACHE = ("Apache-2.0", "https://ai.google.dev/gemma/docs/gemma_4_license")
-OUR_LICENCE = ("same as gemma-tune", None)
+OUR_LICENCE = ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
+# Name of a licence → its id on the hub, which model cards and GGUF metadata are written with.
+LICENCE_IDS = {GEMMA_TERMS[0]: "gemma", APACHE[0]: "apache-2.0", OUR_LICENCE[0]: "cc0-1.0"}
 LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NOT_KNOWN = "not known"
 
@@ -76,7 +78,6 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = {
         "num_hidden_layers": 42,
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
-        "query_pre_attn_scalar": 224,
     },
     "gemma-2-27b": {
         "model_type": "gemma2",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +23,8 @@ from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
 )
+
+from gemma_tune.paths import TINY_MODEL_DIR
 
 _SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -122,6 +127,70 @@ def merged_by_peft() -> Callable[..., dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
+def merged_exactly() -> Callable[[Path, Path], dict[str, torch.Tensor]]:
+    """merged_exactly(base, adapter) -> weights by name after PEFT's own merge in float64."""
+    return lambda base, adapter: _merged_in(torch.float64, base, adapter)
+
+
+@pytest.fixture(scope="session")
+def merged_in_bfloat16() -> Callable[[Path, Path], dict[str, torch.Tensor]]:
+    """merged_in_bfloat16(base, adapter) -> weights by name after PEFT's merge as most people run it."""
+    return lambda base, adapter: _merged_in(torch.bfloat16, base, adapter)
+
+
+def _merged_in(dtype: torch.dtype, base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # autocast_adapter_dtype: the adapter's own float32 beside a bfloat16 base
+        model = PeftModel.from_pretrained(model, str(adapter), autocast_adapter_dtype=dtype == torch.bfloat16)
+        if dtype == torch.float64:
+            model = model.double()
+        return dict(model.merge_and_unload().state_dict())
+
+
+@pytest.fixture(scope="session")
 def plain_logits() -> Callable[[Path], torch.Tensor]:
     """plain_logits(directory) -> logits of a model directory in plain transformers, float32."""
     return lambda directory: logits_of(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval())
+
+
+@pytest.fixture(scope="session")
+def make_gguf_source(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """make_gguf_source(family, dtype=..., **config) -> a random model that llama.cpp can run, with a real tokenizer."""
+
+    @functools.cache
+    def make(
+        family: str = "gemma", *, dtype: torch.dtype = torch.bfloat16, shard_size: str = "5GB", **config: Any
+    ) -> Path:
+        directory = tmp_path_factory.mktemp("gguf") / family
+        make_config, make_model = _CLASSES[family]
+        sizes = {"vocab_size": 2304, "hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+        sizes |= {"num_hidden_layers": 7 if family == "gemma3" else 4}
+        if family != "gemma":
+            sizes |= {"sliding_window": 64, "query_pre_attn_scalar": 64}
+        torch.manual_seed(0)
+        model = make_model(make_config(**(sizes | config)))
+        for parameter in model.parameters():
+            # Norms far from 1 + 0, which a wrong export could miss; the matrices keep the size of what they multiply.
+            parameter.data.normal_(0.0, 0.3 if parameter.ndim == 1 else 0.06)
+        model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            shutil.copyfile(TINY_MODEL_DIR / name, directory / name)
+        return directory
+
+    return make
+
+
+@pytest.fixture
+def read_only_directory(tmp_path: Path) -> Path:
+    """A directory in which nothing can be made, for root neither."""
+    directory = tmp_path / "read-only"
+    directory.mkdir()
+    directory.chmod(0o500)
+    if not os.access(directory, os.W_OK):
+        return directory
+    if sys.platform != "linux":
+        pytest.skip("root may write anywhere here")
+    return Path("/sys")

@@ -1,0 +1,37 @@
+"""`gemma-tune verify`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma_tune.cli.arguments import AsJson
+from gemma_tune.cli.console import Terminal, TerminalReporter
+from gemma_tune.cli.export import BaseName, Positions, print_outcome
+
+
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN|ADAPTER|EXPORT", help="What was exported, or an exported directory.", show_default=False
+        ),
+    ],
+    of: Annotated[
+        Path | None,
+        typer.Option(help="The run or adapter that an EXPORT outside of its run is of.", show_default=False),
+    ] = None,
+    base: BaseName = None,
+    positions: Positions = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run exports again and compare them with base + adapter. Exit code 1: one did not pass."""
+    from gemma_tune import pipeline
+    from gemma_tune.engines.quiet import libraries_to
+
+    terminal = Terminal()
+    with TerminalReporter(terminal) as reporter, libraries_to(None):
+        outcome = pipeline.verify_model(path, of=of, base=base, num_positions=positions, reporter=reporter)
+    print_outcome(terminal, outcome, as_json=as_json)

@@ -1,0 +1,32 @@
+"""What a check says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+Verdict = Literal["ok", "warn", "fail"]
+_ORDER: tuple[Verdict, ...] = ("ok", "warn", "fail")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        name: what was looked at, in a word or two.
+        verdict: warn: it works, with a limit that one should know; fail: a run would end with an error.
+        found: what is there.
+        fix: the next command, or what to do; None where there is nothing to do.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    fix: str | None = None
+
+
+def worst(findings: Iterable[Finding]) -> Verdict:
+    """The verdict of all findings together; ok of none."""
+    return max((finding.verdict for finding in findings), key=_ORDER.index, default="ok")

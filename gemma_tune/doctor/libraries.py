@@ -1,0 +1,112 @@
+"""What the probes of the training libraries, of the hub and of a recipe's parts come to."""
+
+from __future__ import annotations
+
+from gemma_tune.doctor.finding import Finding
+from gemma_tune.doctor.packages import install_command, read_tested_set
+from gemma_tune.doctor.probe import Probed
+from gemma_tune.runs.record import installed_version
+
+# Relative; the layer computes in float32, or in the card's TF32.
+_MAX_LAYER_ERROR = 0.02
+
+
+def check_bitsandbytes(probe: Probed) -> Finding:
+    name, facts = "4-bit kernels", probe.facts
+    if probe.outcome != "done":
+        return Finding(name, "fail", probe.trouble, _install("bitsandbytes"))
+    found = f"bitsandbytes {facts['version']} on {facts['device']}"
+    wrong = []
+    if facts["quantise_error"] > facts["allowed"] * 1.01:
+        wrong.append(f"expanded weights are off by {facts['quantise_error']:.3f}, NF4 allows {facts['allowed']}")
+    for way in ("forward", "backward"):
+        if not facts[f"{way}_error"] <= _MAX_LAYER_ERROR:
+            wrong.append(f"the {way} pass is off by {facts[f'{way}_error']:.1%}")
+    if wrong:
+        return Finding(name, "fail", f"{found} computes wrongly: {'; '.join(wrong)}", _install("bitsandbytes"))
+    return Finding(name, "ok", f"{found}: quantised, expanded, forward and backward as PyTorch computes them")
+
+
+def check_engine(probe: Probed) -> list[Finding]:
+    """Unsloth (or transformers) and TRL, as a run imports them."""
+    facts, findings = probe.facts, []
+    engine = facts.get("engine")
+    unsloth = installed_version("unsloth")
+    if engine is None:
+        wanted = ("unsloth", "unsloth-zoo") if "unsloth" in probe.step else ("transformers",)
+        fix = _install(*wanted)
+        findings.append(
+            Finding(wanted[0], "fail", probe.trouble, f"{fix}; or model.engine=transformers" if unsloth else fix)
+        )
+        return findings
+    if engine == "unsloth":
+        findings.append(
+            Finding("unsloth", "ok", f"{unsloth} with unsloth_zoo {installed_version('unsloth_zoo')} imports")
+        )
+    else:
+        findings.append(
+            Finding("unsloth", "warn", "not installed: plain transformers trains, more slowly", _install("unsloth"))
+        )
+    if probe.outcome != "done":
+        findings.append(Finding("trl", "fail", probe.trouble, _install("trl", "transformers", "datasets")))
+    else:
+        findings.append(Finding("trl", "ok", f"{installed_version('trl')} imports beside it"))
+    return findings
+
+
+def check_hub(probe: Probed) -> Finding:
+    """The login, and whether the hub answers. Neither is needed for models and rows that are on this machine."""
+    facts = probe.facts
+    if "is_offline" not in facts:
+        return Finding("hub", "fail", probe.trouble, _install("huggingface-hub"))
+    if facts["is_offline"]:
+        return Finding("hub", "warn", "HF_HUB_OFFLINE is set: nothing is downloaded", "unset HF_HUB_OFFLINE")
+    login, status = facts.get("token_from"), facts.get("status")
+    if status is None:
+        why = probe.trouble if probe.outcome == "hung" else facts.get("reason", probe.error)
+        return Finding(
+            "hub",
+            "warn",
+            f"cannot be reached ({why}): only models and rows on this machine can be used",
+            "check the network, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT)",
+        )
+    if status not in (200, 401):
+        return Finding("hub", "warn", f"answers with status {status}", "try again later; is HF_ENDPOINT set rightly?")
+    if login is None:
+        found = "reachable, not logged in: gated models (Gemma 1 to 3) are refused"
+        return Finding("hub", "warn", found, "hf auth login")
+    if status == 401:
+        fix = "hf auth login" if login == "the login" else "correct HF_TOKEN, or unset it to use the login"
+        return Finding("hub", "fail", f"reachable, but the token of {login} is not valid", fix)
+    found = f"reachable, logged in with {login}"
+    if facts.get("role") == "fineGrained":
+        found += "; the token is fine-grained: for Gemma it must be allowed to read public gated repositories"
+    return Finding("hub", "ok", found)
+
+
+def check_model(probe: Probed, *, name: str) -> Finding:
+    facts = probe.facts
+    if "refused" in facts:
+        return Finding("model", "fail", facts["refused"], facts["hint"])
+    if "missing_bytes" not in facts:
+        return Finding("model", "fail", f"{name}: {probe.trouble}", "check the network, or give a local directory")
+    if facts["missing_bytes"]:
+        size = f"{facts['missing_bytes'] / 1e9:.1f} GB"
+        return Finding("model", "ok", f"{name}: the hub gives it to this machine, {size} to download")
+    return Finding("model", "ok", f"{name} is on this machine")
+
+
+def check_data(probe: Probed) -> Finding:
+    facts = probe.facts
+    if "refused" in facts:
+        return Finding("data", "fail", facts["refused"], facts["hint"])
+    if probe.outcome == "hung":
+        fix = "gemma-tune data preview RECIPE goes on with it"
+        return Finding("data", "warn", f"{probe.trouble}: a large download?", fix)
+    if "sources" not in facts:
+        return Finding("data", "fail", probe.trouble, "gemma-tune data preview RECIPE shows more")
+    return Finding("data", "ok", ", ".join(facts["sources"]))
+
+
+def _install(*packages: str) -> str:
+    return install_command(read_tested_set(), list(packages))

@@ -1,0 +1,196 @@
+"""Python, memory, disks and the limits of this machine or container, from the operating system alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from gemma_tune.doctor.finding import Finding, Verdict
+
+_GB = 10**9
+# Importing Unsloth and TRL takes about 1 GB; with gemma-tiny trained in it a process reaches 1.5 GB (measured).
+_MIN_MEMORY = 2 * _GB
+_LOW_MEMORY = 6 * _GB
+# A run of gemma-tiny leaves about 50 MB; Gemma 2B's files are 5 GB, and 7B's 17 GB.
+_MIN_DISK = 1 * _GB
+_LOW_DISK = 20 * _GB
+_MIN_PROCESSES = 64
+_LOW_PROCESSES = 512
+_MIN_OPEN_FILES = 256
+# Docker's default is 64 MiB, which NCCL between several cards does not get along with.
+_LOW_SHARED = 10**9
+_UNLIMITED = 2**60
+# How each place is moved.
+_MOVES = {
+    "runs": "run.output_dir=DIR",
+    "hub cache": "HF_HOME=DIR",
+    "token cache": "GEMMA_TUNE_CACHE=DIR",
+    "temporary files": "TMPDIR=DIR",
+}
+
+
+def check_python() -> Finding:
+    version = sys.version_info
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    if (3, 11) <= version < (3, 14):
+        return Finding("Python", "ok", found)
+    return Finding("Python", "warn", f"{found}; tested are 3.11 to 3.13", "make an environment with Python 3.12")
+
+
+def check_memory(*, needed: int = 0, root: Path = Path("/")) -> Finding:
+    """Main memory, swap, and the limit of the container.
+
+    Args:
+        needed: bytes that a recipe is planned to take; a guess, so that too little of it is a warning.
+        root: holds proc and sys.
+    """
+    facts = _meminfo(root)
+    total = facts.get("MemTotal") or _physical_memory()
+    available = facts.get("MemAvailable", total)
+    swap = facts.get("SwapTotal", 0)
+    limit = _container_limit(root, "memory.max", "memory/memory.limit_in_bytes")
+    found = f"{_size(available)} of {_size(total)} free, {_size(swap) if swap else 'no'} swap"
+    if limit is not None and limit < total:
+        found += f"; this container may use {_size(limit)}"
+        available = min(available, limit)
+    found += f"; about {_size(needed)} needed" if needed else ""
+    is_low = available < (needed or _LOW_MEMORY)
+    verdict: Verdict = "fail" if available < _MIN_MEMORY else "warn" if is_low else "ok"
+    fix = None if verdict == "ok" else "close other programs, or take a machine or container with more memory"
+    return Finding("memory", verdict, found, fix)
+
+
+def check_disks(places: Mapping[str, Path], *, needed: Mapping[str, int] | None = None) -> list[Finding]:
+    """Free space at the places that are used, one finding a file system.
+
+    Args:
+        places: what it is for -> directory, which need not exist yet.
+        needed: what it is for -> bytes that a recipe will write there.
+    """
+    systems: dict[int, list[str]] = {}
+    findings = []
+    for name, path in places.items():
+        folder = _existing(path)
+        if not os.access(folder, os.W_OK):
+            found = f"{path} ({name}) cannot be written to"
+            findings.append(Finding("disk", "fail", found, f"choose another folder: {_MOVES[name]}"))
+        systems.setdefault(folder.stat().st_dev, []).append(name)
+    for names in systems.values():
+        free = shutil.disk_usage(_existing(places[names[0]])).free
+        wanted = sum((needed or {}).get(name, 0) for name in names)
+        found = f"{_size(free)} free for {', '.join(names)}" + (f"; {_size(wanted)} needed" if wanted else "")
+        verdict: Verdict = "ok"
+        if free < max(_MIN_DISK, wanted):
+            verdict = "fail"
+        elif free < _LOW_DISK and not wanted:
+            verdict, found = "warn", f"{found}; Gemma 7B alone takes 17 GB"
+        moves = ", ".join(_MOVES[name] for name in names)
+        fix = None if verdict == "ok" else f"free some space, or choose another disk: {moves}"
+        findings.append(Finding("disk", verdict, found, fix))
+    return findings
+
+
+def check_limits(*, root: Path = Path("/")) -> Finding:
+    """How many processes and open files this user or container may have."""
+    processes = min(
+        _unlimited(resource.getrlimit(resource.RLIMIT_NPROC)[0]),
+        _unlimited(_container_limit(root, "pids.max", "pids/pids.max") or -1),
+    )
+    files = _unlimited(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    found = f"{_count(processes)} processes, {_count(files)} open files"
+    if processes < _LOW_PROCESSES:
+        verdict: Verdict = "fail" if processes < _MIN_PROCESSES else "warn"
+        return Finding(
+            "limits",
+            verdict,
+            f"{found}; each library starts threads",
+            "ulimit -u 4096, or docker run --pids-limit 4096",
+        )
+    if files < _MIN_OPEN_FILES:
+        return Finding("limits", "warn", found, "ulimit -n 4096")
+    return Finding("limits", "ok", found)
+
+
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
+    """Shared memory, which several processes on one machine talk through; None where the system has no such folder."""
+    if not folder.is_dir():
+        return None
+    total = shutil.disk_usage(folder).total
+    if total >= _LOW_SHARED:
+        return Finding("shared memory", "ok", _size(total))
+    return Finding(
+        "shared memory",
+        "warn",
+        f"{_size(total)}: enough for one card, too little for training on several",
+        "docker run --shm-size=8g",
+    )
+
+
+def used_places(output_dir: str, *, hub_cache: Path, token_cache: Path) -> dict[str, Path]:
+    """Where runs, downloads and temporary files go."""
+    return {
+        "runs": Path(output_dir).expanduser(),
+        "hub cache": hub_cache,
+        "token cache": token_cache,
+        "temporary files": Path(tempfile.gettempdir()),
+    }
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def _meminfo(root: Path) -> dict[str, int]:
+    """Linux's figures in bytes; empty elsewhere."""
+    path = root / "proc" / "meminfo"
+    if not path.is_file():
+        return {}
+    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_limit(root: Path, name: str, name_v1: str) -> int | None:
+    """The tightest limit of a control group, version 2 (the own group and those above it) or 1."""
+    groups = root / "sys" / "fs" / "cgroup"
+    return min(filter(None, map(_read_limit, (*_own_groups(root, groups, name), groups / name_v1))), default=None)
+
+
+def _own_groups(root: Path, groups: Path, name: str) -> Iterable[Path]:
+    membership = root / "proc" / "self" / "cgroup"
+    own = ""
+    if membership.is_file():
+        for line in membership.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("0::"):
+                own = line.removeprefix("0::").strip("/")
+    folder = groups / own
+    return [path / name for path in (folder, *folder.parents) if path.is_relative_to(groups)]
+
+
+def _read_limit(path: Path) -> int | None:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() and int(text) < _UNLIMITED else None
+
+
+def _unlimited(number: int) -> int:
+    return _UNLIMITED if number < 0 else number
+
+
+def _count(number: int) -> str:
+    return "unlimited" if number >= _UNLIMITED else f"{number:,}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / _GB:.1f} GB" if num_bytes >= _GB else f"{num_bytes / 1e6:.0f} MB"

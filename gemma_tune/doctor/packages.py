@@ -1,0 +1,169 @@
+"""Installed versions against the set that is tested together, what they ask of each other, and pairs known to break.
+
+All of it from package metadata: nothing is imported.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from packaging.requirements import Requirement
+from packaging.specifiers import BaseSpecifier, SpecifierSet
+from packaging.utils import canonicalize_name
+
+from gemma_tune.doctor.finding import Finding
+from gemma_tune.paths import PACKAGE_DIR
+from gemma_tune.runs.record import installed_version
+
+# The packages that reach into each other; what these ask of each other is checked.
+STACK = (
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "huggingface-hub",
+    "safetensors", "unsloth", "unsloth-zoo",
+)  # fmt: skip
+_GGUF_EXTRAS = {"gguf": "every GGUF file", "llama-cpp-python": "K-quants and the check of a GGUF file"}
+_NOT_FOR_USERS = {"dev"}
+
+
+@dataclass(frozen=True)
+class KnownBad:
+    """Versions that are known to break.
+
+    Attributes:
+        package, versions: what must not be installed; every version of `versions` counts.
+        beside: another package that makes it break; None where it breaks alone.
+        on: only on this kind of device; None on both.
+        because: what happens, as measured or as published.
+    """
+
+    package: str
+    versions: str
+    because: str
+    beside: str | None = None
+    on: Literal["cpu", "cuda"] | None = None
+
+
+KNOWN_BAD = (
+    KnownBad(
+        "trl", ">=1.15,<1.17", "its trainer crashes on a CPU ('NoneType' object has no attribute 'apply')", on="cpu"
+    ),
+    KnownBad("unsloth", "<2026.10.9", "it has no CPU backend: importing it ends with an error", on="cpu"),
+    KnownBad("transformers", ">5.17.0", "Unsloth 2026.10.9 patches it up to 5.17.0", beside="unsloth"),
+    KnownBad("torch", ">=2.15", "Unsloth 2026.10.9 allows it below 2.15", beside="unsloth"),
+    KnownBad("trl", ">1.15.0", "Unsloth 2026.10.9 patches it up to 1.15.0", beside="unsloth"),
+    KnownBad("datasets", ">=5", "Unsloth 2026.10.9 allows it below 5", beside="unsloth"),
+    KnownBad("peft", "<0.18", "Unsloth 2026.10.9 needs 0.18", beside="unsloth"),
+    KnownBad("transformers", "<5.0", "its Trainer can run code from a checkpoint's rng_state.pth (CVE-2026-1839)"),
+    KnownBad("torch", "<2.6", "torch.load can run code from a file even with weights_only=True (CVE-2025-32434)"),
+)
+
+
+def read_tested_set() -> list[Requirement]:
+    """Our requirements, those of the extras with a marker: from pyproject.toml in a checkout, else from the metadata.
+
+    The metadata of a checkout that was installed as editable is as old as its installation.
+    """
+    project = PACKAGE_DIR.parent / "pyproject.toml"
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        if table["name"] == "gemma-tune":
+            lines = list(table["dependencies"])
+            for extra, more in table["optional-dependencies"].items():
+                lines += [f'{line}; extra == "{extra}"' for line in more if extra not in _NOT_FOR_USERS]
+            return [Requirement(line) for line in lines]
+    return [
+        requirement
+        for requirement in map(Requirement, importlib.metadata.requires("gemma-tune") or ())
+        if not any(f'"{extra}"' in str(requirement.marker) for extra in _NOT_FOR_USERS)
+    ]
+
+
+def installed_stack() -> dict[str, str]:
+    """Name -> version of everything in the tested set and the stack that is installed."""
+    names = {canonicalize_name(requirement.name) for requirement in read_tested_set()} | set(STACK)
+    versions = {name: installed_version(name) for name in sorted(names)}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def check_packages(device: str | None) -> list[Finding]:
+    """The findings about versions; `device` is cpu, cuda, or None where it is not known."""
+    tested, installed = read_tested_set(), installed_stack()
+    bad = list(_known_bad(tested, installed, device))
+    already_told = {finding.name for finding in bad}
+    return [
+        *bad,
+        *_missing(tested, installed),
+        *_conflicts(tested, installed),
+        _compare(tested, {name: version for name, version in installed.items() if name not in already_told}),
+    ]
+
+
+def check_gguf() -> Finding:
+    """Whether GGUF files can be written: the extras `gguf` and `gguf-quant`, which few need."""
+    have = [f"{name} {version}" for name in _GGUF_EXTRAS if (version := installed_version(name))]
+    lack = [f"{name} (for {use})" for name, use in _GGUF_EXTRAS.items() if installed_version(name) is None]
+    found = "; ".join(filter(None, (", ".join(have), f"not installed: {', '.join(lack)}" if lack else "")))
+    return Finding("GGUF export", "ok", found)
+
+
+def install_command(tested: list[Requirement], names: Sequence[str]) -> str:
+    """The pip command that brings these packages to their tested versions."""
+    wanted: dict[str, Requirement] = {canonicalize_name(requirement.name): requirement for requirement in tested}
+    parts = [f"'{name}{wanted[name].specifier}'" if name in wanted else name for name in dict.fromkeys(names)]
+    return f"pip install {' '.join(parts)}"
+
+
+def _known_bad(tested: list[Requirement], installed: Mapping[str, str], device: str | None) -> Iterator[Finding]:
+    for row in KNOWN_BAD:
+        version = installed.get(row.package)
+        if version is None or not _fits(version, SpecifierSet(row.versions)):
+            continue
+        if (row.beside is None or row.beside in installed) and row.on in (None, device):
+            yield Finding(row.package, "fail", f"{version}: {row.because}", install_command(tested, [row.package]))
+
+
+def _missing(tested: list[Requirement], installed: Mapping[str, str]) -> list[Finding]:
+    names = [canonicalize_name(requirement.name) for requirement in tested if requirement.marker is None]
+    missing = [name for name in names if name not in installed]
+    if not missing:
+        return []
+    return [Finding("packages", "fail", f"not installed: {', '.join(missing)}", install_command(tested, missing))]
+
+
+def _conflicts(tested: list[Requirement], installed: Mapping[str, str]) -> list[Finding]:
+    """What an installed package of the stack asks of another, and does not get."""
+    told, names = [], []
+    for package in sorted(set(STACK) & set(installed)):
+        for requirement in map(Requirement, importlib.metadata.requires(package) or ()):
+            name = canonicalize_name(requirement.name)
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if name in STACK and name in installed and applies and not _fits(installed[name], requirement.specifier):
+                broken = ",".join(str(part) for part in requirement.specifier if not _fits(installed[name], part))
+                told.append(f"{package} asks for {name}{broken}, installed is {installed[name]}")
+                names.append(name)
+    if not told:
+        return []
+    return [Finding("package conflict", "fail", "; ".join(dict.fromkeys(told)), install_command(tested, names))]
+
+
+def _compare(tested: list[Requirement], installed: Mapping[str, str]) -> Finding:
+    num_present, told, names = 0, [], []
+    for requirement in tested:
+        name = canonicalize_name(requirement.name)
+        version = installed.get(name)
+        if version is None:
+            continue
+        num_present += 1
+        if not _fits(version, requirement.specifier) and name not in names:
+            told.append(f"{name} {version} (tested {requirement.specifier})")
+            names.append(name)
+    if not told:
+        return Finding("packages", "ok", f"{num_present} installed, all in the tested versions")
+    return Finding("packages", "warn", f"not as tested: {', '.join(told)}", install_command(tested, names))
+
+
+def _fits(version: str, wanted: BaseSpecifier) -> bool:
+    return wanted.contains(version, prereleases=True)

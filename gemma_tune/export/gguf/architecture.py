@@ -1,0 +1,129 @@
+"""What llama.cpp computes for Gemma 1, 2 and 3; a config for which that is not what was trained is refused.
+
+A GGUF file has no field for the scale of the attention scores, the order of sliding and full layers, the activation or
+a bias: llama.cpp takes Gemma's own values for granted (src/models/gemma.cpp, gemma2.cpp and gemma3.cpp at 0c1e57098).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ExportError
+from gemma_tune.models import files
+from gemma_tune.models.config import TextConfig, read_config
+
+# Family -> every n-th layer attends to everything; the other ones within the sliding window.
+_FULL_ATTENTION_EVERY = {"gemma": 1, "gemma2": 2, "gemma3": 6}
+# The models of this many layers divide the scores by sqrt(width / heads) instead of sqrt(head_dim).
+_LAYERS_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
+_KEEP_HINT = "export `merged-16bit` instead: vLLM and transformers read the config as it is"
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """A config that llama.cpp computes as transformers does.
+
+    Attributes:
+        rope_factor: linear scaling of the positions in full attention (Gemma 3 4B and larger), or None.
+        notes: what a user should know about the difference that is left.
+    """
+
+    config: TextConfig
+    rope_factor: float | None
+    notes: tuple[str, ...]
+
+
+def read_architecture(directory: Path) -> GgufArchitecture:
+    """Read config.json; ExportError names the first setting that a GGUF file cannot carry."""
+    config = read_config(directory)
+    where = f"{directory / files.CONFIG_FILE}"
+    rope_factor = _rope_factor(files.read_config(directory), config, where)
+    reason = _unsupported(config)
+    if reason:
+        raise ExportError(f"{where}: {reason}", hint=_KEEP_HINT)
+    notes = []
+    if config.activation == "gelu":
+        notes.append("the config says `gelu`; llama.cpp computes Gemma's own form of it, gelu_pytorch_tanh")
+    return GgufArchitecture(config, rope_factor, tuple(notes))
+
+
+def _unsupported(config: TextConfig) -> str | None:
+    family = config.family
+    if family not in _FULL_ATTENTION_EVERY:
+        return f"model_type is {config.model_type}: only Gemma 1, 2 and 3 can be written as GGUF"
+    if config.quantization:
+        return f"the weights are quantised ({config.quantization}); GGUF is made from 16-bit weights"
+    if config.activation not in ("gelu_pytorch_tanh", "gelu"):
+        return f"the activation is {config.activation}, llama.cpp computes gelu_pytorch_tanh"
+    if config.has_attention_bias:
+        return "attention_bias is true, llama.cpp's Gemma has no bias"
+    every = _FULL_ATTENTION_EVERY[family]
+    found = [layer.attention for layer in config.layers]
+    if found != ["sliding" if (index + 1) % every else "full" for index in range(config.num_layers)]:
+        return f"layer_types is not llama.cpp's pattern for {family}, in which every {every}. layer has full attention"
+    if family == "gemma2" and (config.attention_softcap is None or config.final_softcap is None):
+        name = "attn_logit_softcapping" if config.attention_softcap is None else "final_logit_softcapping"
+        return f"{name} is null; llama.cpp would take Gemma 2's own value"
+    if family == "gemma3" and (config.attention_softcap is not None or config.final_softcap is not None):
+        return "a soft cap is set; llama.cpp's Gemma 3 has none"
+    if family != "gemma":
+        by_width = config.num_layers == _LAYERS_SCALED_BY_WIDTH[family]
+        expected = config.hidden_size // config.num_heads if by_width else config.head_dim
+        if config.query_pre_attn_scalar != expected:
+            return (
+                f"query_pre_attn_scalar is {config.query_pre_attn_scalar:g}; "
+                f"llama.cpp takes {expected} for {config.num_layers} layers of this shape"
+            )
+    return None
+
+
+def _rope_factor(content: Mapping[str, Any], config: TextConfig, where: str) -> float | None:
+    """The linear factor of full attention; refuses any other scaling, and one where llama.cpp has none."""
+    text = content.get("text_config") if config.is_multimodal else content
+    assert isinstance(text, Mapping)  # read_config has checked it
+    scaling: dict[str, Any] = text.get("rope_scaling") or {}
+    parameters: dict[str, Any] = text.get("rope_parameters") or {}
+    full = {**scaling, **parameters.get("full_attention", parameters)}
+    sliding = parameters.get("sliding_attention", {})
+    kind = full.get("rope_type", full.get("type", "default"))
+    kind_sliding = sliding.get("rope_type", "default")
+    if kind == "default" and kind_sliding == "default":
+        return None
+    if config.family != "gemma3" or kind != "linear" or kind_sliding != "default":
+        told = f"{kind}, and {kind_sliding} in sliding layers" if kind_sliding != "default" else kind
+        raise ExportError(
+            f"{where}: the rope scaling is {told}; GGUF has `linear` in the full attention of Gemma 3 only",
+            hint=_KEEP_HINT,
+        )
+    return float(full["factor"])
+
+
+def add_hyperparameters(writer: Any, architecture: GgufArchitecture) -> None:
+    """Add what llama.cpp needs to build the graph to a `gguf.GGUFWriter`."""
+    import gguf
+
+    config = architecture.config
+    writer.add_context_length(config.context_tokens)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_heads)
+    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_local_theta is not None:
+        writer.add_rope_freq_base_swa(config.rope_local_theta)
+    if architecture.rope_factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(architecture.rope_factor)
+    if config.sliding_window is not None:
+        writer.add_sliding_window(config.sliding_window)
+    if config.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(config.attention_softcap)
+    if config.final_softcap is not None:
+        writer.add_final_logit_softcapping(config.final_softcap)

@@ -1,0 +1,324 @@
+"""Gemma's tokenizer.json as llama.cpp's lists of tokens, scores and types, without transformers.
+
+llama.cpp's "llama" tokenizer joins, again and again, the adjacent pair whose joined text is the piece of the highest
+score. A BPE tokenizer joins the pair of the lowest rank. The two are one when a piece's score is minus the rank of the
+first merge that makes it, and when every split of a piece into two pieces is a merge, as in every tokenizer that was
+converted from SentencePiece. That, and each other thing the lists cannot say, is checked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ExportError
+from gemma_tune.models.config import read_json
+from gemma_tune.models.files import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
+
+_SPACE = "▁"
+_TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>")
+_NEVER_MERGED = -1e9
+_KEEP_HINT = "export `merged-16bit` instead; it keeps tokenizer.json as it is"
+
+
+class TokenType(IntEnum):
+    """As in ggml's `llama_token_type`."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True)
+class GgufVocabulary:
+    """One entry for each row of the embedding; rows without a token are UNUSED.
+
+    Attributes:
+        adds_bos, adds_eos: what the tokenizer puts around plain text.
+        chat_template: the Jinja source, or None.
+    """
+
+    tokens: tuple[str, ...]
+    scores: tuple[float, ...]
+    types: tuple[TokenType, ...]
+    bos_id: int
+    eos_id: int
+    unknown_id: int
+    pad_id: int | None
+    mask_id: int | None
+    end_of_turn_id: int | None
+    adds_bos: bool
+    adds_eos: bool
+    chat_template: str | None
+    notes: tuple[str, ...]
+
+
+def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
+    """Read the tokenizer of a model whose embedding has `num_rows` rows.
+
+    Needs 0.25 GB for Gemma's 262,144 pieces while it reads. Raises ExportError when llama.cpp would cut a text
+    into other tokens, or would abort on one.
+    """
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ExportError(f"{directory}: no tokenizer.json", hint="copy the tokenizer of the model there")
+    tokenizer = read_json(path)
+    config = read_json(directory / "tokenizer_config.json")
+    added: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
+    _refuse_other_forms(tokenizer, added, path)
+    pieces: dict[str, int] = tokenizer["model"]["vocab"]
+    id_of = _ids(pieces, added, num_rows, path)
+    _refuse_missing_bytes(id_of, path)
+    plain = pieces.keys() - {token["content"] for token in added if token["content"].strip(_SPACE)}
+    ranks = _ranks(tokenizer["model"]["merges"], plain, pieces, path)
+
+    tokens = [f"[PAD{index}]" for index in range(num_rows)]
+    scores = [_NEVER_MERGED] * num_rows
+    types = [TokenType.UNUSED] * num_rows
+    for piece, index in pieces.items():
+        tokens[index] = piece
+        types[index] = TokenType.BYTE if _is_byte(piece) else TokenType.NORMAL
+        scores[index] = -float(ranks[piece]) if piece in ranks else _NEVER_MERGED
+    for token in added:
+        piece, index = token["content"], token["id"]
+        # Runs of spaces are cut by merging like other text: as USER_DEFINED pieces more strings came out different.
+        if piece in pieces and not piece.strip(_SPACE):
+            continue
+        tokens[index] = piece
+        types[index] = TokenType.CONTROL if _is_control(token) else TokenType.USER_DEFINED
+    unknown_id = id_of[_named(tokenizer["model"].get("unk_token"), "unk_token", id_of, path)]
+    types[unknown_id] = TokenType.UNKNOWN
+    if len(set(tokens)) != num_rows:
+        raise ExportError(f"{path}: a token is named [PADn], which is the name of an unused row", hint=_KEEP_HINT)
+
+    special = _special_ids(config, id_of, directory)
+    adds_bos, adds_eos = _adds(tokenizer.get("post_processor"), config, path)
+    return GgufVocabulary(
+        tokens=tuple(tokens),
+        scores=tuple(scores),
+        types=tuple(types),
+        bos_id=special["bos_token"],
+        eos_id=special["eos_token"],
+        unknown_id=unknown_id,
+        pad_id=special.get("pad_token"),
+        mask_id=special.get("mask_token"),
+        end_of_turn_id=id_of.get("<end_of_turn>"),
+        adds_bos=adds_bos,
+        adds_eos=adds_eos,
+        chat_template=_chat_template(directory, config),
+        notes=tuple(_stop_notes(directory, {special["eos_token"], id_of.get("<end_of_turn>")})),
+    )
+
+
+def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
+    """Add the lists and the special tokens to a `gguf.GGUFWriter`."""
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_scores(vocabulary.scores)
+    writer.add_token_types(vocabulary.types)
+    writer.add_bos_token_id(vocabulary.bos_id)
+    writer.add_eos_token_id(vocabulary.eos_id)
+    writer.add_unk_token_id(vocabulary.unknown_id)
+    if vocabulary.pad_id is not None:
+        writer.add_pad_token_id(vocabulary.pad_id)
+    if vocabulary.mask_id is not None:
+        writer.add_mask_token_id(vocabulary.mask_id)
+    if vocabulary.end_of_turn_id is not None:
+        writer.add_eot_token_id(vocabulary.end_of_turn_id)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
+    # llama.cpp's default for this kind of tokenizer is true, which Gemma never is.
+    writer.add_add_space_prefix(False)
+    if vocabulary.chat_template is not None:
+        writer.add_chat_template(vocabulary.chat_template)
+
+
+def _is_byte(piece: str) -> bool:
+    return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
+
+
+def _is_control(token: Mapping[str, Any]) -> bool:
+    """Whether a token stands for no text: older Gemma files do not mark turn markers and unused tokens as special."""
+    piece = token["content"]
+    return token["special"] or piece in _TURN_MARKERS or (piece.startswith("<unused") and piece.endswith(">"))
+
+
+def _refuse_other_forms(tokenizer: Mapping[str, Any], added: list[dict[str, Any]], path: Path) -> None:
+    """Refuse what is not Gemma's form: BPE with byte pieces over text whose spaces became `▁`, and nothing else."""
+    model, split = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer")
+    replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    # A split at spaces does nothing any more: the normalizer has replaced them.
+    splits_at_spaces = split is None or (split.get("type"), split.get("pattern")) == ("Split", {"String": " "})
+    wrong = [
+        name
+        for name, is_right in (
+            ("model.type", model.get("type") == "BPE"),
+            ("model.byte_fallback", model.get("byte_fallback") is True),
+            ("model.ignore_merges", not model.get("ignore_merges")),
+            ("model.dropout", not model.get("dropout")),
+            ("model.continuing_subword_prefix", not model.get("continuing_subword_prefix")),
+            ("model.end_of_word_suffix", not model.get("end_of_word_suffix")),
+            ("normalizer", tokenizer.get("normalizer") == replaces_spaces),
+            ("pre_tokenizer", splits_at_spaces),
+        )
+        if not is_right
+    ]
+    if wrong:
+        raise ExportError(
+            f"{path}: {', '.join(wrong)} is not as in Gemma's tokenizer; llama.cpp would cut texts into other tokens",
+            hint=_KEEP_HINT,
+        )
+    for token in added:
+        flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
+        if flags:
+            raise ExportError(
+                f"{path}: the added token {token['content']!r} has {', '.join(flags)}, which a GGUF cannot say",
+                hint=_KEEP_HINT,
+            )
+
+
+def _ids(pieces: Mapping[str, int], added: list[dict[str, Any]], num_rows: int, path: Path) -> dict[str, int]:
+    """Text of every token -> its id, one for each and below `num_rows`; llama.cpp aborts when two ids have one text."""
+    id_of = dict(pieces)
+    for token in added:
+        piece, index = token["content"], token["id"]
+        if id_of.setdefault(piece, index) != index:
+            raise ExportError(f"{path}: token {piece!r} has two ids, {id_of[piece]} and {index}", hint=_KEEP_HINT)
+    beyond = [piece for piece, index in id_of.items() if index >= num_rows]
+    if beyond:
+        raise ExportError(
+            f"{path}: token {beyond[0]!r} has id {id_of[beyond[0]]}, the embedding has {num_rows} rows",
+            hint="the tokenizer was extended: resize the embedding to it and train it, or remove the added tokens",
+        )
+    if len(set(id_of.values())) != len(id_of):
+        owner: dict[int, str] = {}
+        twice = next((a, b) for b, index in id_of.items() if (a := owner.setdefault(index, b)) != b)
+        raise ExportError(
+            f"{path}: tokens {twice[0]!r} and {twice[1]!r} have one id, {id_of[twice[0]]}", hint=_KEEP_HINT
+        )
+    return id_of
+
+
+def _refuse_missing_bytes(id_of: Mapping[str, int], path: Path) -> None:
+    """llama.cpp aborts the process on a character that no piece spells. Older Gemmas have `\\t` for `<0x09>`."""
+    missing = [
+        f"<0x{byte:02X}>"
+        for byte in range(256)
+        if f"<0x{byte:02X}>" not in id_of and not (byte < 128 and chr(byte) in id_of)
+    ]
+    if missing:
+        raise ExportError(
+            f"{path}: {len(missing)} of the 256 byte pieces are missing: {', '.join(missing[:3])}; "
+            "llama.cpp aborts on a character that no piece spells",
+            hint=_KEEP_HINT,
+        )
+
+
+def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: Path) -> dict[str, int]:
+    """Piece -> rank of the first merge that makes it; refuses a tokenizer in which a split of a piece is no merge."""
+    ranks: dict[str, int] = {}
+    num_merges_of: dict[str, int] = {}
+    for rank, (left, right) in enumerate(_pairs(merges)):
+        piece = left + right
+        ranks.setdefault(piece, rank)
+        num_merges_of[piece] = num_merges_of.get(piece, 0) + 1
+    # Merges are distinct and each is a split of its piece, so comparing the numbers compares the sets.
+    for piece in plain:
+        if _is_byte(piece):
+            continue
+        num_splits = sum(piece[:cut] in pieces and piece[cut:] in pieces for cut in range(1, len(piece)))
+        if num_splits != num_merges_of.get(piece, 0):
+            raise ExportError(
+                f"{path}: {piece!r} can be made of two pieces in {num_splits} ways, but there are "
+                f"{num_merges_of.get(piece, 0)} merges for it; llama.cpp would cut some texts into other tokens",
+                hint=_KEEP_HINT,
+            )
+    return ranks
+
+
+def _pairs(merges: list[Any]) -> Iterator[tuple[str, str]]:
+    """Merges as pairs; files up to tokenizers 0.19 join the two by a space."""
+    for merge in merges:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        yield left, right
+
+
+def _named(token: Any, key: str, id_of: Mapping[str, int], where: Path) -> str:
+    """The text of a token that a config names, plain or as an object with `content`; it must be in the vocabulary."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str) or text not in id_of:
+        raise ExportError(
+            f"{where}: {key} is {text!r}, which is not in the vocabulary",
+            hint="use the tokenizer.json and tokenizer_config.json that were saved together",
+        )
+    return text
+
+
+def _special_ids(config: Mapping[str, Any], id_of: Mapping[str, int], directory: Path) -> dict[str, int]:
+    """Ids of the named tokens. Every token that tokenizer_config.json adds must be in tokenizer.json, too."""
+    where = directory / "tokenizer_config.json"
+    ids = {}
+    for key in ("bos_token", "eos_token", "pad_token", "mask_token"):
+        if config.get(key) is not None or key in ("bos_token", "eos_token"):
+            ids[key] = id_of[_named(config.get(key), key, id_of, where)]
+    for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
+        given = config.get(key) or []
+        for token in given.values() if isinstance(given, Mapping) else given:
+            _named(token, key, id_of, where)
+    return ids
+
+
+def _adds(post_processor: Any, config: Mapping[str, Any], path: Path) -> tuple[bool, bool]:
+    """Whether the tokenizer puts <bos> before and <eos> after a text: what the post-processor does, since transformers
+    does not heed add_bos_token of a tokenizer_config.json that lies beside a tokenizer.json."""
+    if post_processor is None:
+        return False, False
+    names = {_text(config.get("bos_token")): "bos", _text(config.get("eos_token")): "eos"}
+    parts = [
+        names.get(part["SpecialToken"]["id"], "other") if "SpecialToken" in part else "text"
+        for part in post_processor.get("single", [{"SpecialToken": {"id": None}}])
+    ]
+    if parts not in (["text"], ["bos", "text"], ["text", "eos"], ["bos", "text", "eos"]):
+        raise ExportError(
+            f"{path}: the post-processor does not put <bos> before or <eos> after a text, but {', '.join(parts)}",
+            hint=_KEEP_HINT,
+        )
+    return "bos" in parts, "eos" in parts
+
+
+def _text(token: Any) -> Any:
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The default chat template: a file of its own, which comes first, or a value in the tokenizer's config."""
+    jinja, in_json = (directory / name for name in CHAT_TEMPLATE_FILES)
+    if jinja.is_file():
+        return jinja.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if template is None and in_json.is_file():
+        template = json.loads(in_json.read_text(encoding="utf-8")).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+def _stop_notes(directory: Path, stop_ids: set[int | None]) -> Iterator[str]:
+    """Stop tokens of generation_config.json that a GGUF has no field for."""
+    path = directory / GENERATION_CONFIG_FILE
+    if not path.is_file():
+        return
+    given = read_json(path).get("eos_token_id")
+    wanted = given if isinstance(given, list) else [given]
+    left_out = [index for index in wanted if index is not None and index not in stop_ids]
+    if left_out:
+        told = ", ".join(map(str, left_out))
+        yield f"generation_config.json also stops at {told}; a GGUF stops at <eos> and <end_of_turn> only"
