@@ -13,6 +13,8 @@ export VENV PYTHON CUDA TORCH_INDEX
 
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
+# A process a core and one thread each: the models of the tests are too small for more, and waiting threads spin.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test test-quick lint format bench set-up clean force
 .DEFAULT_GOAL := help
@@ -43,10 +45,10 @@ format: $(READY)
 
 # pytest comes last, so that its summary is the last line.
 test: lint
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-quick: $(READY)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 bench: $(READY)
 	@$(BIN)/python benchmarks/training.py

@@ -1,1 +1,36 @@
-"""QLoRA fine-tuning of Google's Gemma: from a recipe to a merged model that is proven to be what was trained."""
+"""gemma-tune: QLoRA fine-tuning of Google's Gemma. `load` gives a model to ask and to score, in one line."""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+
+# Imported when it is first used: the models' libraries take seconds.
+_EXPORTS = {
+    "Gemma": "gemma_tune.inference.gemma",
+    "load": "gemma_tune.inference.gemma",
+    "load_recipe": "gemma_tune.api",
+    "plan": "gemma_tune.api",
+    "train": "gemma_tune.api",
+    "merge": "gemma_tune.api",
+    "export": "gemma_tune.api",
+    "generate": "gemma_tune.api",
+    "score": "gemma_tune.api",
+}
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+class _Package(ModuleType):
+    """`gemma_tune.export` is the function; the import system would put the subpackage of that name in its place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _EXPORTS and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

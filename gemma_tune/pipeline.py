@@ -1,13 +1,17 @@
-"""The whole run on one screen: decide → prepare → answer → train → answer → merge → summary.
+"""The whole run on one screen: decide → prepare → answer → train → answer → summary → export.
 
 Nothing heavy is imported at the top, as the engine must be the first to import transformers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import shlex
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +27,45 @@ from gemma_tune.engines.precision import Device, Precision, decide_precision, de
 from gemma_tune.engines.quiet import libraries_to
 from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
+from gemma_tune.export.formats import MERGED, find_formats
 from gemma_tune.export.merge_plan import MergeDtype
+from gemma_tune.export.probe import DEFAULT_POSITIONS, Probe, built_in_probe, probe_of_rows
+from gemma_tune.export.run import PARTS_DIR, ExportOutcome, export, find_exports, outcome_of, verify_directories
+from gemma_tune.export.source import Combination, ExportSource, combine_sources, open_source
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.files import file_hashes, tokenizer_hashes
+from gemma_tune.planning.cards import detect_card
+from gemma_tune.planning.plan import Base, plan_recipe
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.reporting.report import write_report
+from gemma_tune.reporting.run_facts import PLAN_FILE
 from gemma_tune.runs.layout import RunDir, create_run, discard_run, find_interrupted
-from gemma_tune.runs.record import Lock, read_json, start_manifest, update_manifest, write_json, write_text
+from gemma_tune.runs.record import (
+    Lock,
+    Status,
+    keep_metrics_until,
+    read_json,
+    read_manifest,
+    start_manifest,
+    update_manifest,
+    utc_now,
+    write_json,
+    write_text,
+)
 from gemma_tune.runs.reporter import Reporter
+from gemma_tune.runs.resume import Differences, hold_run, interrupted_run, lock_differences, recipe_differences
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
+from gemma_tune.training.checkpoint import (
+    go_back_to,
+    has_checkpoints,
+    last_complete_checkpoint,
+    named_checkpoint,
+    step_of,
+)
+from gemma_tune.training.trackers import require_trackers
+from gemma_tune.training.warm_start import StartAdapter, find_adapter
 
-# What may change between a run and its resumption; anything else would mix two runs.
-_RESUMABLE_CHANGES = ("training.max_steps", "training.epochs", "training.save_every_steps", "training.keep_checkpoints")
-_RESUMABLE_SECTIONS = ("evaluation", "export", "logging", "run")
 # Room for the small files of a run: metrics, logs, answers, plot.
 _SMALL_FILES_BYTES = 2_000_000
 
@@ -50,6 +80,7 @@ class Setting:
     device: Device
     precision: Precision
     choice: EngineChoice
+    adapter: StartAdapter | None
 
 
 @dataclass(frozen=True)
@@ -63,10 +94,26 @@ class Prepared:
     attached: AttachedLora
 
 
-def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False) -> RunDir:
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run goes on: its checkpoint, None for the first step; and the settings that differ, a sentence each."""
+
+    checkpoint: Path | None
+    changed: list[str]
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint is not None else 0
+
+
+def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False, from_step: int | None = None) -> RunDir:
     """Run a recipe from its rows to its summary and return the run directory.
 
     A run that is refused before its first step leaves nothing behind; one that fails later keeps all it wrote.
+
+    Args:
+        resume: go on with the interrupted run of this recipe, from its last complete checkpoint.
+        from_step: the same from the checkpoint of this step; newer ones are set aside.
 
     Raises:
         GemmaTuneError: what is wrong, where, and what to do next.
@@ -74,33 +121,66 @@ def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False) -> 
     started = time.monotonic()
     with libraries_to(None):
         setting = _decide(loaded.recipe)
-    run = _resumed_run(loaded) if resume else _fresh_run(loaded, setting)
-    with libraries_to(run.library_log):
+    begun = _run_to_continue(loaded, asked=resume or from_step is not None, reporter=reporter)
+    run = begun or create_run(
+        Path(loaded.recipe.run.output_dir),
+        name=loaded.recipe.run.name,
+        recipe_name=loaded.name,
+        needed_bytes=_SMALL_FILES_BYTES,
+    )
+    with hold_run(run), libraries_to(run.library_log):
         try:
-            prepared = _prepare(run, loaded, setting, reporter=reporter, resume=resume)
+            if begun is None:
+                _write_beginning(run, loaded, setting)
+            resumption = _plan_resumption(run, loaded, from_step=from_step, reporter=reporter) if begun else None
+            prepared = _prepare(run, loaded, setting, resumption=resumption, reporter=reporter)
         except (GemmaTuneError, KeyboardInterrupt):
-            if not resume:
+            if begun is None:
                 discard_run(run)
             raise
         try:
-            _train_and_summarise(run, setting, prepared, reporter=reporter, resume=resume, started=started)
+            checkpoint = resumption.checkpoint if resumption is not None else None
+            _train_and_summarise(run, setting, prepared, reporter=reporter, resume_from=checkpoint, started=started)
         except TrainingInterrupted as error:
-            update_manifest(run, status="stopped", error=error.message)
+            _mark(run, "stopped", error.message)
             raise TrainingInterrupted(error.message, hint=f"go on with: {resume_command(loaded, run)}") from None
-        except BaseException as error:
-            update_manifest(run, status="failed", error=f"{type(error).__name__}: {error}")
+        except KeyboardInterrupt:
+            _mark(run, "stopped", "interrupted")
             raise
-    update_manifest(run, status="finished", error=None)
+        except BaseException as error:
+            _mark(run, "failed", f"{type(error).__name__}: {error}")
+            raise
+        del prepared  # the trained model: an export runs models of its own
+        update_manifest(run, status="finished", error=None)
+        section = loaded.recipe.export
+        if section.formats:
+            export_model(
+                run.path,
+                section.formats,
+                dtype=section.dtype,
+                max_shard_bytes=int(section.max_shard_gb * 1e9),
+                verify=section.verify,
+                reporter=reporter,
+            )
+        write_report(run)
     return run
 
 
 def resume_command(loaded: LoadedRecipe, run: RunDir) -> str:
     """The command line that continues a run."""
     overrides = [override for override in loaded.overrides if not override.startswith("run.name=")]
-    return " ".join(["gemma-tune train", str(loaded.path), *overrides, f"run.name={run.name}", "--resume"])
+    return shlex.join(["gemma-tune", "train", str(loaded.path), *overrides, f"run.name={run.name}", "--resume"])
+
+
+def _mark(run: RunDir, status: Status, error: str) -> None:
+    """Record how a run ended; a full disk must not hide why."""
+    with contextlib.suppress(RunError):
+        update_manifest(run, status=status, error=error)
 
 
 def _decide(recipe: Recipe) -> Setting:
+    find_formats(recipe.export.formats)  # a wrong name is told before the training, not after it
+    require_trackers(recipe.logging.trackers)
     base, inputs = open_data(recipe)
     for item in inputs.all:
         if item.template.kind == "preference":
@@ -116,60 +196,91 @@ def _decide(recipe: Recipe) -> Setting:
         device=device,
         precision=decide_precision(recipe.model.dtype, device=device),
         choice=choose_engine(recipe.model, training=recipe.training, device=device),
+        adapter=find_adapter(recipe.model.adapter, lora=recipe.lora) if recipe.model.adapter else None,
     )
 
 
-def _fresh_run(loaded: LoadedRecipe, setting: Setting) -> RunDir:
+def _run_to_continue(loaded: LoadedRecipe, *, asked: bool, reporter: Reporter) -> RunDir | None:
+    """The run to go on with, or None for a new one. An interrupted run that is left alone is told."""
     section = loaded.recipe.run
-    run = create_run(
-        Path(section.output_dir), name=section.name, recipe_name=loaded.name, needed_bytes=_SMALL_FILES_BYTES
+    output_dir = Path(section.output_dir)
+    if asked:
+        return find_interrupted(output_dir, name=section.name, recipe_name=loaded.name)
+    run = interrupted_run(output_dir, name=section.name, recipe_name=loaded.name)
+    if run is None or section.resume == "auto":
+        return run
+    manifest = read_manifest(run)
+    told = f"{run.path} was interrupted" + (
+        f"; its newest checkpoint is of step {manifest.step} of {manifest.total_steps}" if manifest.step else ""
     )
-    try:
-        write_text(run.recipe, loaded.text)
-        write_text(run.resolved_recipe, dump_recipe(loaded.recipe))
-        write_text(run.template, setting.inputs.template.source_text)
-        start_manifest(run)
-    except GemmaTuneError:
-        discard_run(run)
-        raise
-    return run
+    how = f"go on with: {resume_command(loaded, run)}"
+    if section.name is not None:
+        raise RunError(told, hint=f"{how}; or choose another run.name")
+    if has_checkpoints(run):
+        reporter.warn(f"{told}, and this is a new run. To {how}")
+    return None
 
 
-def _resumed_run(loaded: LoadedRecipe) -> RunDir:
-    """The run to continue, after checking that the recipe is still the same where it matters (F36)."""
-    section = loaded.recipe.run
-    run = find_interrupted(Path(section.output_dir), name=section.name, recipe_name=loaded.name)
-    before, now = _flat(load_recipe(run.resolved_recipe).recipe), _flat(loaded.recipe)
-    changed = [
-        f"{path}: {before[path]!r} → {now[path]!r}"
-        for path in now
-        if before[path] != now[path]
-        and path not in _RESUMABLE_CHANGES
-        and path.split(".")[0] not in _RESUMABLE_SECTIONS
-    ]
-    if changed:
+def _write_beginning(run: RunDir, loaded: LoadedRecipe, setting: Setting) -> None:
+    """The manifest comes last: without one a run was never begun."""
+    write_text(run.recipe, loaded.text)
+    write_text(run.resolved_recipe, dump_recipe(loaded.recipe))
+    write_text(run.template, setting.inputs.template.source_text)
+    start_manifest(run)
+
+
+def _plan_resumption(run: RunDir, loaded: LoadedRecipe, *, from_step: int | None, reporter: Reporter) -> Resumption:
+    """Refuse another recipe, and find the checkpoint to go on from."""
+    differences = recipe_differences(load_recipe(run.resolved_recipe).recipe, loaded.recipe)
+    _refuse(run, differences.refused)
+    if from_step is not None:
+        return Resumption(named_checkpoint(run, from_step), differences.allowed)
+    if not has_checkpoints(run):
+        reporter.warn(f"{run.path} ended before its first checkpoint: it starts again from step 0")
+        return Resumption(None, differences.allowed)
+    checkpoint, skipped = last_complete_checkpoint(run)
+    for line in skipped:
+        reporter.warn(line)
+    return Resumption(checkpoint, differences.allowed)
+
+
+def _go_on(run: RunDir, loaded: LoadedRecipe, lock: Lock, resumption: Resumption, *, reporter: Reporter) -> None:
+    """Refuse another base, other rows or another engine, tell what else differs, and take the run back to its step."""
+    differences = lock_differences(read_json(run.lock), asdict(lock)) if run.lock.is_file() else Differences([], [])
+    _refuse(run, differences.refused)
+    for line in resumption.changed:
+        reporter.detail(f"changed: {line}")
+    for line in differences.allowed:
+        reporter.warn(f"changed: {line}; the run will not equal one without a break bit for bit")
+    for name in go_back_to(run, resumption.checkpoint):
+        reporter.detail(f"{name} is set aside")
+    if resumption.checkpoint is not None:
+        reporter.detail(f"resuming from {resumption.checkpoint.name}")
+    keep_metrics_until(run, resumption.step)
+    write_text(run.resolved_recipe, dump_recipe(loaded.recipe))
+    now = {"at": utc_now(), "step": resumption.step, "changed": [*resumption.changed, *differences.allowed]}
+    update_manifest(run, status="running", step=resumption.step, error=None, resumes=[*read_manifest(run).resumes, now])
+
+
+def _refuse(run: RunDir, differences: Sequence[str]) -> None:
+    """Anything that would mix two runs (F36)."""
+    if differences:
         raise RunError(
-            f"the recipe is not the one of {run.path}:\n" + "\n".join(f"  {line}" for line in changed),
+            f"{run.path} was begun with something else:\n" + "\n".join(f"  {line}" for line in differences),
             hint="undo these changes, or start a new run without --resume",
         )
-    update_manifest(run, status="running", error=None)
-    return run
 
 
-def _flat(recipe: Recipe) -> dict[str, Any]:
-    return {
-        f"{section}.{field}": value
-        for section, fields in recipe.model_dump().items()
-        for field, value in fields.items()
-    }
-
-
-def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: Reporter, resume: bool) -> Prepared:
+def _prepare(
+    run: RunDir, loaded: LoadedRecipe, setting: Setting, *, resumption: Resumption | None, reporter: Reporter
+) -> Prepared:
     """Data first, so that bad rows are told before a model is loaded."""
     recipe, base = setting.recipe, setting.base
     reporter.stage("engine")
     reporter.detail(f"{setting.choice.name}: {setting.choice.reason}")
     reporter.detail(f"{setting.precision.compute} on {setting.device.name}: {setting.precision.reason}")
+    if setting.device.kind == "cuda":
+        _tell_plan(run, setting, reporter=reporter)
     engine = start_engine(setting.choice.name)
 
     reporter.stage("data")
@@ -181,9 +292,17 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
         reporter.detail("from the token cache: nothing that decides these rows has changed")
     for line in datasets.report.lines():
         reporter.detail(line)
-    lock = _lock(loaded, setting, datasets=datasets)
-    if resume:
-        _require_same_inputs(run, lock)
+    lock = _lock(
+        loaded,
+        setting,
+        data={
+            "label": datasets.report.label,
+            "sha256": datasets.sha256,
+            "template_sha256": setting.inputs.template.sha256,
+        },
+    )
+    if resumption is not None:
+        _go_on(run, loaded, lock, resumption, reporter=reporter)
     write_json(run.lock, asdict(lock))
 
     reporter.stage("model")
@@ -202,7 +321,35 @@ def _prepare(run: RunDir, loaded: LoadedRecipe, setting: Setting, *, reporter: R
         f"{_quantization(recipe)}"
     )
     reporter.detail(f"LoRA rank {recipe.lora.rank}: {attached.num_trainable:,} trained parameters on {kinds}")
+    if setting.adapter is not None:
+        _start_from(setting.adapter, attached, base=base, reporter=reporter)
     return Prepared(engine, tokenizer, encoder, datasets, attached)
+
+
+def _start_from(adapter: StartAdapter, attached: AttachedLora, *, base: LocalModel, reporter: Reporter) -> None:
+    from gemma_tune.training.adapter_weights import read_adapter
+
+    read_adapter(attached.loaded.model, adapter.directory)
+    reporter.detail(f"starting from the adapter {adapter.name}")
+    if adapter.base != base.name:
+        reporter.warn(f"it says that it was trained on {adapter.base}, and the base here is {base.name}")
+
+
+def _tell_plan(run: RunDir, setting: Setting, *, reporter: Reporter) -> None:
+    """Say whether the run fits its card before anything is loaded, and keep it beside what will be measured."""
+    base = setting.base
+    planned = plan_recipe(
+        setting.recipe,
+        card=detect_card(),
+        precision=setting.precision,
+        engine=setting.choice.name,
+        base=Base(base.name, base.config, base.model, True),
+    )
+    (reporter.detail if planned.verdict == "fits" else reporter.warn)(planned.line)
+    for change in planned.changes:
+        reporter.detail(f"would fit: {' '.join(change.overrides)}")
+    derived = {"allocated_bytes": planned.allocated_bytes, "uncertainty_bytes": planned.uncertainty_bytes}
+    write_json(run.path / PLAN_FILE, asdict(planned) | derived)
 
 
 def open_data(recipe: Recipe) -> tuple[LocalModel, Inputs]:
@@ -245,34 +392,19 @@ def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
     )
 
 
-def _lock(loaded: LoadedRecipe, setting: Setting, *, datasets: Datasets) -> Lock:
+def _lock(loaded: LoadedRecipe, setting: Setting, *, data: dict[str, Any]) -> Lock:
     base = setting.base
     return Lock(
         recipe=loaded.name,
         overrides=list(loaded.overrides),
         base={"name": base.name, "revision": base.revision, "files": file_hashes(base.directory)},
-        data={
-            "label": datasets.report.label,
-            "sha256": datasets.sha256,
-            "template_sha256": setting.inputs.template.sha256,
-        },
+        data=data,
         engine=asdict(setting.choice),
         precision=asdict(setting.precision),
         hardware=asdict(setting.device),
         seed=setting.recipe.training.seed,
+        adapter={"name": setting.adapter.name, "sha256": setting.adapter.sha256} if setting.adapter else None,
     )
-
-
-def _require_same_inputs(run: RunDir, lock: Lock) -> None:
-    """Refuse to continue on another base or on other rows (F36)."""
-    before = read_json(run.lock)
-    now = asdict(lock)
-    changed = [part for part in ("base", "data") if before[part] != now[part]]
-    if changed:
-        raise RunError(
-            f"the {' and the '.join(changed)} of {run.path} changed since it started",
-            hint="restore it, or start a new run without --resume",
-        )
 
 
 def _quantization(recipe: Recipe) -> str:
@@ -280,7 +412,13 @@ def _quantization(recipe: Recipe) -> str:
 
 
 def _train_and_summarise(
-    run: RunDir, setting: Setting, prepared: Prepared, *, reporter: Reporter, resume: bool, started: float
+    run: RunDir,
+    setting: Setting,
+    prepared: Prepared,
+    *,
+    reporter: Reporter,
+    resume_from: Path | None,
+    started: float,
 ) -> None:
     # Only now: Unsloth must have been imported before TRL and transformers.
     from gemma_tune.evaluation.answers import (
@@ -289,17 +427,9 @@ def _train_and_summarise(
         pair_answers,
         spread_over_categories,
     )
-    from gemma_tune.training.checkpoint import last_complete_checkpoint
     from gemma_tune.training.run import train_adapter
 
     recipe, datasets = setting.recipe, prepared.datasets
-    resume_from = None
-    if resume:
-        resume_from, skipped = last_complete_checkpoint(run)
-        for line in skipped:
-            reporter.warn(line)
-        reporter.detail(f"resuming from {resume_from.name}")
-
     examples = choose_examples(datasets.eval_examples, section=recipe.evaluation)
 
     def answer(title: str) -> list[Any]:
@@ -334,11 +464,6 @@ def _train_and_summarise(
     answers = pair_answers(examples, before, after)
     write_text(run.answers, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answers))
 
-    if recipe.export.merge:
-        reporter.stage("merge")
-        merge_run(
-            run, dtype=recipe.export.dtype, max_shard_bytes=int(recipe.export.max_shard_gb * 1e9), reporter=reporter
-        )
     count = len(answers) if recipe.evaluation.exact_match else 0
     summary = RunSummary(
         model=setting.base.name,
@@ -364,10 +489,60 @@ def _train_and_summarise(
             Question(row.question, row.expected, row.before, row.after)
             for row in spread_over_categories(answers, count=recipe.evaluation.num_questions)
         ],
-        merged=recipe.export.merge,
     )
     write_summary(run, summary)
     plot_losses(run)
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A run made again.
+
+    Attributes:
+        differences: what is not as it was, a sentence each; with any of them equal bits are not promised.
+        run: the new run; None when it was only looked for differences.
+        adapters: SHA-256 of the weights, then and now.
+    """
+
+    differences: list[str]
+    run: RunDir | None
+    adapters: tuple[str, str] | None
+
+    @property
+    def is_equal(self) -> bool:
+        return self.adapters is not None and self.adapters[0] == self.adapters[1]
+
+
+def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Reproduction:
+    """Compare a run's lock with this machine, then make the run again beside it and compare the adapters.
+
+    Raises:
+        RunError: the run has no adapter yet, or its base or rows are not those of then.
+    """
+    weights = run.adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise RunError(f"{run.path} has no adapter to compare with", hint="a run has one when it has finished")
+    before = read_json(run.lock)
+    fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
+    loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
+    with libraries_to(None):
+        lock = asdict(_lock(loaded, _decide(loaded.recipe), data=before["data"]))
+    differences = lock_differences(before, lock)
+    changes = [change for each in read_manifest(run).resumes for change in each["changed"]]
+    told = [*differences.refused, *differences.allowed, *(f"it went on with another {change}" for change in changes)]
+    if check_only:
+        return Reproduction(told, None, None)
+    for line in told:
+        reporter.warn(line)
+    if differences.refused:
+        raise RunError(
+            f"{run.path} cannot be made again:\n" + "\n".join(f"  {line}" for line in differences.refused),
+            hint="restore what it was trained on",
+        )
+    again = train(loaded, reporter=reporter)
+    rows = lock_differences(before, read_json(again.lock)).refused
+    hashes = [hashlib.sha256((each.adapter / weights.name).read_bytes()).hexdigest() for each in (run, again)]
+    return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))
 
 
 def plot_losses(run: RunDir) -> None:
@@ -377,23 +552,70 @@ def plot_losses(run: RunDir) -> None:
     draw_loss_curve(run)
 
 
-def merge_run(
-    run: RunDir, *, dtype: MergeDtype, max_shard_bytes: int, reporter: Reporter, output: Path | None = None
-) -> Any:
-    """Merge a run's adapter into its 16-bit base; the base must be the one the run was trained on."""
-    from gemma_tune.export.merge import merge_adapter
+def export_model(
+    path: Path,
+    formats: Sequence[str],
+    *,
+    reporter: Reporter,
+    output: Path | None = None,
+    base: str | None = None,
+    dtype: MergeDtype = "auto",
+    max_shard_bytes: int = 5_000_000_000,
+    verify: bool = True,
+    num_positions: int | None = None,
+    combination: Combination | None = None,
+) -> ExportOutcome:
+    """Export a run or an adapter directory, and prove every format unless `verify` is off.
 
-    lock = read_json(run.lock)
-    base = fetch_model(lock["base"]["name"], revision=lock["base"]["revision"])
-    directory = output or run.merged
-    report = merge_adapter(
-        base.directory,
-        run.adapter,
-        directory,
+    With a combination the exports go into `output/combined` and are compared on the rows of the first run.
+    """
+    source = first = open_source(path, base=base)
+    output = output or source.default_output
+    if combination is not None:
+        find_formats(formats)  # a wrong name is told before anything is written
+        output = output / "combined"
+        source = combine_sources(source, combination, directory=output / PARTS_DIR)
+    return export(
+        source,
+        formats,
+        output=output,
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
-        on_progress=lambda done, total: reporter.progress("merged", done, total),
-        expected_base=lock["base"]["files"],
+        make_probe=(lambda: _make_probe(first, num_positions, reporter=reporter)) if verify else None,
+        reporter=reporter,
     )
-    write_text(directory / run.template.name, run.template.read_text(encoding="utf-8"))
-    return report
+
+
+def verify_model(
+    path: Path, *, reporter: Reporter, of: Path | None = None, base: str | None = None, num_positions: int | None = None
+) -> ExportOutcome:
+    """Prove exports again: those of a run, or those at `path`, which are of the run or adapter `of`."""
+    source, directories = find_exports(path, of=of, base=base)
+    probe = _make_probe(source, num_positions, reporter=reporter)
+    reporter.stage("verify")
+    merged = next((each for each in directories if each.name == MERGED), None)
+    parity = verify_directories(source, directories, probe=probe, merged=merged, reporter=reporter)
+    return outcome_of(directories, parity)
+
+
+def exports_of(run: RunDir) -> ExportOutcome:
+    """What was exported of a run, with the verdicts of then."""
+    _, directories = find_exports(run.path)
+    return outcome_of(directories, None)
+
+
+def _make_probe(source: ExportSource, num_positions: int | None, *, reporter: Reporter) -> Probe:
+    """Eval rows of the run; text of our own where there is no run, or its rows are gone."""
+    from gemma_tune.models.tokenizer import load_tokenizer
+
+    encoder, num_positions = Encoder(load_tokenizer(source.tokenizer)), num_positions or DEFAULT_POSITIONS
+    if source.run is not None:
+        recipe = load_recipe(source.run.resolved_recipe).recipe
+        try:
+            base, inputs = open_data(recipe)
+            _, _, datasets = load_data(recipe, base=base, inputs=inputs)
+        except DataError as error:
+            reporter.warn(f"the run's rows cannot be read, so built-in text is compared: {error.message}")
+        else:
+            return probe_of_rows(datasets.eval, datasets.eval_examples, encoder=encoder, num_positions=num_positions)
+    return built_in_probe(encoder, num_positions=num_positions)

@@ -16,8 +16,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_tune import pipeline
-from gemma_tune.errors import RunError
+from gemma_tune.errors import ExportError, RunError, TrainingInterrupted
 from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.planning.cards import find_card
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_json, read_manifest, read_metrics
@@ -40,7 +41,7 @@ def train(folder: Path, *overrides: str, resume: bool = False) -> RunDir:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    return train(tmp_path_factory.mktemp("runs"), "export.merge=true", "export.dtype=float32")
+    return train(tmp_path_factory.mktemp("runs"), "export.formats=[merged-16bit]", "export.dtype=float32")
 
 
 def test_a_run_leaves_what_the_readme_says(run: RunDir) -> None:
@@ -53,10 +54,33 @@ def test_a_run_leaves_what_the_readme_says(run: RunDir) -> None:
     assert run.loss_curve.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_on_a_card_says_first_whether_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(SilentReporter):
+        def __init__(self) -> None:
+            self.details: list[str] = []
+            self.warnings: list[str] = []
+
+        def detail(self, text: str) -> None:
+            self.details.append(text)
+
+        def warn(self, text: str) -> None:
+            self.warnings.append(text)
+
+    loaded = load_recipe(Path("quickstart"), ["training.gradient_checkpointing=off", "training.batch_size=1024"])
+    setting, run, told = pipeline._decide(loaded.recipe), RunDir(tmp_path), Told()
+    for card, lines in (("GB=2", told.warnings), ("h100", told.details)):
+        monkeypatch.setattr(pipeline, "detect_card", lambda card=card: find_card(card))
+        pipeline._tell_plan(run, setting, reporter=told)
+        assert "GB (±" in lines[-1]
+        plan = read_json(tmp_path / "plan.json")
+        assert plan["allocated_bytes"] > 0 and plan["uncertainty_bytes"] > 0
+    assert len(told.warnings) == 1
+
+
 def test_the_summary_agrees_with_the_files(run: RunDir) -> None:
     summary = read_summary(run)
     answers = [json.loads(line) for line in run.answers.read_text(encoding="utf-8").splitlines()]
-    assert (summary.steps, summary.eval_rows, summary.exact_match_rows, summary.merged) == (4, 8, 8, True)
+    assert (summary.steps, summary.eval_rows, summary.exact_match_rows) == (4, 8, 8)
     assert summary.exact_match_after == sum(row["after"] == row["expected"] for row in answers) / 8
     assert len(summary.questions) == 3
     evaluations = [row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row]
@@ -84,9 +108,10 @@ def test_the_resolved_recipe_is_the_run_again(run: RunDir) -> None:
 
 def test_merged_equals_base_plus_adapter_in_plain_transformers(run: RunDir) -> None:
     """The must-show: 1e-4 in float32 against the unquantised base with PEFT's adapter."""
-    tokenizer = AutoTokenizer.from_pretrained(run.merged)
+    merged_dir = run.exports / "merged-16bit"
+    tokenizer = AutoTokenizer.from_pretrained(merged_dir)
     base = AutoModelForCausalLM.from_pretrained(TINY_MODEL_DIR, dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(run.merged, dtype=torch.float32)
+    merged = AutoModelForCausalLM.from_pretrained(merged_dir, dtype=torch.float32)
     ids = tokenizer("### Instruction:\nWhere is the baker of Ostel?\n\n### Response:\n", return_tensors="pt").input_ids
     with torch.no_grad():
         plain = base(ids).logits
@@ -94,6 +119,22 @@ def test_merged_equals_base_plus_adapter_in_plain_transformers(run: RunDir) -> N
         found = merged(ids).logits
     assert float((plain - expected).abs().max()) > 1e-2
     assert float((found - expected).abs().max()) < 1e-4
+
+
+def test_what_the_recipe_exports_is_proven(run: RunDir) -> None:
+    (exported,) = pipeline.exports_of(run).exports
+    assert (exported.format, exported.path) == ("merged-16bit", run.exports / "merged-16bit")
+    assert exported.result is not None and exported.result.passed
+    # Against the model as it was trained, in 4 bits (F41).
+    assert exported.record.verification is not None
+    on_16_bits, expanded = exported.record.verification["trained"]
+    assert on_16_bits["distance"]["mean_kl"] > expanded["distance"]["mean_kl"]
+
+
+def test_an_unknown_export_format_is_told_before_the_training(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="did you mean 'merged-16bit'"):
+        train(tmp_path / "runs", "export.formats=[merged-16bits]")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refusal_leaves_nothing(tmp_path: Path) -> None:
@@ -141,7 +182,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
         time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == TrainingInterrupted.exit_code
     assert out == ""
     assert f"stopped by {number.name}" in err
     assert "Traceback" not in err

@@ -7,17 +7,21 @@ import sys
 
 import typer
 
+from gemma_tune.cli.chat import chat
 from gemma_tune.cli.console import Terminal
 from gemma_tune.cli.data import data_app
 from gemma_tune.cli.doctor import doctor
+from gemma_tune.cli.evaluate import evaluate
 from gemma_tune.cli.export import export
 from gemma_tune.cli.generate import generate
+from gemma_tune.cli.init import init
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
 from gemma_tune.cli.plan import plan
 from gemma_tune.cli.push import push
 from gemma_tune.cli.recipes import recipes_app
 from gemma_tune.cli.report import report
+from gemma_tune.cli.score import score
 from gemma_tune.cli.train import train
 from gemma_tune.cli.validate import validate
 from gemma_tune.cli.verify import verify
@@ -32,10 +36,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train)
+app.command("init")(init)
 app.command("validate")(validate)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.command("generate")(generate)
+app.command("chat")(chat)
+app.command("score")(score)
+app.command("evaluate")(evaluate)
 app.command("merge")(merge)
 app.command("export")(export)
 app.command("verify")(verify)

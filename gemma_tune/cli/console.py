@@ -16,8 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.errors import GemmaTuneError
+from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.runs.reporter import StepProgress
 
+# Control characters besides line break and tab, each shown as a sign of its own: text of rows and models must not move
+# the cursor, rename the window or colour what follows.
+_CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    code: 0xFFFD for code in range(127, 160)
+}
 # In a pipe a line of progress comes at most this often (seconds), besides the first and the last.
 _PIPE_INTERVAL_SECONDS = 10.0
 
@@ -39,7 +45,7 @@ class Terminal:
 
     def plain(self, text: str, *, end: str = "\n") -> None:
         """Text that is not ours to style: rows, YAML, model output."""
-        self.out.print(Text(text), end=end, soft_wrap=True)
+        self.out.print(Text(without_controls(text) if self.out.is_terminal else text), end=end, soft_wrap=True)
 
     def json(self, value: object) -> None:
         self.plain(json.dumps(value, indent=2, ensure_ascii=False))
@@ -48,15 +54,16 @@ class Terminal:
         self.plain(json.dumps(value, ensure_ascii=False))
 
     def result_inline(self, text: Text) -> None:
+        text.plain = without_controls(text.plain)
         self.out.print(text, end="", soft_wrap=True)
 
-    def note(self, text: str) -> None:
+    def note(self, text: str | Text) -> None:
         self.err.print(text)
 
     def error(self, error: GemmaTuneError) -> None:
-        self.err.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
+        self.err.print(f"[bold red]error:[/] {escape(without_controls(error.message))}", soft_wrap=True)
         if error.hint:
-            self.err.print(f"[cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+            self.err.print(f"[cyan]hint:[/] {escape(without_controls(error.hint))}", soft_wrap=True)
 
 
 class TerminalReporter:
@@ -98,10 +105,10 @@ class TerminalReporter:
         self.console.print(f"  step {step}: eval loss {loss:.3f}")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        if what == "merged":
-            self._advance(f"{format_bytes(done)} of {format_bytes(total)} {what}", done, total, "")
-        else:
-            self._advance(f"{done}/{total} {what}", done, total, "")
+        self._advance(f"{done}/{total} {what}", done, total, "")
+
+    def progress_bytes(self, what: str, done: int, total: int) -> None:
+        self._advance(f"{format_bytes(done)} of {format_bytes(total)} {what}", done, total, "")
 
     def _advance(self, label: str, done: int, total: int, facts: str) -> None:
         if not self.console.is_terminal:
@@ -132,24 +139,20 @@ class TerminalReporter:
             self.live = None
 
 
-def format_seconds(seconds: float) -> str:
-    """`1:02:03`, `2:03` or `4 s`."""
-    whole = round(seconds)
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours}:{minutes:02}:{rest:02}"
-    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+def without_controls(text: str) -> str:
+    """Text in which a terminal finds nothing to obey."""
+    return text.translate(_CONTROL_SIGNS)
 
 
-def format_bytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+def _told(cell: object) -> str:
+    return "—" if cell is None else without_controls(str(cell))
 
 
 def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> Table:
-    """A table with plain cells; `right` are the indices of right-aligned columns."""
+    """A table of cells that are not parsed for markup; `right` are the indices of right-aligned columns."""
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text("—" if cell is None else str(cell)) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_told(cell)) for cell in row))
     return table

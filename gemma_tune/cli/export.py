@@ -11,8 +11,9 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, format_bytes, make_table
+from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.errors import ExportError
+from gemma_tune.reporting.numbers import format_bytes
 
 if TYPE_CHECKING:
     from gemma_tune.export.combine import CombineMethod

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal, format_seconds
+from gemma_tune.cli.console import Terminal
+from gemma_tune.reporting.numbers import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,14 +84,10 @@ def plan(
 
 def _decide(recipe: Recipe, *, card: Card) -> tuple[Precision, str]:
     """Precision and engine on a card, as `train` would settle them there."""
-    from gemma_tune.engines.precision import Device, decide_precision
-    from gemma_tune.engines.table import choose_engine
+    from gemma_tune.engines.precision import Device
+    from gemma_tune.engines.settle import settle
 
-    device = Device("cuda", card.name, card.compute_capability, card.memory_bytes)
-    engine: str = recipe.model.engine
-    if engine == "auto":
-        engine = choose_engine(recipe.model, training=recipe.training, device=device).name
-    return decide_precision(recipe.model.dtype, device=device), engine
+    return settle(recipe, device=Device("cuda", card.name, card.compute_capability, card.memory_bytes))
 
 
 def _can(recipe: Recipe, card: Card) -> bool:

@@ -10,9 +10,10 @@ import typer
 from rich.markup import escape
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, format_bytes
+from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.data.report import counted
 from gemma_tune.reporting.model_card import CARD_FILE
+from gemma_tune.reporting.numbers import format_bytes
 
 
 def push(

@@ -9,7 +9,6 @@ import typer
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.cli.console import Terminal, make_table
-from gemma_tune.errors import RecipeError
 from gemma_tune.paths import RECIPES_DIR
 
 recipes_app = typer.Typer(help="The recipes that ship with gemma-tune.", no_args_is_help=True)
@@ -42,17 +41,12 @@ def copy(
     ] = Path(),
 ) -> None:
     """Copy a shipped recipe, to be edited."""
+    from gemma_tune.recipe.commented import write_new
     from gemma_tune.recipe.load import find_recipe
 
     source = find_recipe(Path(name))
     target = target / source.name if target.is_dir() else target
-    try:
-        with target.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(source.read_text(encoding="utf-8"))
-    except FileExistsError:
-        raise RecipeError(f"{target} exists already, and is not overwritten", hint="give another file name") from None
-    except OSError as error:
-        raise RecipeError(f"cannot write {target}: {(error.strerror or str(error)).lower()}") from None
+    write_new(target, source.read_text(encoding="utf-8"))
     Terminal().note(f"[green]✓[/] wrote {target}; run it with: gemma-tune train {target}")
 
 

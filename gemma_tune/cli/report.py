@@ -2,40 +2,110 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.markup import escape
 from rich.text import Text
 
-from gemma_tune.cli.arguments import AsJson, RunPath
-from gemma_tune.cli.console import Terminal, format_bytes, format_seconds, make_table
+from gemma_tune.cli.arguments import AsJson
+from gemma_tune.cli.console import Terminal, make_table
+from gemma_tune.cli.evaluate import print_stored_evaluation
+from gemma_tune.cli.export import print_exports
+from gemma_tune.errors import RunError
+from gemma_tune.reporting.numbers import format_bytes, format_seconds
+from gemma_tune.reporting.report import HTML_FILE, write_report, write_reports
+from gemma_tune.reporting.run_facts import differing_settings, gather_facts, results_side_by_side
+from gemma_tune.runs.evaluation import read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.record import read_manifest
 from gemma_tune.runs.summary import RunSummary, read_summary
 
 
-def report(run: RunPath, as_json: AsJson = False) -> None:
-    """Show what came out of a run: losses, exact match, answers before and after, files."""
-    opened = open_run(run)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="One run, or several to lay side by side.", show_default=False),
+    ],
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", help="Write the page to this file; one run's own is RUN/report.html.", show_default=False
+        ),
+    ] = None,
+    md: Annotated[
+        Path | None,
+        typer.Option("--md", help="Write Markdown to this file; one run's own is RUN/report.md.", show_default=False),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what came out of a run, and write it as a page: losses, figures, answers before and after, data, origin.
+
+    Several runs are laid side by side: their results, the settings that differ, and with --html their curves.
+    """
     terminal = Terminal()
-    if not opened.summary.is_file():
-        manifest = read_manifest(opened)
-        if as_json:
-            terminal.json(asdict(manifest))
-            return
-        done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
-        terminal.plain(
-            f"{opened.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else "")
-        )
+    opened = [open_run(run) for run in runs]
+    if html is not None or md is not None:
+        write_reports(opened, html=html, text=md)
+    elif len(opened) == 1 and not as_json:
+        _write_own_report(terminal, opened[0])
+    if as_json:
+        values = [_as_json(run) for run in opened]
+        terminal.json(values[0] if len(values) == 1 else values)
+    elif len(opened) == 1:
+        _print_one(terminal, opened[0])
+    else:
+        _print_side_by_side(terminal, opened)
+    for path in filter(None, (html, md)):
+        terminal.note(f"written: {path}")
+    if len(opened) > 1 and html is None:
+        terminal.note("their curves in one picture: add --html FILE")
+
+
+def _write_own_report(terminal: Terminal, run: RunDir) -> None:
+    """Into the run; what is shown does not depend on it, so a run that cannot be written to is shown all the same."""
+    try:
+        write_report(run)
+    except RunError as error:
+        terminal.note(f"no report.html: {error.message}")
+
+
+def _as_json(run: RunDir) -> dict[str, Any]:
+    if not run.summary.is_file():
+        return asdict(read_manifest(run))
+    summary = read_summary(run)
+    return {"run": str(run.path), **asdict(summary), "tokens_per_second": summary.tokens_per_second}
+
+
+def _print_one(terminal: Terminal, run: RunDir) -> None:
+    if run.summary.is_file():
+        print_report(terminal, run, as_json=False)
         return
-    print_report(terminal, opened, as_json=as_json)
+    manifest = read_manifest(run)
+    done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
+    terminal.plain(f"{run.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else ""))
+
+
+def _print_side_by_side(terminal: Terminal, runs: Sequence[RunDir]) -> None:
+    facts = [gather_facts(run) for run in runs]
+    names = [run.name for run in facts]
+    terminal.result(make_table(("", *names), [(label, *values) for label, values in results_side_by_side(facts)]))
+    settings = differing_settings(facts)
+    terminal.result("")
+    if settings:
+        terminal.result(make_table(("settings that differ", *names), [(name, *values) for name, values in settings]))
+    else:
+        terminal.plain("all have the same recipe")
 
 
 def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
     """Print the summary of a finished run."""
     summary = read_summary(run)
     if as_json:
-        terminal.json({"run": str(run.path), **asdict(summary), "tokens_per_second": summary.tokens_per_second})
+        terminal.json(_as_json(run))
         return
     terminal.result(Text(f"\n{run.path}", style="bold"))
     terminal.result(
@@ -55,18 +125,23 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
         terminal.result(_answer("after", question.after, "green" if question.after == question.expected else "red"))
         if question.after != question.expected:
             terminal.result(_answer("expected", question.expected, "dim"))
+    print_stored_evaluation(terminal, run)
     terminal.result("")
     files = [
+        *([("report", run.path / HTML_FILE)] if (run.path / HTML_FILE).is_file() else []),
         ("adapter", run.adapter),
         ("answers", run.answers),
         ("loss curve", run.loss_curve),
         ("log of the libraries", run.library_log),
     ]
-    if summary.merged:
-        files.insert(1, ("merged model", run.merged))
     terminal.result(make_table(("file", "where"), files))
+    exports = _exports(run)
+    if exports:
+        from gemma_tune.export.run import outcome_of
+
+        print_exports(terminal, outcome_of(exports, None))
     terminal.result("")
-    terminal.result(make_table(("next", ""), _next_commands(run, summary)))
+    terminal.result(make_table(("next", ""), _next_commands(run)))
 
 
 def _figures(summary: RunSummary) -> list[tuple[str, str | None, str | None]]:
@@ -96,8 +171,14 @@ def _shorten(text: str, *, length: int = 160) -> str:
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
-def _next_commands(run: RunDir, summary: RunSummary) -> list[tuple[str, str]]:
+def _exports(run: RunDir) -> list[Path]:
+    return sorted(path.parent for path in run.exports.glob("*/export.json"))
+
+
+def _next_commands(run: RunDir) -> list[tuple[str, str]]:
     commands = [("ask it", f'gemma-tune generate {run.path} --prompt "…"')]
-    if not summary.merged:
-        commands.append(("merge it", f"gemma-tune merge {run.path}"))
+    if read_evaluation(run) is None:
+        commands.append(("measure it", f"gemma-tune evaluate {run.path}"))
+    if not _exports(run):
+        commands.append(("export it", f"gemma-tune export {run.path} --format merged-16bit"))
     return [*commands, ("this again", f"gemma-tune report {run.path}")]

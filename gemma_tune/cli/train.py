@@ -18,6 +18,16 @@ def train(
         bool,
         typer.Option("--resume", help="Continue the interrupted run of this recipe from its last complete checkpoint."),
     ] = False,
+    from_checkpoint: Annotated[
+        int | None,
+        typer.Option(
+            "--from-checkpoint",
+            metavar="STEP",
+            min=0,
+            help="As --resume, from the checkpoint of this step; newer ones are set aside.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a Gemma: check, load, answer, train, answer again, and say what came out."""
@@ -27,5 +37,7 @@ def train(
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
     with TerminalReporter(terminal) as reporter:
-        run = pipeline.train(loaded, reporter=reporter, resume=resume)
+        run = pipeline.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint)
     print_report(terminal, run, as_json=as_json)
+    if loaded.recipe.export.formats:
+        pipeline.exports_of(run).require_passed()

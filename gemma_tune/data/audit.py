@@ -13,6 +13,7 @@ from typing import Literal
 
 from gemma_tune.data.duplicates import NEAR_THRESHOLD, Fingerprints, exact_groups
 from gemma_tune.data.pii import PII_KINDS, PII_NAMES, PiiKind, find_pii, mask_pii, masked_value
+from gemma_tune.data.report import LengthBin, length_bins
 from gemma_tune.data.text_checks import citation_marks, encoding_damage
 
 Severity = Literal["error", "warning", "info"]
@@ -101,15 +102,6 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class LengthBin:
-    """Rows of `low` to `high` tokens, both included."""
-
-    low: int
-    high: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class AuditReport:
     """All that an audit found; `dataclasses.asdict` of it is JSON.
 
@@ -178,7 +170,7 @@ def audit_rows(
         supervised_tokens=supervised,
         supervised_share=supervised / tokens if tokens else 0.0,
         max_seq_tokens=max_seq_tokens,
-        length_bins=_length_bins(lengths),
+        length_bins=length_bins(lengths),
         length_p50=_percentile(lengths, 50),
         length_p90=_percentile(lengths, 90),
         length_p99=_percentile(lengths, 99),
@@ -428,27 +420,6 @@ def _language_findings(languages: Sequence[tuple[str, int]], size: int) -> list[
 
 
 # --- lengths and places -----------------------------------------------------------------------------------------------
-
-
-def _length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
-    """Bins that end at powers of two and half-way between (… 64, 96, 128, 192 …), from the shortest row to the longest.
-
-    `lengths` are sorted.
-    """
-    if not lengths:
-        return ()
-    bins: list[LengthBin] = []
-    low, power, at = 0, 16, 0
-    while at < len(lengths):
-        for high in (power, power * 3 // 2):
-            start = at
-            while at < len(lengths) and lengths[at] <= high:
-                at += 1
-            if (bins or at > start) and start < len(lengths):
-                bins.append(LengthBin(low, high, at - start))
-            low = high + 1
-        power *= 2
-    return tuple(bins)
 
 
 def _percentile(ordered: Sequence[int], percent: int) -> int:

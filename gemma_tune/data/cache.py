@@ -26,7 +26,7 @@ from gemma_tune.data.encode import Side
 from gemma_tune.data.encoded import EncodedRows, Ints, starts_of
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.render import Example
-from gemma_tune.data.report import DataReport, SourceReport
+from gemma_tune.data.report import DataReport, LengthBin, SourceReport
 from gemma_tune.data.stored import Lines, LineWriter, example_from_json, example_to_json
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
@@ -227,4 +227,5 @@ def report_from(values: Mapping[str, Any]) -> DataReport:
     """A report from its `asdict`, as JSON gives it back."""
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     sources = tuple(SourceReport(**source) for source in values["sources"])
-    return DataReport(**{**values, **lists, "sources": sources})
+    bins = tuple(LengthBin(**one) for one in values["length_bins"])
+    return DataReport(**{**values, **lists, "sources": sources, "length_bins": bins})

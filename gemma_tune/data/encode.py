@@ -12,7 +12,7 @@ import numpy as np
 from gemma_tune.data.encoded import EncodedRow, EncodedRows, Ints
 from gemma_tune.data.read import Examples
 from gemma_tune.data.render import Example
-from gemma_tune.data.report import MAX_SAMPLES, DataReport, ReadReport, counted, listed
+from gemma_tune.data.report import MAX_SAMPLES, DataReport, ReadReport, counted, length_bins, listed
 from gemma_tune.data.tokenize import Encoder, in_batches
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
@@ -94,6 +94,7 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection, 
         length_p99=_percentile(lengths, 99),
         length_max=done.longest,
         longest_row=done.longest_row,
+        length_bins=length_bins(sorted(done.lengths)),
         train_tokens=train.tokens,
         eval_tokens=held_out.tokens,
         train_supervised_tokens=train.supervised_tokens,

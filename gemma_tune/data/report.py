@@ -9,6 +9,15 @@ MAX_SAMPLES = 20  # kept of each kind, and shown where each one needs mending
 _MAX_ON_A_LINE = 3
 
 
+@dataclass(frozen=True, slots=True)
+class LengthBin:
+    """Rows of `low` to `high` tokens, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
 @dataclass(frozen=True)
 class SourceReport:
     """One source of train rows.
@@ -81,6 +90,7 @@ class DataReport(ReadReport):
         truncated_answers: those of them whose answer was cut, too (`too_long: truncate`); they end in a stop token.
         length_p50, length_p90, length_p99, length_max: tokens a row before the length policy, train and eval together.
         longest_row: where the longest row stands.
+        length_bins: rows by their tokens, as the percentiles count them.
         train_tokens, eval_tokens: tokens of the rows that are kept.
         train_supervised_tokens, eval_supervised_tokens: those of them in the loss.
         control_strings: control tokens spelled out in the rows' own text.
@@ -99,6 +109,7 @@ class DataReport(ReadReport):
     length_p99: int
     length_max: int
     longest_row: str
+    length_bins: tuple[LengthBin, ...]
     train_tokens: int
     eval_tokens: int
     train_supervised_tokens: int
@@ -160,6 +171,27 @@ class DataReport(ReadReport):
         names = dict.fromkeys(source.template for source in self.sources)
         detected = " (detected)" if all(source.detected for source in self.sources) else ""
         return f"with template{'s' if len(names) > 1 else ''} {', '.join(names)}{detected}"
+
+
+def length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
+    """Bins that end at powers of two and half-way between (… 64, 96, 128, 192 …), from the shortest row to the longest.
+
+    `lengths` are sorted.
+    """
+    if not lengths:
+        return ()
+    bins: list[LengthBin] = []
+    low, power, at = 0, 16, 0
+    while at < len(lengths):
+        for high in (power, power * 3 // 2):
+            start = at
+            while at < len(lengths) and lengths[at] <= high:
+                at += 1
+            if (bins or at > start) and start < len(lengths):
+                bins.append(LengthBin(low, high, at - start))
+            low = high + 1
+        power *= 2
+    return tuple(bins)
 
 
 def listed(samples: Sequence[str], count: int) -> str:

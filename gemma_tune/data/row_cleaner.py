@@ -50,4 +50,3 @@ class RowCleaner:
         if isinstance(value, Mapping):
             return {name: self._clean(item) for name, item in value.items()}
         return value
-

@@ -1,25 +1,18 @@
-"""Answers from a model: batched, left-padded, order kept (LEAF)."""
+"""Answers from a transformers model: batched, left-padded, order kept (LEAF)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TextStreamer
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The default, temperature 0, is greedy and deterministic."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-    seed: int | None = None
+from gemma_tune.errors import DataError
+from gemma_tune.inference.sampling import Sampler, Sampling
+from gemma_tune.inference.streaming import OnText, StreamedText, cut_at_stop
 
 
 @dataclass(frozen=True)
@@ -27,9 +20,9 @@ class Completion:
     """One answer.
 
     Attributes:
-        text: what was generated, without special tokens.
+        text: what was generated, without special tokens, stop string and white space at its ends.
         num_tokens: generated tokens, the stop token included.
-        stopped: whether the model stopped by itself; false when it reached `max_new_tokens`.
+        stopped: whether a stop token or stop string ended it; false when it reached its length.
     """
 
     text: str
@@ -44,63 +37,143 @@ def generate_completions(
     *,
     stop_token_ids: Sequence[int],
     max_new_tokens: int,
+    max_length: int | None = None,
     batch_size: int = 8,
     sampling: Sampling | None = None,
+    stop_strings: Sequence[str] = (),
     on_progress: Callable[[int, int], None] | None = None,
-    streamer: Any = None,
+    on_text: OnText | None = None,
 ) -> list[Completion]:
     """Complete every prompt.
 
     Args:
         prompts: token ids of each prompt, BOS included; rows may differ in length.
         stop_token_ids: ids that end an answer.
-        streamer: a transformers streamer for a single prompt.
+        max_length: longest prompt and answer together, in tokens.
+        stop_strings: texts that end an answer and are left out of it.
+        on_text: gets the answer piece by piece; for a single prompt, without beams.
 
     Returns:
         One completion a prompt, in the order of the prompts.
+
+    Raises:
+        DataError: a prompt leaves no room for an answer, or the user's own sampler fails.
     """
     sampling = sampling or Sampling()
-    if sampling.seed is not None:
-        torch.manual_seed(sampling.seed)
-    config = to_generation_config(
-        sampling, stop_token_ids=stop_token_ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=max_new_tokens
+    budgets = answer_budgets(
+        prompts,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        context_tokens=model.config.get_text_config().max_position_embeddings,
+    )
+    streamer = (
+        WordStreamer(tokenizer, on_text, stop_strings) if on_text is not None and sampling.num_beams == 1 else None
     )
     completions: list[Completion | None] = [None] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for start in range(0, len(by_length), batch_size):
-        chosen = by_length[start : start + batch_size]
-        inputs = pad_left(
-            [prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device
-        )
-        with torch.no_grad():
-            output = model.generate(**inputs, generation_config=config, streamer=streamer)
-        for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-            completions[index] = _to_completion(row, tokenizer=tokenizer, stop_token_ids=stop_token_ids)
-        if on_progress is not None:
-            on_progress(min(start + batch_size, len(prompts)), len(prompts))
+    with seeded(sampling.seed):
+        for start in range(0, len(by_length), batch_size):
+            chosen = by_length[start : start + batch_size]
+            inputs = pad_left(
+                [prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device
+            )
+            config = to_generation_config(
+                sampling,
+                stop_token_ids=stop_token_ids,
+                pad_token_id=tokenizer.pad_token_id,
+                max_new_tokens=max(budgets[index] for index in chosen),
+                stop_strings=stop_strings,
+            )
+            with torch.no_grad():
+                output = model.generate(
+                    **inputs,
+                    generation_config=config,
+                    logits_processor=custom_processors(sampling),
+                    streamer=streamer,
+                    tokenizer=tokenizer if stop_strings else None,
+                )
+            for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                completions[index] = to_completion(
+                    row[: budgets[index]], tokenizer=tokenizer, stop_token_ids=stop_token_ids, stop_strings=stop_strings
+                )
+            if on_progress is not None:
+                on_progress(min(start + batch_size, len(prompts)), len(prompts))
     return [completion for completion in completions if completion is not None]
 
 
+def answer_budgets(
+    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_length: int | None, context_tokens: int
+) -> list[int]:
+    """How many tokens each answer may have.
+
+    Raises:
+        DataError: a prompt leaves no room for one.
+    """
+    longest, name = context_tokens, "the model's context"
+    if max_length is not None and max_length < context_tokens:
+        longest, name = max_length, "the longest length allowed"
+    for number, prompt in enumerate(prompts, start=1):
+        if len(prompt) >= longest:
+            which = f"prompt {number} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+            raise DataError(
+                f"{which} has {len(prompt):,} tokens, which leaves no room for an answer: {name} is {longest:,} tokens",
+                hint="shorten the prompt" + (", or raise the length" if longest == max_length else ""),
+            )
+    return [min(max_new_tokens, longest - len(prompt)) for prompt in prompts]
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """A block whose draws follow from `seed` (anew each time with None) and leave the caller's random numbers alone."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
 def to_generation_config(
-    sampling: Sampling, *, stop_token_ids: Sequence[int], pad_token_id: int, max_new_tokens: int
+    sampling: Sampling,
+    *,
+    stop_token_ids: Sequence[int],
+    pad_token_id: int,
+    max_new_tokens: int,
+    stop_strings: Sequence[str] = (),
 ) -> GenerationConfig:
-    """Translate a `Sampling` into transformers' configuration."""
-    chosen: dict[str, Any] = {}
-    if sampling.temperature > 0:
-        chosen = {
-            "temperature": sampling.temperature,
+    """Translate a `Sampling` into transformers' configuration.
+
+    What is drawn sets every filter: one that is left out would be taken from the model's own generation_config.json.
+    """
+    drawn: dict[str, Any] = {}
+    if sampling.is_drawn:
+        drawn = {
+            # A function of the user's own gets logits that are divided already; see `custom_processors`.
+            "temperature": 1.0 if sampling.custom is not None else sampling.temperature,
             "top_k": sampling.top_k or 0,
             "top_p": sampling.top_p or 1.0,
             "min_p": sampling.min_p,
         }
     return GenerationConfig(
-        do_sample=sampling.temperature > 0,
+        do_sample=sampling.is_drawn,
+        num_beams=sampling.num_beams,
+        repetition_penalty=sampling.repetition_penalty,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids),
         pad_token_id=pad_token_id,
-        repetition_penalty=sampling.repetition_penalty,
-        **chosen,
+        stop_strings=list(stop_strings) or None,
+        **drawn,
     )
+
+
+def custom_processors(sampling: Sampling) -> LogitsProcessorList:
+    """The user's own sampler as a logits processor, behind the temperature; empty where there is none."""
+    if sampling.custom is None:
+        return LogitsProcessorList()
+    chosen = _CustomSampler(sampling.custom, name=sampling.custom_name or "sampler")
+    if sampling.temperature in (0.0, 1.0):
+        return LogitsProcessorList([chosen])
+    return LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature), chosen])
 
 
 def pad_left(prompts: Sequence[Sequence[int]], *, pad_token_id: int, device: Any) -> dict[str, torch.Tensor]:
@@ -114,8 +187,59 @@ def pad_left(prompts: Sequence[Sequence[int]], *, pad_token_id: int, device: Any
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 
-def _to_completion(row: list[int], *, tokenizer: Any, stop_token_ids: Sequence[int]) -> Completion:
-    ends = [position for position, token in enumerate(row) if token in stop_token_ids]
-    answer = row[: ends[0]] if ends else row
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    return Completion(text=text.strip(), num_tokens=len(answer) + bool(ends), stopped=bool(ends))
+def to_completion(
+    row: list[int], *, tokenizer: Any, stop_token_ids: Sequence[int], stop_strings: Sequence[str]
+) -> Completion:
+    """The completion of a generated row, behind whose end there may be padding."""
+    end = next((position for position, token in enumerate(row) if token in stop_token_ids), None)
+    answer = row if end is None else row[:end]
+    while answer and answer[-1] == tokenizer.pad_token_id:
+        answer = answer[:-1]
+    text, at_stop_string = cut_at_stop(tokenizer.decode(answer, skip_special_tokens=True), stop_strings)
+    return Completion(
+        text=text.strip(),
+        num_tokens=len(answer) + (end is not None),
+        stopped=end is not None or at_stop_string,
+    )
+
+
+class WordStreamer(TextStreamer):
+    """transformers' streamer, which gives whole words, into `on_text` instead of stdout."""
+
+    def __init__(self, tokenizer: Any, on_text: OnText, stop_strings: Sequence[str]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.streamed = StreamedText(on_text, stop_strings)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.streamed.add(text, is_last=stream_end)
+
+
+class _CustomSampler(LogitsProcessor):
+    """A user's own sampler: token ids become logits of which only that token can be drawn."""
+
+    def __init__(self, function: Sampler, *, name: str) -> None:
+        self.function = function
+        self.name = name
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        batch_size, vocab_size = scores.shape
+        try:
+            chosen = torch.as_tensor(self.function(scores.clone()), device=scores.device)
+        except Exception as error:
+            raise self._refused(f"raised {type(error).__name__}: {error}") from error
+        if chosen.shape == scores.shape and chosen.is_floating_point():
+            if chosen.isnan().any() or not chosen.isfinite().any(dim=-1).all():
+                raise self._refused("gave logits that are NaN, or rows of which no token can be drawn")
+            return chosen.to(scores.dtype)
+        if chosen.shape == (batch_size,) and not (chosen.is_floating_point() or chosen.dtype == torch.bool):
+            if ((chosen < 0) | (chosen >= vocab_size)).any():
+                raise self._refused(f"gave the token id {int(chosen.max())} for a vocabulary of {vocab_size:,}")
+            return torch.full_like(scores, -torch.inf).scatter_(1, chosen.long()[:, None], 0.0)
+        kind = str(chosen.dtype).removeprefix("torch.")
+        raise self._refused(f"gave {kind} of shape {tuple(chosen.shape)} for logits of shape {tuple(scores.shape)}")
+
+    def _refused(self, what: str) -> DataError:
+        return DataError(
+            f"the sampler {self.name} {what}",
+            hint="from logits [batch, vocabulary] it returns integer token ids [batch], or logits of the same shape",
+        )

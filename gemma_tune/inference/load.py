@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
@@ -12,53 +14,121 @@ from safetensors import safe_open
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.template import DataTemplate
 from gemma_tune.data.tokenize import Encoder
+from gemma_tune.engines.base import Engine
 from gemma_tune.engines.precision import decide_precision, detect_device
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.table import start_engine
 from gemma_tune.errors import ModelError
-from gemma_tune.inference.target import Target
+from gemma_tune.inference.generate import Completion, generate_completions
+from gemma_tune.inference.gguf import GgufModel
+from gemma_tune.inference.sampling import Sampling
+from gemma_tune.inference.streaming import OnText
+from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.models.tokenizer import load_tokenizer
+
+
+class Complete(Protocol):
+    """`generate_completions` of one model."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        max_length: int | None = None,
+        batch_size: int = 8,
+        sampling: Sampling | None = None,
+        stop_strings: Sequence[str] = (),
+        on_progress: Callable[[int, int], None] | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Completion]: ...
 
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model with its tokenizer and the template it is asked with."""
+    """A model with its tokenizer and the template it is asked with.
+
+    Attributes:
+        model: a transformers model, or the PEFT model around it; None for a GGUF.
+        chat: the model's own chat template, where the data template needs it.
+        complete: generates.
+    """
 
     model: Any
     tokenizer: Any
     encoder: Encoder
     template: DataTemplate
     chat: ChatRenderer | None
+    complete: Complete
 
 
-def load_target(target: Target) -> LoadedTarget:
-    """Load a base as it was trained on, with its adapter.
+def load_target(
+    target: Target | GgufTarget,
+    *,
+    engine: Engine | None = None,
+    load_in_4bit: bool | None = None,
+    dtype: str | None = None,
+) -> LoadedTarget:
+    """Load a base as it was trained on, with its adapter; or a GGUF.
+
+    Args:
+        engine: transformers unless given.
+        load_in_4bit: other than the target's own.
+        dtype: `model.dtype` other than the target's own.
 
     Raises:
-        ModelError: the adapter does not fit the base.
+        ModelError: the adapter does not fit the base, or a GGUF is asked for what only weights on disk have.
     """
-    precision = decide_precision(target.section.dtype, device=detect_device())
-    loaded = TransformersEngine().load(
-        target.base.directory, section=target.section, precision=precision, max_seq_tokens=0
+    if isinstance(target, GgufTarget):
+        if engine is not None or load_in_4bit is not None or dtype is not None:
+            raise ModelError(
+                f"{target.path} is a GGUF file, which llama.cpp runs in the precision that it is stored in",
+                hint="leave engine, load_in_4bit and dtype out",
+            )
+        return _load_gguf(target)
+    changes = {"load_in_4bit": load_in_4bit, "dtype": dtype}
+    section = target.section.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    engine = engine or start_engine("transformers")
+    loaded = engine.load(
+        target.base.directory,
+        section=section,
+        precision=decide_precision(section.dtype, device=detect_device()),
+        max_seq_tokens=target.base.config.context_tokens,
     )
     model = loaded.model
     if target.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(target.adapter))
-        require_every_tensor(model, target.adapter)
+        model = _attach_adapter(model, target.adapter)
+    engine.set_mode(replace(loaded, model=model), training=False)
+    return loaded_target(model, tokenizer_directory=target.tokenizer, template=target.template)
+
+
+def loaded_target(model: Any, *, tokenizer_directory: Path, template: DataTemplate) -> LoadedTarget:
+    """A transformers model in memory with the tokenizer of a directory."""
     model.eval()
     model.config.use_cache = True
-    tokenizer = load_tokenizer(target.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_directory)
+    encoder = Encoder(tokenizer)
+    complete = functools.partial(generate_completions, model, tokenizer, stop_token_ids=encoder.stop_token_ids)
+    chat = ChatRenderer.from_tokenizer(tokenizer) if template.kind == "chat" else None
+    return LoadedTarget(model, tokenizer, encoder, template, chat, complete)
+
+
+def _load_gguf(target: GgufTarget) -> LoadedTarget:
+    model = GgufModel(target.path)
+    tokenizer = model.tokenizer
     chat = ChatRenderer.from_tokenizer(tokenizer) if target.template.kind == "chat" else None
-    return LoadedTarget(model, tokenizer, Encoder(tokenizer), target.template, chat)
+    return LoadedTarget(None, tokenizer, Encoder(tokenizer), target.template, chat, model.complete)
 
 
-def require_every_tensor(model: Any, adapter: Path) -> None:
-    """Refuse an adapter whose tensors did not all land in the model: PEFT only warns, and the effect is zero (F31)."""
+def _attach_adapter(model: Any, adapter: Path) -> Any:
+    """Put an adapter on its base; refuse one whose tensors do not all land: PEFT only warns, and adds nothing (F31)."""
     weights = adapter / "adapter_model.safetensors"
+    # Before PEFT looks for it: it would open a pickle, or ask the hub for the path.
     if not weights.is_file():
         raise ModelError(
             f"{adapter} has no adapter_model.safetensors",
             hint="pickled adapters (.bin) are not loaded; save it as safetensors",
         )
+    model = PeftModel.from_pretrained(model, str(adapter))
     with safe_open(weights, framework="pt") as file:
         stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
@@ -67,3 +137,4 @@ def require_every_tensor(model: Any, adapter: Path) -> None:
         raise ModelError(
             f"the adapter {adapter} does not fit the base: {len(odd)} tensors find no partner, such as {odd[0]}"
         )
+    return model

@@ -1,4 +1,4 @@
-"""What a name or path stands for when it is asked something: a run, an adapter, a merged directory or a model.
+"""What a name or path stands for when it is asked something: a run, an adapter, a merged directory, a GGUF or a model.
 
 No heavy imports: a wrong path is told at once.
 """
@@ -39,20 +39,62 @@ class Target:
     section: ModelSection
 
 
-def find_target(name: str, *, template: str | None = None, without_adapter: bool = False) -> Target:
-    """Resolve what the user named; `without_adapter` takes the base of a run.
+@dataclass(frozen=True)
+class GgufTarget:
+    """A GGUF file, which llama.cpp runs.
+
+    Attributes:
+        template: the one that was named, else the one that lies beside the file, where an export puts it, else `chat`.
+    """
+
+    path: Path
+    template: DataTemplate
+
+
+def find_target(
+    name: str, *, template: str | None = None, default_template: str | None = None, without_adapter: bool = False
+) -> Target | GgufTarget:
+    """Resolve what the user named.
+
+    Args:
+        template: data template to ask with instead of the target's own.
+        default_template: the one for a model that does not say which; None refuses such a model.
+        without_adapter: take the base of a run.
 
     Raises:
         GemmaTuneError: there is no such run or model, the run has no adapter yet, or no template is known.
     """
-    path = Path(name)
+    path = Path(name).expanduser()
+    gguf = _find_gguf(path)
+    if gguf is not None:
+        return _from_gguf(gguf, template=template, without_adapter=without_adapter)
     if (path / "manifest.json").is_file():
         return _from_run(open_run(path), template=template, without_adapter=without_adapter)
     if (path / "adapter_config.json").is_file():
-        return _from_adapter(path, template=template, without_adapter=without_adapter)
+        return _from_adapter(path, template=template, default=default_template, without_adapter=without_adapter)
     base = fetch_model(name)
     section = ModelSection(name=name, load_in_4bit=base.config.quantization is not None)
-    return Target(base, None, base.directory, _template(template, directory=base.directory, base=base), section)
+    chosen = _template(template, directory=base.directory, base=base, default=default_template)
+    return Target(base, None, base.directory, chosen, section)
+
+
+def _find_gguf(path: Path) -> Path | None:
+    """The file itself, or the only GGUF of an exported directory."""
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no such file: {path}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
+        return path
+    found = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
+    if len(found) > 1:
+        raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
+    return found[0] if found else None
+
+
+def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> GgufTarget:
+    if without_adapter:
+        raise ModelError(f"{path} holds one merged model, whose base cannot be asked", hint="name the run instead")
+    beside = path.with_name(TEMPLATE_FILE)
+    return GgufTarget(path, load_template(template or (beside if beside.is_file() else "chat")))
 
 
 def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Target:
@@ -70,7 +112,7 @@ def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Ta
     )
 
 
-def _from_adapter(directory: Path, *, template: str | None, without_adapter: bool) -> Target:
+def _from_adapter(directory: Path, *, template: str | None, default: str | None, without_adapter: bool) -> Target:
     config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
     name = config.get("base_model_name_or_path")
     if not name:
@@ -83,12 +125,12 @@ def _from_adapter(directory: Path, *, template: str | None, without_adapter: boo
         base=base,
         adapter=None if without_adapter else directory,
         tokenizer=tokenizer,
-        template=_template(template, directory=directory, base=base),
+        template=_template(template, directory=directory, base=base, default=default),
         section=ModelSection(name=name, load_in_4bit=base.config.quantization is not None),
     )
 
 
-def _template(name: str | None, *, directory: Path, base: LocalModel) -> DataTemplate:
+def _template(name: str | None, *, directory: Path, base: LocalModel, default: str | None = None) -> DataTemplate:
     """The named template, else the one that lies beside the weights, else Gemma's turns for an `-it` model."""
     if name is not None:
         return load_template(name)
@@ -96,6 +138,8 @@ def _template(name: str | None, *, directory: Path, base: LocalModel) -> DataTem
         return load_template(directory / TEMPLATE_FILE)
     if base.model is not None and base.model.is_instruction_tuned:
         return load_template("chat")
+    if default is not None:
+        return load_template(default)
     raise ModelError(
         f"{base.name} does not say which data template it is asked with",
         hint="name one with --template: dolly for plain instructions, chat for the model's own turns, completion "

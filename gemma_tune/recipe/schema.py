@@ -41,6 +41,11 @@ class ModelSection(Section):
     engine: Literal["auto", "unsloth", "transformers"] = Field(
         "auto", description="What loads and patches the model; auto takes unsloth where it works and says why."
     )
+    adapter: NonEmpty | None = Field(
+        None,
+        description="A run, or a directory with an adapter in PEFT's format, whose weights the training starts from; "
+        "null starts a fresh adapter.",
+    )
     load_in_4bit: bool = Field(
         True, description="NF4 weights with double quantisation (QLoRA); about 0.56 bytes a parameter."
     )
@@ -231,7 +236,17 @@ class TrainingSection(Section):
     save_every_steps: PositiveInt | None = Field(
         None, description="Steps between checkpoints; null saves at every tenth of the run."
     )
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(2, description="Newest checkpoints kept; at least 2.")
+    save_every_minutes: PositiveFloat | None = Field(
+        None, description="Longest time without a checkpoint, beside save_every_steps; null saves on steps alone."
+    )
+    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+        2, description="Newest checkpoints kept; at least 2. The best one and the one resumed from stay besides."
+    )
+    max_minutes: PositiveFloat | None = Field(
+        None,
+        description="Stop after N minutes of training in this command, with a checkpoint to go on from; null sets no "
+        "limit.",
+    )
     early_stop_patience: PositiveInt | None = Field(
         None, description="Stop after N evaluations without a lower eval loss and keep the best adapter."
     )
@@ -258,7 +273,12 @@ class EvaluationSection(Section):
 class ExportSection(Section):
     """What is written after training, beside the adapter."""
 
-    merge: bool = Field(False, description="Write the merged 16-bit model into RUN/merged after training.")
+    formats: Names = Field(
+        (),
+        description="Formats to write into RUN/export after training, such as merged-16bit, gguf-q8_0, ollama; "
+        "see `gemma-tune export --help`.",
+    )
+    verify: bool = Field(True, description="Run every export and compare it with base + adapter.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Precision of the merged weights; auto keeps the base's."
     )
@@ -282,6 +302,11 @@ class RunSection(Section):
     )
     output_dir: NonEmpty = Field(
         "runs", description="Directory that holds the runs, relative to where the command is run."
+    )
+    resume: Literal["never", "auto"] = Field(
+        "never",
+        description="auto goes on with the interrupted run of this recipe where there is one, so that the same command "
+        "starts and continues; never starts a new run unless --resume is given.",
     )
 
 

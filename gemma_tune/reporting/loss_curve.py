@@ -21,7 +21,7 @@ def draw_loss_curve(run: RunDir) -> None:
     axes.plot(
         [step for step, _ in train], [loss for _, loss in train], color="#9bb8e8", linewidth=1, label="training loss"
     )
-    smooth = _exponential_mean([loss for _, loss in train])
+    smooth = exponential_mean([loss for _, loss in train])
     axes.plot([step for step, _ in train], smooth, color="#1a56c4", linewidth=2, label="training loss, smoothed")
     if evaluation:
         axes.plot(
@@ -38,7 +38,7 @@ def draw_loss_curve(run: RunDir) -> None:
     figure.savefig(run.loss_curve)
 
 
-def _exponential_mean(values: list[float], *, decay: float = 0.9) -> list[float]:
+def exponential_mean(values: list[float], *, decay: float = 0.9) -> list[float]:
     """Exponential moving mean, corrected for its start as Adam's moments are."""
     smooth, mean = [], 0.0
     for count, value in enumerate(values, start=1):

@@ -21,6 +21,7 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.registry import LICENCE_IDS
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.reporting.markdown import escaped, fenced, table
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_json
 from gemma_tune.runs.summary import RunSummary, read_summary
@@ -104,10 +105,10 @@ def build_model_card(
     )
     body = "\n".join(
         [
-            f"# {_escaped(facts.title)}",
+            f"# {escaped(facts.title)}",
             "",
-            f"This is {_WHAT[export_format]}: {_escaped(facts.base_name)}, fine-tuned on "
-            f"{_escaped(', '.join(facts.labels))} with gemma-tune.",
+            f"This is {_WHAT[export_format]}: {escaped(facts.base_name)}, fine-tuned on "
+            f"{escaped(', '.join(facts.labels))} with gemma-tune.",
             "",
             *_results(facts),
             *_usage(facts),
@@ -275,16 +276,16 @@ def _results(facts: _Facts) -> list[str]:
         ]
         if measured:
             lines += ["## Held-out rows, before and after", ""]
-            lines += [*_table(("", "base", "fine-tuned"), measured), ""]
+            lines += [*table(("", "base", "fine-tuned"), measured), ""]
     if facts.checks:
-        lines += ["## Checked after the export", "", *(f"- {_escaped(check)}" for check in facts.checks), ""]
+        lines += ["## Checked after the export", "", *(f"- {escaped(check)}" for check in facts.checks), ""]
     return lines
 
 
 def _usage(facts: _Facts) -> list[str]:
     lines = ["## How to use it", ""]
     for title, language, code in _SNIPPETS[facts.export_format](facts):
-        lines += [f"{title}:", "", *_fenced(code, language), ""]
+        lines += [f"{title}:", "", *fenced(code, language), ""]
     return lines
 
 
@@ -299,15 +300,15 @@ def _prompt(facts: _Facts) -> list[str]:
         "",
         turns,
         "",
-        *_fenced(facts.prompt.template, "yaml"),
+        *fenced(facts.prompt.template, "yaml"),
         "",
         "Its example as the model is asked it (the tokenizer puts one `<bos>` before it):",
         "",
-        *_fenced(facts.prompt.example, "text"),
+        *fenced(facts.prompt.example, "text"),
         "",
         "and as it is to be answered, followed by the stop token:",
         "",
-        *_fenced(facts.prompt.response, "text"),
+        *fenced(facts.prompt.response, "text"),
         "",
     ]
 
@@ -335,11 +336,11 @@ def _training(facts: _Facts) -> list[str]:
     return [
         "## How it was made",
         "",
-        *_table(("", ""), rows),
+        *table(("", ""), rows),
         "",
         "Every setting of the recipe that changes the result, defaults included:",
         "",
-        *_fenced(_recipe_yaml(recipe), "yaml"),
+        *fenced(_recipe_yaml(recipe), "yaml"),
         "",
     ]
 
@@ -490,31 +491,3 @@ _SNIPPETS: Mapping[str, Callable[[_Facts], list[tuple[str, str, str]]]] = {
     "merged-4bit": _whole_snippets,
     "gguf": _gguf_snippets,
 }
-
-
-# --- Markdown ---------------------------------------------------------------------------------------------------------
-
-
-# What starts or ends something inside of a line, what starts a list or a heading at its beginning, and what becomes a
-# link or a mention by itself.
-_MARKDOWN = re.compile(
-    r"[\\`*\[\]#|!~>@]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|:(?=//)|(?<=www)\.|^[-+=]|(?<=^\d)[.)](?=\s|$)"
-)
-
-
-def _escaped(text: str) -> str:
-    """Text of somebody else on one line, in which Markdown and HTML mean nothing."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return _MARKDOWN.sub(r"\\\g<0>", line)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *([_escaped(cell) for cell in row] for row in rows)]
-    return [f"| {' | '.join(line)} |" for line in lines]
-
-
-def _fenced(code: str, language: str) -> list[str]:
-    """A code block whose fence is longer than any run of backticks in it."""
-    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return [fence + language, code.removesuffix("\n"), fence]

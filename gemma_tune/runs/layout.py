@@ -91,9 +91,9 @@ class RunDir:
         return self.path / "adapter"
 
     @property
-    def merged(self) -> Path:
-        """The merged 16-bit model."""
-        return self.path / "merged"
+    def exports(self) -> Path:
+        """A directory a format that the adapter was exported in."""
+        return self.path / "export"
 
 
 def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_bytes: int) -> RunDir:
@@ -107,6 +107,8 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
     if name is not None and name.split(".")[0].lower() in _DEVICE_NAMES:
         raise RunError(f"run.name={name} is the name of a device on Windows", hint="choose another name")
     if name is not None and (output_dir / name).exists():
+        if _was_never_begun(output_dir / name):
+            return RunDir(output_dir / name)
         raise RunError(
             f"the run {output_dir / name} exists already, and a run is never overwritten",
             hint="choose another run.name, leave it out for a numbered one, or continue it with --resume",
@@ -125,6 +127,13 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
             f"cannot write to {output_dir}: {(error.strerror or str(error)).lower()}",
             hint="set run.output_dir to a folder you may write to",
         ) from None
+
+
+def _was_never_begun(path: Path) -> bool:
+    """Whether a run ended before it had a manifest: nothing but the first files of a run is there."""
+    run = RunDir(path)
+    first = {file.name for file in (run.recipe, run.resolved_recipe, run.template, run.library_log)}
+    return path.is_dir() and all(entry.name in first or entry.name.endswith(".tmp") for entry in path.iterdir())
 
 
 def discard_run(run: RunDir) -> None:
@@ -214,14 +223,17 @@ def find_interrupted(output_dir: Path, *, name: str | None, recipe_name: str) ->
     """
     if name is not None:
         return open_run(output_dir / name)
-    runs = {
-        number: path
-        for number, path in _numbered_runs(output_dir, recipe_name).items()
-        if (path / "manifest.json").is_file()
-    }
-    if not runs:
+    run = newest_run(output_dir, recipe_name)
+    if run is None:
         raise RunError(
             f"nothing to resume: {output_dir} holds no run of the recipe {recipe_name!r}",
             hint="start it without --resume",
         )
-    return RunDir(runs[max(runs)])
+    return run
+
+
+def newest_run(output_dir: Path, recipe_name: str) -> RunDir | None:
+    """The numbered run of a recipe that was begun last, or None."""
+    numbered = _numbered_runs(output_dir, recipe_name)
+    runs = [number for number, path in numbered.items() if RunDir(path).manifest.is_file()]
+    return RunDir(numbered[max(runs)]) if runs else None

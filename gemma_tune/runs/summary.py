@@ -53,7 +53,6 @@ class RunSummary:
     exact_match_after: float | None
     exact_match_rows: int
     questions: list[Question]
-    merged: bool
 
     @property
     def tokens_per_second(self) -> float:

@@ -136,5 +136,5 @@ def test_generate_answers_each_question_in_order(gemma: Gemma) -> None:
     assert answers[0] == answers[1]
     _, err = gemma("generate", "gemma-tiny", "--prompt", "x", code=2)
     assert "--template" in err
-    _, err = gemma("generate", "gemma-tiny", code=2)
+    _, err = gemma("generate", "gemma-tiny", "--prompt", "x", "--file", "y.txt", code=2)
     assert "either --prompt or --file" in err

@@ -1,0 +1,180 @@
+"""`gemma-tune chat`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.text import Text
+
+from gemma_tune.cli.answering import (
+    Base,
+    Beams,
+    MaxLength,
+    MaxNewTokens,
+    MinP,
+    RepetitionPenalty,
+    SamplerName,
+    Seed,
+    StopStrings,
+    TargetName,
+    Temperature,
+    TemplateName,
+    TopK,
+    TopP,
+)
+from gemma_tune.cli.console import Terminal
+from gemma_tune.errors import DataError, GemmaTuneError, did_you_mean
+
+if TYPE_CHECKING:
+    from gemma_tune.inference.chat import Talk
+
+_COMMANDS = {
+    "/help": "this list",
+    "/reset": "forget the talk; the system text stays",
+    "/undo": "forget the last question and its answer",
+    "/system TEXT": "start anew with this text before the talk; without TEXT with none",
+    "/save FILE.jsonl": "add the talk to a file of training rows (data.template=chat)",
+    "/quit": "end (Ctrl-D as well; Ctrl-C ends an answer)",
+}
+_NAMES = [usage.split()[0] for usage in _COMMANDS]
+
+
+def chat(
+    target: TargetName,
+    template: TemplateName = None,
+    base: Base = False,
+    sampler: SamplerName = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    beams: Beams = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
+    max_new_tokens: MaxNewTokens = None,
+    max_length: MaxLength = None,
+    stop: StopStrings = None,
+) -> None:
+    """Talk with a model that knows chat turns. In a pipe, every line of stdin is a message."""
+    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.inference.ask import AnswerSettings
+    from gemma_tune.inference.chat import Talk, require_turns
+    from gemma_tune.inference.sampling import choose_sampling
+    from gemma_tune.inference.target import find_target
+
+    terminal = Terminal()
+    settings = AnswerSettings(
+        sampling=choose_sampling(
+            sampler,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            num_beams=beams,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        ),
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        stop_strings=tuple(stop or ()),
+    )
+    is_person = sys.stdin.isatty()
+    with libraries_to(None):
+        found = find_target(target, template=template, without_adapter=base)
+        require_turns(found.template, target=target)
+
+        from gemma_tune.inference.load import load_target
+
+        if is_person:
+            terminal.note(f"[dim]loading {escape(target)} …[/]")
+        talk = Talk(load_target(found), settings=settings)
+    if is_person:
+        terminal.note("[dim]/help lists the commands, Ctrl-D ends[/]")
+    for line in _lines(terminal, is_person=is_person):
+        if line == "/quit":
+            return
+        try:
+            if line.startswith("/"):
+                _obey(terminal, talk, line)
+            elif line:
+                with libraries_to(None):
+                    _answer(terminal, talk, line, is_person=is_person)
+        except GemmaTuneError as error:
+            if not is_person:
+                raise
+            terminal.error(error)
+
+
+def _lines(terminal: Terminal, *, is_person: bool) -> Iterator[str]:
+    """What is typed, or the lines of a pipe, without white space at their ends."""
+    if not is_person:
+        yield from (line.strip() for line in sys.stdin)
+        return
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 (gives input() its keys and a history)
+    while True:
+        try:
+            yield input("you> ").strip()
+        except EOFError:
+            terminal.plain("")
+            return
+        except KeyboardInterrupt:
+            terminal.note("\n[dim]Ctrl-D or /quit ends[/]")
+
+
+def _answer(terminal: Terminal, talk: Talk, text: str, *, is_person: bool) -> None:
+    if is_person:
+        terminal.result_inline(Text("gemma> ", style="bold cyan"))
+    pieces: list[str] = []
+
+    def show(piece: str) -> None:
+        pieces.append(piece)
+        terminal.plain(piece, end="")
+
+    started = time.perf_counter()
+    try:
+        completion = talk.ask(text, on_text=show)
+    except KeyboardInterrupt:
+        if not is_person:
+            raise
+        terminal.note("\n[dim]interrupted; question and answer are forgotten[/]")
+        return
+    terminal.plain("" if pieces else completion.text)  # beams give no pieces
+    if is_person:
+        seconds = time.perf_counter() - started
+        cut = "" if completion.stopped else ", cut at its longest length"
+        terminal.note(f"[dim]{completion.num_tokens} tokens, {completion.num_tokens / seconds:,.0f} tokens/s{cut}[/]")
+
+
+def _obey(terminal: Terminal, talk: Talk, line: str) -> None:
+    """Run one of _COMMANDS; what it did is told on stderr."""
+    name, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if name == "/help":
+        for usage, about in _COMMANDS.items():
+            terminal.note(f"  {usage:<18}{about}")
+    elif name == "/reset":
+        talk.reset()
+        terminal.note("the talk is forgotten")
+    elif name == "/undo":
+        terminal.note("the last question and its answer are forgotten" if talk.undo() else "there is nothing to undo")
+    elif name == "/system":
+        talk.start_anew(system=rest)
+        where = "" if talk.has_system_turn or not rest else "; the model has no system turn: it goes before message 1"
+        terminal.note(f"a new talk {'with this' if rest else 'without a'} system text{where}")
+    elif name == "/save":
+        if not rest:
+            raise DataError("/save needs a file", hint="for example: /save talk.jsonl")
+        number = talk.save(Path(rest).expanduser())
+        terminal.note(f"{escape(rest)}: row {number}, {talk.num_answers} answers")
+    else:
+        near = did_you_mean(name, _NAMES)
+        raise DataError(
+            f"there is no command {name}" + (f"; {near}" if near else ""), hint=f"commands: {' '.join(_NAMES)}"
+        )

@@ -1,0 +1,251 @@
+"""`gemma-tune compare`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.text import Text
+
+from gemma_tune.cli.arguments import AsJson
+from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
+from gemma_tune.errors import DataError
+
+if TYPE_CHECKING:
+    from gemma_tune.evaluation.comparison import Comparison
+    from gemma_tune.evaluation.judge import Duel, Judge, Ruling
+
+_PAGE = "comparison.html"
+_NOTE = (
+    "In brackets: 95 % intervals. A win rate counts a tie as half a win; an interval that holds 50 % says that the "
+    "prompts do not tell which model is better."
+)
+
+
+def compare(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C]...",
+            help="Runs, adapters, merged directories, GGUF files or model names; RUN@base is the base of a run.",
+            show_default=False,
+        ),
+    ],
+    sets: Annotated[
+        str | None,
+        typer.Option(
+            "--sets",
+            help="Shipped prompts, separated by commas: factuality, instruction_following, safety, creativity. All of "
+            "them unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--file",
+            "-f",
+            help="Your own prompts: rows with prompt, and if you like id, category, rules, reference.",
+            show_default=False,
+        ),
+    ] = None,
+    judge: Annotated[
+        str,
+        typer.Option(
+            "--judge",
+            help="rules (those of the prompts), person (you, blind), the address of an OpenAI-compatible API, or a "
+            "local model.",
+        ),
+    ] = "rules",
+    judge_model: Annotated[
+        str | None, typer.Option(help="The model to ask behind that address.", show_default=False)
+    ] = None,
+    judge_timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer of the judge.")] = 120,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="The first N prompts of each set.", show_default=False)
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory for answers, judgements and page; the same command goes on with what is there. "
+            "comparisons/A-vs-B-PROMPTS unless given.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Data template for models that do not say how they are asked.", show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,
+    as_json: AsJson = False,
+) -> None:
+    """Compare models on prompts: their answers side by side, who wins, and how sure that is.
+
+    A judge model sees every pair in both orders; its key, if it needs one, comes from GEMMA_TUNE_JUDGE_API_KEY.
+    """
+    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.evaluation.compare import compare_models, find_contenders
+    from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
+    from gemma_tune.inference.ask import AnswerSettings
+    from gemma_tune.reporting.compare_page import write_compare_page
+
+    terminal = Terminal()
+    if sets is not None and file is not None:
+        raise DataError("give either --sets or --file", hint="--file holds prompts of your own")
+    if file is not None:
+        prompts = load_prompt_file(file)
+    else:
+        prompts = load_prompt_sets(PROMPT_SETS if sets is None else [name.strip() for name in sets.split(",")])
+    with libraries_to(None):
+        contenders = find_contenders(models, default_template=template)
+        chosen = _choose_judge(
+            terminal, judge, model=judge_model, timeout=judge_timeout, template=template, batch_size=batch_size
+        )
+        directory = output or Path("comparisons") / _name(models, Path(file).stem if file else sets or "all")
+        with TerminalReporter(terminal) as reporter:
+            comparison = compare_models(
+                contenders,
+                prompts.first(limit),
+                settings=AnswerSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
+                directory=directory,
+                judge=chosen,
+                reporter=reporter,
+            )
+    write_compare_page(directory / _PAGE, asdict(comparison))
+    if as_json:
+        terminal.json(asdict(comparison))
+    else:
+        print_comparison(terminal, comparison)
+    terminal.note(f"\nthe answers side by side: {escape(str(directory / _PAGE))}")
+
+
+def _name(models: Sequence[str], prompts: str) -> str:
+    return "-vs-".join(Path(name).name for name in models) + "-" + prompts.replace(" ", "").replace(",", "+")
+
+
+def _choose_judge(
+    terminal: Terminal, name: str, *, model: str | None, timeout: float, template: str | None, batch_size: int
+) -> Judge | None:
+    """None stands for the prompts' own rules."""
+    from gemma_tune.evaluation.judge import JUDGE_PROMPT, EndpointJudge, LocalJudge
+    from gemma_tune.inference.target import find_target
+
+    is_address = name.startswith(("http://", "https://"))
+    if is_address != (model is not None):
+        raise DataError(
+            f"--judge {name} needs --judge-model" if is_address else f"--judge {name} takes no --judge-model",
+            hint="--judge-model names the model behind an address: --judge http://localhost:8000/v1 --judge-model NAME",
+        )
+    if name == "rules":
+        return None
+    if name == "person":
+        return PersonJudge(terminal)
+    judge: Judge
+    if model is not None:
+        judge = EndpointJudge(name, model, timeout_seconds=timeout)
+    else:
+        judge = LocalJudge(name, find_target(name, default_template=template), batch_size=batch_size)
+    terminal.note(Text(f"What the judge is asked, with every pair in both orders:\n\n{JUDGE_PROMPT}\n", style="dim"))
+    return judge
+
+
+class PersonJudge:
+    """A person at this terminal, who does not see which model wrote what."""
+
+    name = "person"
+    asks_both_orders = False
+
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+
+    def rule(self, duels: Sequence[Duel]) -> Iterator[Ruling | None]:
+        """Shows one pair after the other; ends early when the person quits."""
+        for number, duel in enumerate(duels, start=1):
+            self._show(duel, number=number, total=len(duels))
+            answer = self._ask()
+            if answer == "q":
+                return
+            yield self._ruling(answer)
+
+    def _show(self, duel: Duel, *, number: int, total: int) -> None:
+        note = self._terminal.note
+        note(Text(f"\n{number} of {total}", style="dim"))
+        note(Text(duel.prompt.text, style="bold"))
+        if duel.prompt.reference is not None:
+            note(Text(f"a right answer: {duel.prompt.reference}", style="dim"))
+        for title, text in (("1", duel.first), ("2", duel.second)):
+            note(Text(f"\n── answer {title} ──", style="bold blue"))
+            note(Text(text or "(nothing)"))
+
+    def _ask(self) -> str:
+        """`1`, `2`, `t`, `s` or `q`; the end of stdin is `q`."""
+        while True:
+            self._terminal.note(Text("\nWhich is better? 1, 2, t(ie), s(kip), q(uit)", style="cyan"))
+            line = sys.stdin.readline()
+            answer = line.strip().lower()[:1] if line else "q"
+            if answer in tuple("12tsq"):
+                return answer
+
+    def _ruling(self, answer: str) -> Ruling | None:
+        from gemma_tune.evaluation.judge import Ruling
+
+        if answer == "1":
+            return Ruling("first", "")
+        if answer == "2":
+            return Ruling("second", "")
+        return Ruling("tie", "") if answer == "t" else None
+
+
+def print_comparison(terminal: Terminal, comparison: Comparison) -> None:
+    """Rules kept, win rates, scores."""
+    from gemma_tune.evaluation.comparison import format_points, format_share
+
+    if comparison.passes:
+        terminal.result(Text("\nKept the rules", style="bold"))
+        groups = list(dict.fromkeys((item.group, item.prompts) for item in comparison.passes))
+        kept = {(item.group, item.label): format_share(item.passed) for item in comparison.passes}
+        rows = [
+            (group or "all", f"{count:,}", *(kept[group, label] for label in comparison.labels))
+            for group, count in groups
+        ]
+        terminal.result(make_table(("", "prompts", *comparison.labels), rows, right=(1,)))
+    terminal.result(Text(f"\nWho wins, judged by {comparison.judge.name}", style="bold"))
+    pairs = [
+        (
+            f"{pair.first} against {pair.second}" if pair.group is None else f"  {pair.group}",
+            pair.wins,
+            pair.ties,
+            pair.losses,
+            format_share(pair.win_rate),
+        )
+        # Each pair with its groups below it.
+        for pair in sorted(comparison.pairs, key=lambda pair: _pair_place(comparison, pair.first, pair.second))
+    ]
+    terminal.result(make_table(("", "wins", "ties", "losses", "win rate"), pairs, right=(1, 2, 3)))
+    if comparison.ratings:
+        terminal.result(Text("\nScores (Bradley-Terry; 400 points are odds of 10 to 1)", style="bold"))
+        ratings = [(rating.label, format_points(rating.points)) for rating in comparison.ratings]
+        terminal.result(make_table(("", "points"), ratings))
+    judge = comparison.judge
+    told = [f"{judge.duels:,} of {judge.expected:,} duels judged"]
+    if judge.malformed:
+        told.append(f"{judge.malformed:,} without a readable verdict, whose pairs are left out")
+    if judge.first_preferred is not None:
+        told.append(
+            f"the answer shown first was preferred in {format_share(judge.first_preferred)} of the clear verdicts"
+        )
+    if judge.consistent is not None:
+        told.append(f"both orders agree on {format_share(judge.consistent)} of the pairs")
+    terminal.result(Text("\n" + "; ".join(told) + ".\n" + _NOTE, style="dim"))
+
+
+def _pair_place(comparison: Comparison, first: str, second: str) -> tuple[int, int]:
+    return comparison.labels.index(first), comparison.labels.index(second)

@@ -1,0 +1,135 @@
+"""`gemma-tune evaluate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tune.cli.arguments import AsJson, RunPath
+from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
+from gemma_tune.runs.evaluation import (
+    METRICS,
+    Evaluation,
+    Figure,
+    Group,
+    evaluated_rows_file,
+    format_estimate,
+    read_evaluation,
+)
+from gemma_tune.runs.layout import RunDir, open_run
+
+_STYLES = {"better": "green", "worse": "red", None: ""}
+# What is shown of each category; --json has all of it.
+_CATEGORY_METRIC = "exact_match"
+_NOTE = (
+    "In brackets: 95 % intervals, from resampled rows (Wilson's for the shares of one model); one without width means "
+    "that all rows agree. Differences are tuned − base on the same rows, in points for percentages; a coloured one has "
+    "its whole interval on one side of 0. The forgetting check reads a few short texts: a higher loss there says that "
+    "such text got less likely, and nothing of knowledge, reasoning or safety."
+)
+
+
+def evaluate(
+    run: RunPath,
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, help="The first N rows; all of them unless given.", show_default=False),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--source",
+            help="Rows of this file (.jsonl, .json, .csv, .parquet…) instead of those that the run held out.",
+            show_default=False,
+        ),
+    ] = None,
+    what: Annotated[str, typer.Option("--what", help="Which models, separated by commas.")] = "base,tuned",
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer in tokens; the recipe's unless given.", show_default=False)
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows per forward pass; the recipe's unless given.", show_default=False)
+    ] = None,
+    expect_json: Annotated[bool, typer.Option("--expect-json", help="Count answers that are valid JSON.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure again what is stored in the run already.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure base and tuned model on the same rows: loss, exact match, F1, ROUGE-L, format, and what was forgotten.
+
+    Every figure has its 95 % interval. The figures stay in the run and are measured again only when something changed.
+    """
+    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.evaluation.evaluate import EvaluateSettings, evaluate_run, parse_sides
+
+    terminal = Terminal()
+    opened = open_run(run)
+    settings = EvaluateSettings(
+        sides=parse_sides(what),
+        source=source,
+        num_rows=rows,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        expects_json=expect_json,
+    )
+    with libraries_to(opened.library_log), TerminalReporter(terminal) as reporter:
+        evaluation, is_new = evaluate_run(opened, settings=settings, reporter=reporter, again=again)
+    if as_json:
+        terminal.json(asdict(evaluation))
+        return
+    if not is_new:
+        terminal.note(f"measured {evaluation.made}, and nothing has changed since; --again measures anew")
+    print_evaluation(terminal, opened, evaluation)
+
+
+def print_evaluation(terminal: Terminal, run: RunDir, evaluation: Evaluation) -> None:
+    """The figures as tables: all rows, the categories, the forgetting check."""
+    everything, *categories = evaluation.rows
+    terminal.result(Text(f"\n{everything.rows:,} rows of {evaluation.rows_label}", style="bold"))
+    terminal.result(_figures_table(everything))
+    if categories:
+        label = METRICS[_CATEGORY_METRIC].label
+        terminal.result(Text(f"\n{label} by category", style="bold"))
+        terminal.result(_groups_table(categories, metric=_CATEGORY_METRIC, heading="category"))
+    general, *kinds = evaluation.general
+    terminal.result(Text(f"\nForgetting: {general.rows:,} texts ({evaluation.general_label})", style="bold"))
+    terminal.result(_figures_table(general))
+    if kinds:
+        terminal.result("")
+        terminal.result(_groups_table(kinds, metric="loss", heading="loss by kind"))
+    terminal.result(Text(f"\n{_NOTE}", style="dim"))
+    terminal.plain(f"row by row: {evaluated_rows_file(run)}")
+
+
+def print_stored_evaluation(terminal: Terminal, run: RunDir) -> None:
+    """The figures that a run keeps, if it was evaluated."""
+    evaluation = read_evaluation(run)
+    if evaluation is not None:
+        print_evaluation(terminal, run, evaluation)
+
+
+def _figures_table(group: Group) -> Table:
+    rows = [(METRICS[figure.metric].label, *_cells(figure, metric=figure.metric)) for figure in group.figures]
+    return make_table(("", "base", "tuned", "difference"), rows)
+
+
+def _groups_table(groups: Sequence[Group], *, metric: str, heading: str) -> Table:
+    rows = []
+    for group in groups:
+        figure = group.figure(metric)
+        cells = _cells(figure, metric=metric) if figure else ("—", "—", "—")
+        rows.append((group.category, f"{group.rows:,}", *cells))
+    return make_table((heading, "rows", "base", "tuned", "difference"), rows, right=(1,))
+
+
+def _cells(figure: Figure, *, metric: str) -> tuple[str, str, Text]:
+    difference = format_estimate(figure.difference, metric=metric, signed=True)
+    return (
+        format_estimate(figure.base, metric=metric),
+        format_estimate(figure.tuned, metric=metric),
+        Text(difference, style=_STYLES[figure.verdict]),
+    )

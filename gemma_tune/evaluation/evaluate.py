@@ -1,0 +1,231 @@
+"""Is the tuned model better than its base, and did it forget? Loss, answers and format of both on the same rows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.data.encoded import EncodedRows
+from gemma_tune.errors import DataError, ModelError, did_you_mean
+from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, judge_answer
+from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
+from gemma_tune.evaluation.identity import file_sha256
+from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
+from gemma_tune.inference.target import Target, find_target
+from gemma_tune.models.fetch import LocalModel
+from gemma_tune.models.files import file_hashes
+from gemma_tune.recipe.load import load_recipe
+from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.evaluation import (
+    SIDES,
+    Evaluation,
+    Side,
+    evaluated_rows_file,
+    read_evaluation,
+    write_evaluation,
+)
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import installed_version, read_json, utc_now, write_text
+from gemma_tune.runs.reporter import Reporter
+
+if TYPE_CHECKING:
+    from gemma_tune.inference.load import LoadedTarget
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    """What is measured.
+
+    Attributes:
+        sides: which models: `base`, `tuned` or both.
+        source: rows of a file instead of the held-out ones.
+        num_rows: the first N rows; None takes all.
+        max_new_tokens, batch_size: None takes the recipe's.
+        expects_json: whether an answer has to be JSON.
+    """
+
+    sides: tuple[Side, ...] = SIDES
+    source: str | None = None
+    num_rows: int | None = None
+    max_new_tokens: int | None = None
+    batch_size: int | None = None
+    expects_json: bool = False
+
+
+def parse_sides(text: str) -> tuple[Side, ...]:
+    """`base,tuned` in any order.
+
+    Raises:
+        DataError: another name, or none.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in SIDES:
+            near = did_you_mean(name, SIDES)
+            raise DataError(
+                f"cannot evaluate {name!r}" + (f"; {near}" if near else ""), hint="give base, tuned or both"
+            )
+    if not names:
+        raise DataError("nothing to evaluate", hint="give base, tuned or both")
+    return tuple(side for side in SIDES if side in names)
+
+
+def evaluate_run(
+    run: RunDir, *, settings: EvaluateSettings, reporter: Reporter, again: bool = False
+) -> tuple[Evaluation, bool]:
+    """Evaluate a finished run and keep the figures in it.
+
+    Returns:
+        The evaluation, and whether it was made now: an earlier one counts while nothing that decides it has changed,
+        unless `again`.
+
+    Raises:
+        GemmaTuneError: the run has no adapter, or its base or rows are gone or changed.
+    """
+    recipe = load_recipe(run.resolved_recipe).recipe
+    target = find_target(str(run.path))
+    assert isinstance(target, Target)  # a run directory
+    rows = _find_rows(run, recipe, target, settings=settings)
+    general = general_set(target.base)
+    max_new_tokens = settings.max_new_tokens or recipe.evaluation.max_new_tokens
+    key = _key(run, target, rows=rows, general=general, settings=settings) | {"max_new_tokens": max_new_tokens}
+    found = None if again else read_evaluation(run)
+    if found is not None and found.key == key:
+        return found, False
+
+    from gemma_tune.inference.load import load_target
+
+    _require_same_base(target.base, read_json(run.lock)["base"]["files"])
+    reporter.stage("model")
+    loaded = load_target(target)
+    eval_rows = rows.load(loaded.tokenizer, loaded.encoder).first(settings.num_rows)
+    reporter.detail(f"{len(eval_rows.examples):,} rows of {rows.label}")
+    texts = encode_general(general.texts, loaded.encoder)
+    batch_size = settings.batch_size or recipe.evaluation.batch_size or recipe.training.batch_size
+    results, general_results = {}, {}
+    for side in settings.sides:
+        reporter.stage(side)
+        with contextlib.nullcontext() if side == "tuned" else loaded.model.disable_adapter():
+            losses = _losses(loaded, eval_rows.encoded, batch_size=batch_size, what="rows", reporter=reporter)
+            answers = _answers(
+                loaded,
+                eval_rows,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                expects_json=settings.expects_json,
+                reporter=reporter,
+            )
+            general_losses = _losses(loaded, texts, batch_size=batch_size, what="texts", reporter=reporter)
+        results[side] = [RowResult(loss, answer) for loss, answer in zip(losses, answers, strict=True)]
+        general_results[side] = [RowResult(loss, None) for loss in general_losses]
+    evaluation = Evaluation(
+        made=utc_now(),
+        key=key,
+        rows_label=rows.label,
+        rows=groups_of(results, [example.category for example in eval_rows.examples]),
+        general=groups_of(general_results, general.kinds),
+        general_label=general.label,
+    )
+    _write_rows(run, eval_rows, results)
+    write_evaluation(run, evaluation)
+    return evaluation, True
+
+
+def _require_same_base(base: LocalModel, trained_on: Mapping[str, str]) -> None:
+    """A directory may hold other weights by now; a commit of the hub never changes."""
+    if base.revision is not None:
+        return
+    found = file_hashes(base.directory)
+    changed = sorted(name for name, digest in trained_on.items() if found.get(name) != digest)
+    if changed:
+        raise ModelError(
+            f"{base.directory} is not the base of this run any more: {', '.join(changed)} changed",
+            hint="restore it: with another base the adapter means something else",
+        )
+
+
+def _find_rows(run: RunDir, recipe: Recipe, target: Target, *, settings: EvaluateSettings) -> FoundRows:
+    if settings.source is not None:
+        return rows_of_source(settings.source, template=target.template, section=recipe.data)
+    return held_out_rows(recipe.data, base=target.base, trained_sha256=read_json(run.lock)["data"]["sha256"])
+
+
+def _key(
+    run: RunDir, target: Target, *, rows: FoundRows, general: GeneralSet, settings: EvaluateSettings
+) -> dict[str, Any]:
+    """Everything that decides the figures. The batch size is not among it: it moves a loss in its last digits."""
+    return {
+        "adapter": {path.name: file_sha256(path) for path in sorted(run.adapter.glob("adapter_*"))},
+        "base": read_json(run.lock)["base"],
+        "template": target.template.sha256,
+        "rows": rows.key,
+        "general": general.sha256,
+        "sides": list(settings.sides),
+        "num_rows": settings.num_rows,
+        "expects_json": settings.expects_json,
+        "packages": {name: installed_version(name) for name in ("gemma-tune", "torch", "transformers")},
+    }
+
+
+def _losses(
+    loaded: LoadedTarget, rows: EncodedRows, *, batch_size: int, what: str, reporter: Reporter
+) -> list[RowLoss]:
+    from gemma_tune.inference.score import ScoredRow, score_rows
+
+    scored = score_rows(
+        loaded,
+        [ScoredRow(*(array.tolist() for array in rows.arrays(index))) for index in range(len(rows))],
+        batch_size=batch_size,
+        on_progress=lambda done, total: reporter.progress(f"{what} scored", done, total),
+    )
+    return [RowLoss(-score.log_likelihood, len(score.tokens)) for score in scored]
+
+
+def _answers(
+    loaded: LoadedTarget,
+    rows: EvalRows,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    expects_json: bool,
+    reporter: Reporter,
+) -> list[RowAnswer]:
+    """The last turn of every row answered greedily, and compared with the expected answer."""
+    completions = loaded.complete(
+        [loaded.encoder.encode_prompt(example.prompt_segments) for example in rows.examples],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_progress=lambda done, total: reporter.progress("rows answered", done, total),
+    )
+    return [
+        judge_answer(
+            completion.text,
+            example.response,
+            num_tokens=completion.num_tokens,
+            stopped=completion.stopped,
+            expects_json=expects_json,
+        )
+        for example, completion in zip(rows.examples, completions, strict=True)
+    ]
+
+
+def _write_rows(run: RunDir, rows: EvalRows, results: Mapping[Side, list[RowResult]]) -> None:
+    """Row by row what the figures are made of."""
+    lines = []
+    for index, example in enumerate(rows.examples):
+        row: dict[str, Any] = {
+            "where": example.where,
+            "category": example.category,
+            "question": example.question,
+            "expected": example.response,
+        }
+        for side, of_side in results.items():
+            answer = of_side[index].answer
+            assert isinstance(answer, RowAnswer)  # only texts of the forgetting check have none
+            loss = of_side[index].loss
+            row[side] = {**asdict(answer), "loss_nats": loss.nats, "loss_tokens": loss.tokens}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(evaluated_rows_file(run), "".join(lines))

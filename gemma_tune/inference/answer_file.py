@@ -1,0 +1,88 @@
+"""A file of answers, a JSON object a line in the order of the questions, that a killed process goes on with.
+
+Until it is complete it lies beside its name as `NAME.partial`, with the settings that made it in `NAME.partial.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gemma_tune.errors import DataError
+from gemma_tune.runs.record import write_json
+
+
+class AnswerFile:
+    """Takes answers window by window; a window counts once all of its lines are on the disk.
+
+    Windows, not lines, are the unit: an answer depends to the last bit on the prompts beside it, and on the draws
+    before it, so a window is made again as a whole and the file is the one that an undisturbed process writes.
+    """
+
+    def __init__(self, path: Path, *, settings: Mapping[str, Any], window: int) -> None:
+        """Open, or find what a killed process left.
+
+        Raises:
+            DataError: the file exists, or the left answers were made with other settings.
+        """
+        self.path = path
+        self._partial = path.with_name(path.name + ".partial")
+        self._settings_file = path.with_name(path.name + ".partial.json")
+        if path.exists():
+            raise DataError(f"{path} exists already, and is never overwritten", hint="remove it, or give another name")
+        if not path.parent.is_dir():
+            raise DataError(f"there is no directory {path.parent}", hint="make it, or give another name")
+        try:
+            self._require_same(json.loads(json.dumps(settings)))
+            self.num_found = self._keep_whole_windows(window)
+            self._file = self._partial.open("a", encoding="utf-8", newline="\n")
+        except OSError as error:
+            raise DataError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._file.close()
+        if error is None:
+            self._partial.replace(self.path)
+        if not (self._partial.is_file() and self._partial.stat().st_size):
+            self._partial.unlink(missing_ok=True)
+            self._settings_file.unlink()
+
+    def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Add a window of answers; it is on the disk when this returns."""
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _require_same(self, settings: dict[str, Any]) -> None:
+        if not self._partial.is_file():
+            write_json(self._settings_file, settings)
+            return
+        try:
+            before = json.loads(self._settings_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            before = {}
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            told = "; ".join(f"{name}: {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            raise DataError(
+                f"{self._partial} holds answers that were made otherwise ({told})",
+                hint="go on with the same settings, or remove that file to begin anew",
+            )
+
+    def _keep_whole_windows(self, window: int) -> int:
+        """Cut what is left to whole windows; the number of answers that stay."""
+        if not self._partial.is_file():
+            return 0
+        lines = self._partial.read_bytes().splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith(b"\n")]
+        kept = len(whole) - len(whole) % window
+        with self._partial.open("rb+") as file:
+            file.truncate(sum(map(len, whole[:kept])))
+        return kept

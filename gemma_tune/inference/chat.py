@@ -1,0 +1,128 @@
+"""A talk with a model that has chat turns: its history, and the commands that change it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gemma_tune.data.segments import RowError
+from gemma_tune.data.template import DataTemplate
+from gemma_tune.errors import DataError
+from gemma_tune.inference.ask import AnswerSettings
+from gemma_tune.inference.streaming import OnText
+
+if TYPE_CHECKING:
+    from gemma_tune.data.chat import ChatRenderer
+    from gemma_tune.inference.generate import Completion
+    from gemma_tune.inference.load import LoadedTarget
+
+Message = dict[str, str]
+
+
+def require_turns(template: DataTemplate, *, target: str) -> None:
+    """Refuse a model that was trained on single prompts of plain text: it has never seen a turn.
+
+    Raises:
+        DataError: the template is not one of chat turns.
+    """
+    if template.kind == "text":
+        raise DataError(
+            f"{target} is asked with the data template {template.name}, which has no turns of a talk",
+            hint=f'ask single questions: gemma-tune generate {target} --prompt "…"; for a talk, train on chat rows '
+            "(data.template=chat or dolly-chat), or take an -it model; --template chat tries it anyway",
+        )
+
+
+class Talk:
+    """The messages so far. Every answer is given behind all of them, through the model's own chat template."""
+
+    def __init__(self, loaded: LoadedTarget, *, settings: AnswerSettings) -> None:
+        assert loaded.chat is not None, "require_turns has let it pass"
+        self._loaded = loaded
+        self._chat: ChatRenderer = loaded.chat
+        self._settings = settings
+        self._turns: list[Message] = []
+        self._system = ""
+        self.has_system_turn = self._renders([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
+
+    @property
+    def num_answers(self) -> int:
+        return len(self._turns) // 2
+
+    @property
+    def messages(self) -> list[Message]:
+        """The talk as the model reads it.
+
+        A template without a system turn (Gemma 1 and 2) gets the system text in front of the first message, as Gemma
+        3's template puts it.
+        """
+        if not self._system:
+            return list(self._turns)
+        if self.has_system_turn:
+            return [{"role": "system", "content": self._system}, *self._turns]
+        first = [{**turn, "content": f"{self._system}\n\n{turn['content']}"} for turn in self._turns[:1]]
+        return [*first, *self._turns[1:]]
+
+    def ask(self, text: str, *, on_text: OnText | None = None) -> Completion:
+        """Say something and get the answer; both are kept. Without an answer, neither is.
+
+        Raises:
+            DataError: the talk has become longer than the model's context.
+        """
+        self._turns.append({"role": "user", "content": text})
+        try:
+            prompt = self._loaded.encoder.encode_prompt(self._chat.prompt(self.messages))
+            (completion,) = self._loaded.complete([prompt], **self._settings.arguments(), on_text=on_text)
+        except BaseException:
+            self._turns.pop()
+            raise
+        self._turns.append({"role": "assistant", "content": completion.text})
+        return completion
+
+    def start_anew(self, *, system: str) -> None:
+        """Forget the talk and set the system text: no answer stands behind a text that it was not given with."""
+        self._turns.clear()
+        self._system = system
+
+    def undo(self) -> bool:
+        """Forget the last question and its answer; False when there is none."""
+        removed = self._turns[-2:]
+        del self._turns[-2:]
+        return bool(removed)
+
+    def reset(self) -> None:
+        """Forget everything but the system text."""
+        self._turns.clear()
+
+    def save(self, path: Path) -> int:
+        """Add the talk to a .jsonl file as a row that the data template `chat` trains on; the number of its rows.
+
+        Raises:
+            DataError: there is nothing to save, an answer is empty, or the file cannot be written.
+        """
+        if not self._turns:
+            raise DataError("there is no talk yet", hint="say something first")
+        if path.suffix != ".jsonl":
+            raise DataError(f"{path} is no .jsonl file", hint=f"for example: /save {path.with_suffix('.jsonl')}")
+        try:
+            self._chat.row(self.messages, where="the talk")
+        except RowError as error:
+            raise DataError(f"the talk cannot be trained on: {error.problem}", hint="/undo takes a turn back") from None
+        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+        try:
+            before = path.read_text(encoding="utf-8") if path.is_file() else ""
+            with path.open("a", encoding="utf-8", newline="\n") as file:
+                file.write(("\n" if before and not before.endswith("\n") else "") + line)
+        except (OSError, UnicodeDecodeError) as error:
+            told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise DataError(f"cannot write {path}: {told}") from None
+        return len(before.splitlines()) + 1
+
+    def _renders(self, messages: Sequence[Message]) -> bool:
+        try:
+            self._chat.prompt(messages)
+        except (RowError, DataError):
+            return False
+        return True

@@ -1,0 +1,267 @@
+"""A model in one line of a notebook: `from gemma_tune import load`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+from gemma_tune.data.render import question_fields
+from gemma_tune.engines.quiet import libraries_to
+from gemma_tune.engines.table import ENGINES, start_engine
+from gemma_tune.errors import EngineError, ModelError, did_you_mean
+from gemma_tune.inference.ask import AnswerSettings, encode_questions
+from gemma_tune.inference.sampling import Sampler, Sampling, choose_sampling
+from gemma_tune.inference.target import GgufTarget, find_target
+from gemma_tune.models.config import TextConfig
+from gemma_tune.models.summary import LayerRow, summarize
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.score import Intercept, TextScore
+
+# A question as text, or the fields of a data template, such as {"instruction": …, "context": …}.
+Question = str | Mapping[str, Any]
+
+
+def load(
+    name: str,
+    *,
+    engine: str = "transformers",
+    load_in_4bit: bool | None = None,
+    dtype: str | None = None,
+    template: str | None = None,
+    without_adapter: bool = False,
+    load_weights: bool = True,
+) -> Gemma:
+    """Load a model to ask and to score.
+
+    Args:
+        name: a run, an adapter, a merged directory, a GGUF file, a short name or hub id, or a KerasNLP preset such as
+            gemma_2b_en.
+        engine: transformers or unsloth; Unsloth wants to be imported before transformers is.
+        load_in_4bit: NF4 or not; a run is loaded as it was trained unless given.
+        dtype: auto, bfloat16, float16 or float32.
+        template: the data template that questions go through; a run brings its own, and a base model that has none
+            continues bare text.
+        without_adapter: take the base of a run.
+        load_weights: False makes random weights from the architecture alone.
+
+    Raises:
+        GemmaTuneError: what is wrong, and what to do.
+    """
+    with libraries_to(None):
+        if not load_weights:
+            return _random(name, dtype=dtype, template=template, load_in_4bit=load_in_4bit)
+        if engine not in ENGINES:
+            near = did_you_mean(engine, ENGINES)
+            raise EngineError(
+                f"there is no engine {engine!r}" + (f"; {near}" if near else ""), hint=f"engines: {', '.join(ENGINES)}"
+            )
+        target = find_target(name, template=template, default_template="completion", without_adapter=without_adapter)
+        try:
+            started = None if isinstance(target, GgufTarget) else start_engine(engine)  # before transformers
+        except ModuleNotFoundError as error:
+            raise EngineError(f"the engine {engine} is not installed ({error})", hint="use transformers") from None
+
+        from gemma_tune.inference.load import load_target
+
+        loaded = load_target(target, engine=started, load_in_4bit=load_in_4bit, dtype=dtype)
+    config = None if isinstance(target, GgufTarget) else target.base.config
+    return Gemma(name, model=loaded.model, config=config, loaded=loaded)
+
+
+def _random(name: str, *, dtype: str | None, template: str | None, load_in_4bit: bool | None) -> Gemma:
+    from gemma_tune.data.template import load_template
+    from gemma_tune.inference.load import loaded_target
+    from gemma_tune.inference.random_model import make_random_model
+
+    if load_in_4bit:
+        raise ModelError("random weights are not quantised", hint="leave load_in_4bit out")
+    model, config, directory = make_random_model(name, dtype=dtype or "auto")
+    has_tokenizer = directory is not None and (directory / "tokenizer.json").is_file()
+    loaded = None
+    if directory is not None and has_tokenizer:
+        loaded = loaded_target(model, tokenizer_directory=directory, template=load_template(template or "completion"))
+    return Gemma(name, model=model, config=config, loaded=loaded)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The layers of a model and what they weigh; printed, a table.
+
+    Attributes:
+        num_adapter_params: of a LoRA adapter on top of it.
+        weights_bytes: in memory as loaded.
+    """
+
+    name: str
+    layers: tuple[LayerRow, ...]
+    num_params: int
+    num_adapter_params: int
+    weights_bytes: int
+
+    def __str__(self) -> str:
+        cells = [("layer", "kind", "output shape", "parameters")]
+        cells += [(row.name, row.kind, row.shape_text, f"{row.num_params:,}") for row in self.layers]
+        widths = [max(len(line[column]) for line in cells) for column in range(4)]
+        lines = [self.name]
+        for name, kind, shape, count in cells:
+            lines.append(f"{name:<{widths[0]}}  {kind:<{widths[1]}}  {shape:<{widths[2]}}  {count:>{widths[3]}}")
+        lines.append(f"{self.num_params:,} parameters, {self.weights_bytes:,} bytes in memory")
+        if self.num_adapter_params:
+            lines.append(f"{self.num_adapter_params:,} parameters of the adapter")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+class Gemma:
+    """A model that is asked with the data template it was trained with."""
+
+    def __init__(self, name: str, *, model: Any, config: TextConfig | None, loaded: LoadedTarget | None) -> None:
+        """Made by `load`. `model` and `config` are None for a GGUF, `loaded` for random weights without a tokenizer."""
+        self.name = name
+        self.model = model
+        self._config = config
+        self._loaded = loaded
+        self._sampling = Sampling()
+
+    def summary(self) -> Summary:
+        """The layer table.
+
+        Raises:
+            EngineError: the model is a GGUF.
+        """
+        if self._config is None:
+            raise EngineError("llama.cpp does not tell the layers of a GGUF", hint="load the run or merged directory")
+        adapter = [each.numel() for name, each in self.model.named_parameters() if "lora_" in name]
+        layers = tuple(summarize(self._config, by="layer"))
+        return Summary(
+            name=self.name,
+            layers=layers,
+            num_params=sum(row.num_params for row in layers),
+            num_adapter_params=sum(adapter),
+            weights_bytes=self.model.get_memory_footprint(),
+        )
+
+    def compile(
+        self,
+        sampler: str | Sampler = "greedy",
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        num_beams: int | None = None,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        """Choose how the next answers are made: a sampler's name, or a function of logits [batch, vocabulary].
+
+        Raises:
+            DataError: as `choose_sampling`.
+        """
+        self._sampling = choose_sampling(
+            sampler,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            num_beams=num_beams,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+        )
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
+        self,
+        questions: Question,
+        *,
+        max_length: int | None = ...,
+        max_new_tokens: int | None = ...,
+        stop_strings: Sequence[str] = ...,
+        batch_size: int = ...,
+    ) -> str: ...
+    @overload
+    def generate(
+        self,
+        questions: Sequence[Question],
+        *,
+        max_length: int | None = ...,
+        max_new_tokens: int | None = ...,
+        stop_strings: Sequence[str] = ...,
+        batch_size: int = ...,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        questions: Question | Sequence[Question],
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int | None = None,
+        stop_strings: Sequence[str] = (),
+        batch_size: int = 8,
+    ) -> str | list[str]:
+        """Answer one question, or several in batches; the text is the answer alone.
+
+        Args:
+            max_length, max_new_tokens, stop_strings, batch_size: as in `AnswerSettings`.
+
+        Raises:
+            DataError: a question lacks what the template reads, or leaves no room for an answer.
+        """
+        loaded = self._asked()
+        settings = AnswerSettings(
+            sampling=self._sampling,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            stop_strings=tuple(stop_strings),
+            batch_size=batch_size,
+        )
+        asked: Sequence[Question] = [questions] if isinstance(questions, str | Mapping) else questions
+        completions = loaded.complete(
+            encode_questions(loaded, [self._row(question) for question in asked]), **settings.arguments()
+        )
+        texts = [completion.text for completion in completions]
+        return texts[0] if isinstance(questions, str | Mapping) else texts
+
+    def encode(self, question: Question) -> list[int]:
+        """The token ids that ask a question, BOS and template included."""
+        loaded = self._asked()
+        return encode_questions(loaded, [self._row(question)])[0]
+
+    def score(
+        self,
+        token_ids: Any,
+        padding_mask: Any = None,
+        scoring_mode: Literal["logits", "loss"] = "logits",
+        layer_intercept_fn: Intercept | None = None,
+        target_ids: Any = None,
+    ) -> torch.Tensor:
+        """Logits or losses of token ids; see `inference.score.score_tokens`."""
+        from gemma_tune.inference.score import score_tokens
+
+        if self.model is None:
+            raise EngineError("a GGUF file is not scored", hint="load the run or the merged directory it was made of")
+        return score_tokens(self.model, token_ids, padding_mask, scoring_mode, layer_intercept_fn, target_ids)
+
+    def score_response(self, question: Question, response: str) -> TextScore:
+        """How likely a response to a question is: log-likelihood, perplexity, and every token's share."""
+        from gemma_tune.inference.score import row_of_response, score_rows
+
+        loaded = self._asked()
+        return score_rows(loaded, [row_of_response(loaded, self._row(question), response)])[0]
+
+    def _row(self, question: Question) -> dict[str, Any]:
+        template = self._asked().template
+        return question_fields(template, question) if isinstance(question, str) else dict(question)
+
+    def _asked(self) -> LoadedTarget:
+        if self._loaded is None:
+            raise EngineError(
+                f"{self.name} has no tokenizer here, as it was made of random weights",
+                hint="score() takes token ids; load the model itself to ask it, or a directory with a tokenizer",
+            )
+        return self._loaded

@@ -1,0 +1,75 @@
+"""A new recipe file: only what differs from the defaults, with the reason beside a value."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import wrap
+
+from gemma_tune.errors import RecipeError
+from gemma_tune.recipe.schema import Recipe
+
+_LINE_WIDTH = 120
+_COMMENT_COLUMN = 34
+# Text that YAML 1.2 reads as itself: no number, no sign of its own, no word with a meaning.
+_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
+# What YAML 1.2 or other readers, which still follow 1.1, take for something else.
+_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of a recipe. `path` is `section.field`; `why` stands behind the value."""
+
+    path: str
+    value: str | float | bool | Mapping[str, str]
+    why: str = ""
+
+
+def format_recipe(header: Mapping[str, str], settings: Sequence[Setting]) -> str:
+    """The text of a recipe file: header comments, then the settings by section, in the order of the schema."""
+    width = max(len(key) for key in header) + 1
+    lines = []
+    for key, text in header.items():
+        indents = f"# {key + ':':<{width}} ", f"# {'':<{width}} "
+        lines += wrap(
+            text, _LINE_WIDTH, initial_indent=indents[0], subsequent_indent=indents[1], break_long_words=False
+        )
+    for section in Recipe.model_fields:
+        own = [setting for setting in settings if setting.path.startswith(f"{section}.")]
+        lines += ["", f"{section}:"] if own else []
+        lines += [_line(setting) for setting in own]
+    return "\n".join(lines) + "\n"
+
+
+def _line(setting: Setting) -> str:
+    text = f"  {setting.path.partition('.')[2]}: {_value(setting.value)}"
+    return f"{text:<{_COMMENT_COLUMN}}  # {setting.why}" if setting.why else text
+
+
+def _value(value: object) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_value(key)}: {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value, ensure_ascii=False)  # JSON is YAML
+
+
+def write_new(path: Path, text: str) -> None:
+    """Write a recipe file that was not there.
+
+    Raises:
+        RecipeError: it is there, or cannot be written.
+    """
+    try:
+        with path.open("x", encoding="utf-8", newline="\n") as stream:
+            stream.write(text)
+    except FileExistsError:
+        raise RecipeError(f"{path} exists already, and is not overwritten", hint="give another file name") from None
+    except OSError as error:
+        raise RecipeError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None

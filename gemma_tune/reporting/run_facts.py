@@ -1,0 +1,278 @@
+"""What a report tells of a run, gathered from the files of its directory; a file that is not there yet is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemma_tune.reporting.charts import Point
+from gemma_tune.reporting.loss_curve import exponential_mean
+from gemma_tune.reporting.numbers import format_bytes, format_seconds
+from gemma_tune.runs.evaluation import Evaluation, format_estimate, read_evaluation
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import Manifest, read_json, read_manifest, read_metrics
+from gemma_tune.runs.summary import RunSummary, read_summary
+
+PLAN_FILE = "plan.json"
+# Settings in which two runs differ without learning otherwise.
+_NOT_COMPARED = ("run.name", "run.output_dir")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """One run.
+
+    Attributes:
+        lock, data, plan: as their JSON files have them.
+        metrics: lines of metrics.jsonl.
+        recipe: the resolved recipe, as text.
+        settings: the same as `section.field` → value.
+    """
+
+    name: str
+    manifest: Manifest
+    lock: Mapping[str, Any] | None
+    data: Mapping[str, Any] | None
+    plan: Mapping[str, Any] | None
+    summary: RunSummary | None
+    evaluation: Evaluation | None
+    metrics: Sequence[Mapping[str, Any]]
+    recipe: str
+    settings: Mapping[str, Any]
+
+    def points(self, field: str) -> list[Point]:
+        """A logged figure by step."""
+        return [(row["step"], row[field]) for row in self.metrics if row.get(field) is not None]
+
+    @property
+    def smooth_loss(self) -> list[Point]:
+        points = self.points("loss")
+        smooth = exponential_mean([loss for _, loss in points])
+        return [(step, loss) for (step, _), loss in zip(points, smooth, strict=True)]
+
+    @property
+    def eval_losses(self) -> list[Point]:
+        """Those while training, between the one before it, at step 0, and the one after it."""
+        points = self.points("eval_loss")
+        if self.summary is None:
+            return points
+        ends = ((0, self.summary.eval_loss_before), (self.summary.steps, self.summary.eval_loss_after))
+        found = {step: loss for step, loss in ends if loss is not None} | dict(points)
+        return sorted(found.items())
+
+    @property
+    def headline(self) -> str:
+        """Model, engine and precision in a line."""
+        if self.summary is not None:
+            summary = self.summary
+            return f"{summary.model} · {summary.engine} · {summary.quantization} · {summary.precision}"
+        return str(self.settings.get("model.name", ""))
+
+
+def gather_facts(run: RunDir) -> RunFacts:
+    """Read a run directory.
+
+    Raises:
+        RunError: a file of it is damaged.
+    """
+    from ruamel.yaml import YAML
+
+    recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
+    plan_file = run.path / PLAN_FILE
+    return RunFacts(
+        name=run.path.resolve().name,
+        manifest=read_manifest(run),
+        lock=read_json(run.lock) if run.lock.is_file() else None,
+        data=read_json(run.data_report) if run.data_report.is_file() else None,
+        plan=read_json(plan_file) if plan_file.is_file() else None,
+        summary=read_summary(run) if run.summary.is_file() else None,
+        evaluation=read_evaluation(run),
+        metrics=read_metrics(run),
+        recipe=recipe,
+        settings=_flat(YAML(typ="safe", pure=True).load(recipe) or {}),
+    )
+
+
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, fields in values.items()
+        for name, value in (fields.items() if isinstance(fields, Mapping) else [("", fields)])
+    }
+
+
+def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """The settings that are not the same in all runs, with the value of each; `—` where a recipe has none."""
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_COMPARED)
+    rows = [(name, [_written(run.settings[name]) if name in run.settings else "—" for run in runs]) for name in names]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def _written(value: object) -> str:
+    """As YAML has it, in one line."""
+    if isinstance(value, list):
+        return ", ".join(map(_written, value)) or "none"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def results(run: RunFacts) -> list[tuple[str, str]]:
+    """What came out, as label and value."""
+    state: str = run.manifest.status
+    if run.manifest.total_steps:
+        state += f", step {run.manifest.step:,} of {run.manifest.total_steps:,}"
+    rows = [("status", state)]
+    summary = run.summary
+    if summary is None:
+        return rows
+    return [
+        *rows,
+        (
+            "eval loss, nats a token",
+            before_after(summary.eval_loss_before, summary.eval_loss_after, form=".3f", rows=summary.eval_rows),
+        ),
+        (
+            "exact match",
+            before_after(
+                summary.exact_match_before, summary.exact_match_after, form=".1%", rows=summary.exact_match_rows
+            ),
+        ),
+        ("training loss, last tenth", f"{summary.train_loss:.3f}"),
+        ("rows", f"{summary.train_rows:,} trained, {summary.eval_rows:,} held out"),
+        ("trained parameters", f"{summary.num_trainable:,}"),
+        ("tokens", f"{summary.num_tokens:,}"),
+        ("time of training", f"{format_seconds(summary.training_seconds)} of {format_seconds(summary.total_seconds)}"),
+        ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+        ("peak memory", format_bytes(summary.peak_memory_bytes)),
+    ]
+
+
+def results_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """Every result, with the value of each run."""
+    columns = [dict(results(run)) for run in runs]
+    labels = dict.fromkeys(label for column in columns for label in column)
+    return [(label, [column.get(label, "—") for column in columns]) for label in labels]
+
+
+def before_after(before: float | None, after: float | None, *, form: str, rows: int | None = None) -> str:
+    """`2.235 → 0.069 (115 rows)`; one value where there is one, `—` where there is none."""
+    written = [format(value, form).replace("%", " %") for value in (before, after) if value is not None]
+    if not written:
+        return "—"
+    return " → ".join(written) + ("" if rows is None else f" ({rows:,} rows)")
+
+
+def plan_against_measured(run: RunFacts) -> list[tuple[str, str, str]]:
+    """What was planned and what was measured; nothing without a plan.
+
+    Memory is what PyTorch allocates, as the peak of a run is, so without CUDA's own context.
+    """
+    if run.plan is None:
+        return []
+    plan, summary = run.plan, run.summary
+    schedule = plan.get("schedule") or {}
+    need, spread = plan.get("allocated_bytes"), plan.get("uncertainty_bytes")
+    measured = {
+        "memory allocated": format_bytes(summary.peak_memory_bytes) if summary else "—",
+        "steps": f"{summary.steps:,}" if summary else "—",
+        "tokens": f"{summary.num_tokens:,}" if summary else "—",
+        "time of training": format_seconds(summary.training_seconds) if summary else "—",
+    }
+    planned = {
+        "memory allocated": None
+        if need is None
+        else format_bytes(need) + (f" ± {format_bytes(spread)}" if spread else ""),
+        "steps": None if schedule.get("steps") is None else f"{schedule['steps']:,}",
+        "tokens": None if schedule.get("tokens") is None else f"{schedule['tokens']:,.0f}",
+        "time of training": None if schedule.get("seconds") is None else format_seconds(schedule["seconds"]),
+    }
+    return [(what, value or "—", measured[what]) for what, value in planned.items()]
+
+
+def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Counts of the rows, as label and value; what did not happen is left out."""
+    share = data["train_supervised_tokens"] / max(1, data["train_tokens"])
+    rows = [
+        ("read", f"{data['rows_read']:,} rows"),
+        (
+            "trained",
+            f"{data['train_rows']:,} rows, {data['train_tokens']:,} tokens, {share * 100:.0f} % of them in the loss",
+        ),
+        ("held out", f"{data['eval_rows']:,} rows, {data['eval_tokens']:,} tokens"),
+        (
+            "row length",
+            f"{data['length_p50']:,} tokens (half of the rows at most), {data['length_p90']:,} (90 %), "
+            f"{data['length_p99']:,} (99 %), {data['length_max']:,} (longest); allowed {data['max_seq_tokens']:,}",
+        ),
+    ]
+    counts = [
+        ("beyond the limits of the recipe", data["num_unused"]),
+        ("with the text of another row", data["num_duplicates"]),
+    ]
+    return rows + [(label, f"{count:,} row{'' if count == 1 else 's'}") for label, count in counts if count]
+
+
+def warnings(run: RunFacts) -> list[str]:
+    """What a reader of the figures has to know, the worst first."""
+    found = []
+    if run.manifest.status != "finished":
+        found.append(f"the run is {run.manifest.status}" + (f": {run.manifest.error}" if run.manifest.error else ""))
+    evaluation = run.evaluation
+    if evaluation is not None:
+        forgetting = evaluation.general[0].figure("loss")
+        if forgetting is not None and forgetting.verdict == "worse":
+            moved = format_estimate(forgetting.difference, metric="loss", signed=True)
+            found.append(f"general text got less likely: loss {moved} nats a token on {evaluation.general_label}")
+    losses = run.eval_losses
+    if losses:
+        best_step, best = min(losses, key=lambda point: point[1])
+        if losses[-1][1] > best * 1.02:
+            found.append(
+                f"the eval loss rose again: {best:.3f} at step {best_step:,.0f}, {losses[-1][1]:.3f} at the end"
+            )
+    skipped = sum("loss" in row and row["loss"] is None for row in run.metrics)
+    if skipped:
+        found.append(f"{skipped:,} logged steps have no finite loss")
+    data = run.data
+    if data is not None:
+        counts = [
+            (data["rows_bad"], "rows could not be used"),
+            (data["dropped_too_long"], f"rows are longer than {data['max_seq_tokens']:,} tokens and were left out"),
+            (data["truncated"], "prompts were cut to fit"),
+            (data["truncated_answers"], "answers were cut to fit"),
+            (data["num_leaked"], "train rows were left out, being eval rows, too"),
+            (data["control_strings"], f"control tokens are spelled out in row text, read as {data['control_as']}"),
+            *((count, f"rows left out: {reason}") for reason, count in data["left_out"].items()),
+        ]
+        found += [f"{count:,} {what}" for count, what in counts if count]
+        found += data["notes"]
+    return found
+
+
+def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the run depends on."""
+    base, engine, precision, hardware = (lock[part] for part in ("base", "engine", "precision", "hardware"))
+    memory = f", {format_bytes(hardware['memory_bytes'])}" if hardware.get("memory_bytes") else ""
+    return [
+        ("base", base["name"] + (f", revision {base['revision']}" if base["revision"] else "")),
+        *((f"sha256 of {name}", digest) for name, digest in base["files"].items() if name.endswith(".safetensors")),
+        ("rows", lock["data"]["label"]),
+        ("sha256 of the rows", lock["data"]["sha256"]),
+        ("engine", f"{engine['name']}: {engine['reason']}"),
+        ("precision", f"{precision['compute']}: {precision['reason']}"),
+        ("hardware", hardware["name"] + memory),
+        ("seed", str(lock["seed"])),
+        ("python", f"{lock['python']} on {lock['platform']}"),
+    ]
+
+
+def reproduce_steps(run: RunFacts) -> list[str]:
+    """Commands that make the run again, each with what it does."""
+    packages = (run.lock or {}).get("packages", {})
+    pins = " ".join(f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version)
+    return [
+        *([f"pip install {pins}"] if pins else []),
+        f"gemma-tune train {run.name}/resolved.yaml  # the same recipe as a new run",
+        f"gemma-tune reproduce {run.name}  # the same, and compares the adapters bit for bit",
+    ]

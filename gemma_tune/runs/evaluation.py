@@ -1,0 +1,161 @@
+"""What `gemma-tune evaluate` found of a run, as it is stored in evaluation.json and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import read_json, write_json
+
+Side = Literal["base", "tuned"]
+SIDES: tuple[Side, ...] = ("base", "tuned")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure over rows.
+
+    Attributes:
+        label: as it is shown.
+        form: how a value is written: `share` in percent, `number` with three digits behind the point.
+        better: where it should move; None: it only describes.
+    """
+
+    label: str
+    form: Literal["share", "number"]
+    better: Literal["higher", "lower"] | None
+
+
+METRICS: Mapping[str, Metric] = {
+    "loss": Metric("loss, nats a token", "number", "lower"),
+    "perplexity": Metric("perplexity", "number", "lower"),
+    "exact_match": Metric("exact match", "share", "higher"),
+    "token_f1": Metric("token F1", "share", "higher"),
+    "rouge_l": Metric("ROUGE-L", "share", "higher"),
+    "stopped": Metric("stops by itself", "share", "higher"),
+    "length": Metric("length, answer / expected", "number", None),
+    "valid_json": Metric("valid JSON", "share", "higher"),
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95 % interval; `low` and `high` are None where there is one row only."""
+
+    value: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of one group of rows. `difference` is tuned minus base on the same rows, where both were measured."""
+
+    metric: str
+    base: Estimate | None
+    tuned: Estimate | None
+    difference: Estimate | None
+
+    @property
+    def verdict(self) -> Literal["better", "worse"] | None:
+        """Where the difference lies beyond doubt: its whole interval is on one side of 0."""
+        better = METRICS[self.metric].better
+        if better is None or self.difference is None or self.difference.low is None or self.difference.high is None:
+            return None
+        if self.difference.low <= 0 <= self.difference.high:
+            return None
+        return "better" if (self.difference.low > 0) == (better == "higher") else "worse"
+
+
+@dataclass(frozen=True)
+class Group:
+    """The figures of some rows: of all of them (`category` None), or of those of one category."""
+
+    category: str | None
+    rows: int
+    figures: tuple[Figure, ...]
+
+    def figure(self, metric: str) -> Figure | None:
+        return next((figure for figure in self.figures if figure.metric == metric), None)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found.
+
+    Attributes:
+        made: when, in UTC.
+        key: everything that decides the figures; another key means that they must be made again.
+        rows_label: where the rows come from.
+        rows: the groups, all rows first.
+        general: the same over the forgetting check's texts, with loss and perplexity only.
+        general_label: what those texts are.
+    """
+
+    made: str
+    key: dict[str, Any]
+    rows_label: str
+    rows: tuple[Group, ...]
+    general: tuple[Group, ...]
+    general_label: str
+
+
+def evaluation_file(run: RunDir) -> Path:
+    return run.path / "evaluation.json"
+
+
+def evaluated_rows_file(run: RunDir) -> Path:
+    """One JSON object an evaluated row: question, expected response, and the answer of each model with its figures."""
+    return run.path / "evaluation-rows.jsonl"
+
+
+def write_evaluation(run: RunDir, evaluation: Evaluation) -> None:
+    write_json(evaluation_file(run), asdict(evaluation))
+
+
+def read_evaluation(run: RunDir) -> Evaluation | None:
+    """The stored evaluation of a run, or None.
+
+    Raises:
+        RunError: its file is damaged.
+    """
+    if not evaluation_file(run).is_file():
+        return None
+    values = read_json(evaluation_file(run))
+    return Evaluation(
+        **{**values, "rows": _groups_from(values["rows"]), "general": _groups_from(values["general"])},
+    )
+
+
+def format_estimate(estimate: Estimate | None, *, metric: str, signed: bool = False) -> str:
+    """`88.7 % [81.6, 93.3]`; a difference with its sign; `—` where nothing was measured."""
+    if estimate is None:
+        return "—"
+    is_share = METRICS[metric].form == "share"
+    value = _number(estimate.value, is_share=is_share, signed=signed)
+    unit = " %" if is_share and not signed else ""  # a difference of shares is in points
+    if estimate.low is None or estimate.high is None:
+        return value + unit
+    low, high = (_number(each, is_share=is_share, signed=signed) for each in (estimate.low, estimate.high))
+    return f"{value}{unit} [{low}, {high}]"
+
+
+def _number(value: float, *, is_share: bool, signed: bool) -> str:
+    scaled = value * 100 if is_share else value
+    digits = 1 if is_share or abs(scaled) >= 100 else 3
+    return f"{scaled:{'+' if signed else ''},.{digits}f}"
+
+
+def _groups_from(values: list[dict[str, Any]]) -> tuple[Group, ...]:
+    return tuple(
+        Group(group["category"], group["rows"], tuple(_figure_from(figure) for figure in group["figures"]))
+        for group in values
+    )
+
+
+def _figure_from(values: dict[str, Any]) -> Figure:
+    estimates = {name: Estimate(**values[name]) if values[name] else None for name in (*SIDES, "difference")}
+    return Figure(values["metric"], estimates["base"], estimates["tuned"], estimates["difference"])

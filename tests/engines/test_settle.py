@@ -1,0 +1,32 @@
+"""Precision and engine on a card that is not here."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from gemma_tune.engines.precision import Device
+from gemma_tune.engines.settle import settle
+from gemma_tune.errors import EngineError
+from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
+
+T4 = Device("cuda", "T4", (7, 5), 15_360 * 2**20)
+L4 = Device("cuda", "L4", (8, 9), 23_034 * 2**20)
+
+
+def recipe(**model: object) -> Recipe:
+    return Recipe(data=DataSection(source="x", max_seq_tokens=8), model=ModelSection.model_validate(model))
+
+
+def test_the_card_decides_the_precision() -> None:
+    assert settle(recipe(), device=T4)[0].compute == "float16"
+    assert settle(recipe(), device=L4)[0].compute == "bfloat16"
+    with pytest.raises(EngineError, match=r"would be emulated"):
+        settle(recipe(dtype="bfloat16"), device=T4)
+
+
+def test_a_named_engine_need_not_be_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert settle(recipe(), device=L4)[1] == "transformers"
+    assert settle(recipe(engine="unsloth"), device=L4)[1] == "unsloth"
