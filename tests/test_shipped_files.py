@@ -133,12 +133,14 @@ def test_no_file_is_too_large_for_git() -> None:
 
 def test_no_file_names_a_folder_of_somebodys_machine() -> None:
     # Written in pieces, so that this file does not name them itself.
-    home = re.compile("/(?:home|Users|root|work)" + r"/[A-Za-z0-9_.-]+|[A-Z]:\\Users\\")
+    home = re.compile("(?:/(?:home|Users|root|work)/|" + r"[A-Z]:\\+Users\\+)(?P<name>[A-Za-z0-9_.-]+)")
+    # Planted by tests of what must not be passed on.
+    invented = {"al", "alice", "bob", "eve", "Martha", "me", "somebody", "x"}
     found = []
     for file in _tracked_files():
         if file.suffix in BINARY_SUFFIXES:
             continue
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-            if home.search(line):
+            if any(match["name"] not in invented for match in home.finditer(line)):
                 found.append(f"{file.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert not found

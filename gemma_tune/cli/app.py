@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 import typer
 
+from gemma_tune.cli.benchmark import benchmark
 from gemma_tune.cli.chat import chat
+from gemma_tune.cli.compare import compare
 from gemma_tune.cli.console import Terminal
 from gemma_tune.cli.data import data_app
 from gemma_tune.cli.doctor import doctor
@@ -21,11 +24,13 @@ from gemma_tune.cli.plan import plan
 from gemma_tune.cli.push import push
 from gemma_tune.cli.recipes import recipes_app
 from gemma_tune.cli.report import report
+from gemma_tune.cli.reproduce import reproduce
 from gemma_tune.cli.score import score
 from gemma_tune.cli.train import train
 from gemma_tune.cli.validate import validate
 from gemma_tune.cli.verify import verify
 from gemma_tune.errors import GemmaTuneError
+from gemma_tune.runs.secrets import mask_secrets
 
 app = typer.Typer(
     name="gemma-tune",
@@ -44,11 +49,14 @@ app.command("generate")(generate)
 app.command("chat")(chat)
 app.command("score")(score)
 app.command("evaluate")(evaluate)
+app.command("benchmark")(benchmark)
+app.command("compare")(compare)
 app.command("merge")(merge)
 app.command("export")(export)
 app.command("verify")(verify)
 app.command("push")(push)
 app.command("report")(report)
+app.command("reproduce")(reproduce)
 app.add_typer(data_app, name="data")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(models_app, name="models")
@@ -68,6 +76,9 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except Exception:  # a bug: all of it is told, but for credentials
+        sys.stderr.write(mask_secrets(traceback.format_exc()))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

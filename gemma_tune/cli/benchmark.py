@@ -58,7 +58,10 @@ def benchmark(
         ),
     ] = None,
     allow_code: Annotated[
-        bool, typer.Option("--allow-code", help="Let tasks execute code, such as the programs that the model writes.")
+        bool,
+        typer.Option(
+            "--allow-code", help="Let tasks execute code: programs that the model writes, .yaml of --task-dir."
+        ),
     ] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure again what is stored in the run already.")] = False,
     as_json: AsJson = False,

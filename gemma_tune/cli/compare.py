@@ -124,6 +124,8 @@ def compare(
         terminal.json(asdict(comparison))
     else:
         print_comparison(terminal, comparison)
+    if chosen is not None and comparison.judge.duels < comparison.judge.expected:
+        terminal.note("\nthe same command goes on with the pairs that are not judged yet")
     terminal.note(f"\nthe answers side by side: {escape(str(directory / _PAGE))}")
 
 

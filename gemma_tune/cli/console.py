@@ -18,6 +18,7 @@ from rich.text import Text
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.runs.reporter import StepProgress
+from gemma_tune.runs.secrets import mask_secrets
 
 # Control characters besides line break and tab, each shown as a sign of its own: text of rows and models must not move
 # the cursor, rename the window or colour what follows.
@@ -45,6 +46,7 @@ class Terminal:
 
     def plain(self, text: str, *, end: str = "\n") -> None:
         """Text that is not ours to style: rows, YAML, model output."""
+        text = mask_secrets(text)
         self.out.print(Text(without_controls(text) if self.out.is_terminal else text), end=end, soft_wrap=True)
 
     def json(self, value: object) -> None:
@@ -58,12 +60,12 @@ class Terminal:
         self.out.print(text, end="", soft_wrap=True)
 
     def note(self, text: str | Text) -> None:
-        self.err.print(text)
+        self.err.print(mask_secrets(text) if isinstance(text, str) else text)
 
     def error(self, error: GemmaTuneError) -> None:
-        self.err.print(f"[bold red]error:[/] {escape(without_controls(error.message))}", soft_wrap=True)
+        self.err.print(f"[bold red]error:[/] {escape(without_controls(mask_secrets(error.message)))}", soft_wrap=True)
         if error.hint:
-            self.err.print(f"[cyan]hint:[/] {escape(without_controls(error.hint))}", soft_wrap=True)
+            self.err.print(f"[cyan]hint:[/] {escape(without_controls(mask_secrets(error.hint)))}", soft_wrap=True)
 
 
 class TerminalReporter:
@@ -88,10 +90,10 @@ class TerminalReporter:
 
     def detail(self, text: str) -> None:
         self._end_live()
-        self.console.print(f"  {escape(text)}")
+        self.console.print(f"  {escape(mask_secrets(text))}")
 
     def warn(self, text: str) -> None:
-        self.console.print(f"  [yellow]![/] {escape(text)}")
+        self.console.print(f"  [yellow]![/] {escape(mask_secrets(text))}")
 
     def step(self, progress: StepProgress) -> None:
         facts = (

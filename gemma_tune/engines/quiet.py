@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
+from gemma_tune.runs.secrets import mask_secrets
+
 _ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "true",  # unset, a fork after its first use prints a warning
@@ -26,7 +28,7 @@ class _LibraryStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         if self.target is not None:
-            self.target.write(text)
+            self.target.write(mask_secrets(text))
         return len(text)
 
     def flush(self) -> None:

@@ -11,12 +11,17 @@ from gemma_tune.reporting.page import write_page
 
 def write_compare_page(path: Path, comparison: Mapping[str, Any]) -> None:
     """Write `comparison`, a Comparison as a mapping, to `path`."""
+    labels = comparison["labels"]
     write_page(
         path,
-        title=" against ".join(comparison["labels"]),
+        title=" against ".join(labels) if len(labels) == 2 else ", ".join(labels),
         body=_BODY,
         style=_STYLE,
-        values={"found": comparison, "several": len(comparison["labels"]) > 2},
+        values={
+            "found": comparison,
+            "groups": list(dict.fromkeys(pair["group"] for pair in comparison["pairs"] if pair["group"] is not None)),
+            "several": len(labels) > 2,
+        },
     )
 
 
@@ -30,16 +35,34 @@ _STYLE = """
 .answer.a3 { border-color: var(--c3); } .answer.a4 { border-color: var(--c4); } .answer.a5 { border-color: var(--c5); }
 .label { font-size: 13px; font-weight: 600; color: var(--soft); overflow-wrap: anywhere; }
 .verdicts { margin-top: 10px; } .verdicts .tag { white-space: normal; }
-td.pair { min-width: 150px; }
+.wide { overflow-x: auto; } .wide td, .wide th { overflow-wrap: normal; }
+.wide .number { white-space: nowrap; padding-left: 18px; }
+.interval { white-space: nowrap; color: var(--soft); }
+@media (max-width: 640px) {
+  .wide .number { white-space: normal; padding-left: 8px; }
+  .wide td:first-child, .wide th.name { overflow-wrap: anywhere; min-width: 84px; }
+}
+h3 { font-size: 14px; margin: 14px 0 0; }
 pre { white-space: pre-wrap; padding: 12px; border-radius: 8px; }
 """
 
 _BODY = """
 {% macro share(estimate) %}
-{% if estimate is none %}—{% else %}{{ "%.1f" | format(estimate.value * 100) }} %
+{% if estimate is none %}—{% else %}{{ "%.1f" | format(estimate.value * 100) }}&nbsp;%
 {%- if estimate.low is not none %}
- <span class="soft">[{{ "%.1f" | format(estimate.low * 100) }}, {{ "%.1f" | format(estimate.high * 100) }}]</span>
+ <span class="interval">[{{ "%.1f" | format(estimate.low * 100) }}, {{ "%.1f" | format(estimate.high * 100) }}]</span>
 {%- endif %}{% endif %}
+{% endmacro %}
+{% macro wins(pairs) %}
+<table>
+<tr><th></th><th class="number">wins</th><th class="number">ties</th><th class="number">losses</th>
+<th class="number">win rate</th></tr>
+{% for pair in pairs %}
+<tr><td>{{ pair.first }} <span class="soft">against</span> {{ pair.second }}</td>
+<td class="number">{{ pair.wins }}</td><td class="number">{{ pair.ties }}</td><td class="number">{{ pair.losses }}</td>
+<td class="number">{{ share(pair.win_rate) }}</td></tr>
+{% endfor %}
+</table>
 {% endmacro %}
 
 <h1>{{ title }}</h1>
@@ -48,26 +71,33 @@ _BODY = """
 
 {% if found.passes %}
 <h2>Kept the rules <small>prompts with exact rules: the right fact, the form asked for, declined or not</small></h2>
-<div class="card"><table>
-<tr><th>model</th><th>prompts</th><th class="number">number</th><th class="number">kept</th></tr>
-{% for item in found.passes %}
-<tr><td>{{ item.label }}</td><td>{{ item.group or "all" }}</td><td class="number">{{ item.prompts | thousands }}</td>
-<td class="number">{{ share(item.passed) }}</td></tr>
+<div class="card wide"><table>
+<tr><th></th><th class="number">prompts</th>
+{% for label in found.labels %}
+<th class="number name">{{ label }}</th>
+{% endfor %}
+</tr>
+{% for of_group in found.passes | batch(found.labels | length) %}
+<tr><td>{{ of_group[0].group or "all" }}</td><td class="number">{{ of_group[0].prompts | thousands }}</td>
+{% for item in of_group %}
+<td class="number">{{ share(item.passed) }}</td>
+{% endfor %}
+</tr>
 {% endfor %}
 </table></div>
 {% endif %}
 
 <h2>Who wins <small>a tie counts half; in brackets the 95 % interval (Wilson)</small></h2>
-<div class="card"><table>
-<tr><th>pair</th><th>prompts</th><th class="number">wins</th><th class="number">ties</th><th class="number">losses</th>
-<th class="number">win rate</th></tr>
-{% for pair in found.pairs %}
-<tr><td class="pair">{{ pair.first }} <span class="soft">against</span> {{ pair.second }}</td>
-<td>{{ pair.group or "all" }}</td>
-<td class="number">{{ pair.wins }}</td><td class="number">{{ pair.ties }}</td><td class="number">{{ pair.losses }}</td>
-<td class="number">{{ share(pair.win_rate) }}</td></tr>
+<div class="card wide">
+{{ wins(found.pairs | selectattr("group", "none")) }}
+{% if groups %}
+<details><summary>by prompts</summary>
+{% for group in groups %}
+<h3>{{ group }}</h3>
+{{ wins(found.pairs | selectattr("group", "equalto", group)) }}
 {% endfor %}
-</table>
+</details>
+{% endif %}
 <p class="soft note">Wins, ties and losses are those of the model named first.
 {% if found.judge.prompt %}
 Every pair was shown in both orders, and counts as the mean of the two verdicts.
@@ -85,7 +115,7 @@ Both orders gave the same verdict for {{ share(found.judge.consistent) }} of the
 
 {% if found.ratings %}
 <h2>Scores <small>Bradley-Terry; 400 points are odds of 10 to 1, the mean is 1000</small></h2>
-<div class="card"><table>
+<div class="card wide"><table>
 <tr><th>model</th><th class="number">points</th><th class="number">95 % interval</th></tr>
 {% for rating in found.ratings %}
 <tr><td>{{ rating.label }}</td><td class="number">{{ "%.0f" | format(rating.points.value) }}</td>

@@ -6,17 +6,20 @@ Files are replaced atomically, so that a reader never sees half of one.
 from __future__ import annotations
 
 import datetime
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.secrets import mask_secrets
 
 Status = Literal["running", "finished", "stopped", "failed"]
 
@@ -29,7 +32,12 @@ RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a run. Times are UTC, ISO 8601; `step` counts optimizer steps; `packed` once training has begun."""
+    """The state of a run. Times are UTC, ISO 8601; `step` is that of the newest checkpoint.
+
+    Attributes:
+        packed: whether rows were joined, once training has begun.
+        resumes: each time that the run went on: when, from which step, and what differed from before.
+    """
 
     status: Status
     started: str
@@ -38,6 +46,7 @@ class Manifest:
     total_steps: int | None = None
     packed: bool | None = None
     error: str | None = None
+    resumes: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class Lock:
 
     Attributes:
         base: name, revision (hub commit, or null), directory-independent file hashes of the base model.
+        adapter: name and hash of the adapter that the training started from, or null.
         data: label and hash of the rows and of the template.
         engine, precision: what was chosen, and why.
         hardware: device, processor, memory.
@@ -60,6 +70,7 @@ class Lock:
     precision: dict[str, Any]
     hardware: dict[str, Any]
     seed: int
+    adapter: dict[str, str] | None = None
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
     packages: dict[str, str | None] = field(
@@ -80,21 +91,36 @@ def utc_now() -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 beside the target, flush to disk, and rename."""
+    """Write UTF-8 beside the target, credentials masked, flush to disk, and rename."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+            stream.write(mask_secrets(text))
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+        raise cannot_write(path, error) from None
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error of a file that could not be written, with the free space where that is short."""
+    free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+    return RunError(
+        f"cannot write {path}: {(error.strerror or str(error)).lower()}"
+        + (f"; {free / 1e6:,.1f} MB are free there" if error.errno == errno.ENOSPC else ""),
+        hint="make space, and go on with --resume" if error.errno == errno.ENOSPC else None,
+    )
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, to_json(value))
+
+
+def to_json(value: object) -> str:
+    """The one form in which JSON files of a run are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def read_json(path: Path) -> Any:
@@ -131,8 +157,25 @@ def append_metrics(run: RunDir, values: dict[str, Any]) -> None:
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
     line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
-    with run.metrics.open("a", encoding="utf-8", newline="\n") as stream:
-        stream.write(line + "\n")
+    try:
+        with run.metrics.open("a", encoding="utf-8", newline="\n") as stream:
+            stream.write(mask_secrets(line) + "\n")
+    except OSError as error:
+        raise cannot_write(run.metrics, error) from None
+
+
+def flush_metrics(run: RunDir) -> None:
+    """Have every line on the disk, so that a checkpoint never knows a step that metrics.jsonl has lost."""
+    if run.metrics.is_file():
+        with run.metrics.open("a", encoding="utf-8") as stream:
+            os.fsync(stream.fileno())
+
+
+def keep_metrics_until(run: RunDir, step: int) -> None:
+    """Leave out the lines after a step, and one that a crash has cut, before a run goes on from that step."""
+    if run.metrics.is_file():
+        rows = [row for row in read_metrics(run) if row["step"] <= step]
+        write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:

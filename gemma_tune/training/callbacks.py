@@ -1,4 +1,4 @@
-"""What happens beside the steps: metrics and progress, guards against a ruined run, interruption (LEAF)."""
+"""What happens beside the steps: metrics and progress, checkpoints on a clock, early and asked-for ends (LEAF)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,9 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma_tune.errors import TrainingStopped
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import append_metrics, update_manifest
 from gemma_tune.runs.reporter import Reporter, StepProgress
-from gemma_tune.training.checkpoint import seal_checkpoint
-
-# A float16 loss scale starts at 65536 and halves at every overflow; a sound run overflows a few times at its start.
-MAX_FP16_OVERFLOWS = 16
 
 
 def peak_memory_bytes() -> int:
@@ -37,13 +32,22 @@ class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and tells the reporter.
 
     Args:
-        count_tokens: returns the real tokens trained on so far in this process.
+        count_tokens, count_seconds: return the real tokens trained on so far and the time spent, those before a resume
+            included.
     """
 
-    def __init__(self, run: RunDir, *, reporter: Reporter, count_tokens: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        run: RunDir,
+        *,
+        reporter: Reporter,
+        count_tokens: Callable[[], int],
+        count_seconds: Callable[[], float],
+    ) -> None:
         self.run = run
         self.reporter = reporter
         self.count_tokens = count_tokens
+        self.count_seconds = count_seconds
         self.started = self.last_time = 0.0
         self.first_step = self.last_tokens = 0
 
@@ -52,7 +56,12 @@ class MetricsCallback(TrainerCallback):
     ) -> None:
         self.started = self.last_time = time.monotonic()
         self.first_step = state.global_step
+        self.last_tokens = self.count_tokens()
         update_manifest(self.run, total_steps=state.max_steps)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last line, whatever the interval
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
@@ -76,79 +85,95 @@ class MetricsCallback(TrainerCallback):
             memory_bytes=peak_memory_bytes(),
         )
         self.last_time, self.last_tokens = now, tokens
-        append_metrics(self.run, {**vars(progress), "num_tokens": tokens, "seconds": round(now - self.started, 3)})
+        append_metrics(self.run, {**vars(progress), "num_tokens": tokens, "seconds": round(self.count_seconds(), 3)})
         self.reporter.step(progress)
 
 
-class GuardCallback(TrainerCallback):
-    """Stops before a non-finite gradient reaches the weights, so that they and the last checkpoint stay good (F24)."""
+class CheckpointCallback(TrainerCallback):
+    """Saves on a clock as well as on steps, and records the step of the newest checkpoint in the manifest.
 
-    def __init__(self) -> None:
-        self.overflows = 0
-        self.trained: list[torch.nn.Parameter] = []
+    Args:
+        every_minutes: longest time without a checkpoint; None saves on steps alone.
+    """
+
+    def __init__(self, run: RunDir, *, every_minutes: float | None) -> None:
+        self.run = run
+        self.every_seconds = 60 * every_minutes if every_minutes else math.inf
+        self.last_save = time.monotonic()
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Once: a walk through every module at every step costs a hundredth of a small model's step.
-        self.trained = [weight for weight in model.parameters() if weight.requires_grad]
+        self.last_save = time.monotonic()
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        gradients = [weight.grad for weight in self.trained if weight.grad is not None]
-        if not gradients:
-            raise TrainingStopped(
-                f"step {state.global_step + 1}: no trained weight received a gradient", hint="report this: it is a bug"
-            )
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        if math.isfinite(float(norm)):
-            self.overflows = 0
-            return
-        self.overflows += 1
-        if args.fp16 and self.overflows <= MAX_FP16_OVERFLOWS:
-            return
-        raise TrainingStopped(
-            f"step {state.global_step + 1}: the gradient is {float(norm)}; training stopped before it reached the "
-            f"weights",
-            hint=_likely_cause(model, args),
-        )
-
-
-def _likely_cause(model: Any, args: TrainingArguments) -> str:
-    for name, weight in model.named_parameters():
-        if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
-            return f"the weight {name} of the base holds NaN or infinity: download the model again"
-    if args.fp16:
-        return "float16 overflowed: use a card with bfloat16 (compute capability 8.0), or model.dtype=float32"
-    return f"the loss diverged: try training.learning_rate={args.learning_rate / 4:g} or training.max_grad_norm=0.3"
-
-
-class CheckpointCallback(TrainerCallback):
-    """Seals every checkpoint once its last file is written, and records the step in the manifest."""
-
-    def __init__(self, run: RunDir) -> None:
-        self.run = run
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if time.monotonic() - self.last_save >= self.every_seconds:
+            control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        seal_checkpoint(self.run.checkpoints / f"checkpoint-{state.global_step}")
+        self.last_save = time.monotonic()
         update_manifest(self.run, step=state.global_step)
 
 
-class InterruptCallback(TrainerCallback):
-    """Ends the run after the current step, with a checkpoint, when a signal has come."""
+class EarlyStopCallback(TrainerCallback):
+    """Stops after `patience` evaluations without a lower eval loss.
 
-    def __init__(self) -> None:
+    The Trainer's own counts in the process and starts anew in a resumed one; this one counts in the log that every
+    checkpoint carries.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+
+    def is_reached(self, state: TrainerState) -> bool:
+        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+        if not losses:
+            return False
+        best = min(range(len(losses)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
+        return len(losses) - 1 - best >= self.patience
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.is_reached(state):
+            control.should_training_stop = True
+
+
+class InterruptCallback(TrainerCallback):
+    """Ends the run after the current step, with a checkpoint, when a signal has come or the time is up.
+
+    Args:
+        max_minutes: of training in this process; None sets no limit.
+
+    Attributes:
+        reason: why the run was ended; None while it was not.
+    """
+
+    def __init__(self, *, max_minutes: float | None) -> None:
+        self.max_minutes = max_minutes
+        self.started = time.monotonic()
         self.signal: signal.Signals | None = None
+        self.reason: str | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.started = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        minutes = (time.monotonic() - self.started) / 60
         if self.signal is not None:
+            self.reason = self.signal.name
+        elif self.max_minutes is not None and minutes >= self.max_minutes and state.global_step < state.max_steps:
+            self.reason = f"training.max_minutes={self.max_minutes:g}"
+        if self.reason is not None:
             control.should_save = True
             control.should_training_stop = True
 
     @contextmanager
     def listening(self, reporter: Reporter) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM; a second one acts at once, as if nothing listened."""
+        """Catch SIGINT and SIGTERM; a second one acts at once, as if nothing listened.
+
+        That does no harm: a checkpoint that is being written then is not in the list.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers; a notebook's worker keeps its own
             return

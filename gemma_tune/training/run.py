@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import time
+import os
+import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from gemma_tune.data.encode import Datasets
@@ -17,14 +19,11 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_manifest, update_manifest
 from gemma_tune.runs.reporter import Reporter
-from gemma_tune.training.callbacks import (
-    CheckpointCallback,
-    GuardCallback,
-    InterruptCallback,
-    MetricsCallback,
-    peak_memory_bytes,
-)
+from gemma_tune.training.adapter_weights import name_base, write_adapter
+from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
+from gemma_tune.training.guards import GuardCallback, require_finite_adapter
 from gemma_tune.training.leak_probe import find_leak
+from gemma_tune.training.rehearsal import rehearse
 from gemma_tune.training.row_attention import attending_by_row
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
 
@@ -34,9 +33,9 @@ class TrainingResult:
     """What a training came to.
 
     Attributes:
-        steps: optimizer steps done, those before a resume included.
-        seconds: wall time of the steps done in this process.
-        num_tokens: real tokens trained on in this process, padding left out.
+        steps: optimizer steps done.
+        seconds: wall time of the training.
+        num_tokens: real tokens trained on, padding left out. All three count what was done before a resume as well.
         train_loss: mean loss of the last tenth of the logged steps, nats a supervised token.
         eval_loss_before, eval_loss_after: on the eval rows, nats a supervised token; None without eval rows.
         peak_memory_bytes: of the card on CUDA, of the process elsewhere.
@@ -68,9 +67,11 @@ def train_adapter(
 
     Raises:
         TrainingStopped: going on would ruin the run.
-        TrainingInterrupted: a signal came; a checkpoint was saved.
-        RunError: a run that was trained packed would go on unpacked, or the other way round.
+        TrainingInterrupted: a signal came, or the time is up; a checkpoint was saved.
+        RunError: a run that was trained packed would go on unpacked, or the other way round; a checkpoint cannot be
+            written or read.
     """
+    name_base(loaded.model, name=base_name, revision=base_revision)
     with attending_by_row(loaded) if recipe.training.packing else nullcontext():
         pack_tokens = _settle_packing(
             loaded, engine=engine, tokenizer=tokenizer, datasets=datasets, recipe=recipe, reporter=reporter
@@ -79,13 +80,15 @@ def train_adapter(
         trainer = _build(
             loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens
         )
-        eval_loss_before = trainer.mean_eval_loss() if datasets.eval else None
         engine.set_mode(loaded, training=True)
-        seconds = _train(trainer, run=run, seed=recipe.training.seed, reporter=reporter, resume_from=resume_from)
-    save_adapter(loaded, tokenizer=tokenizer, directory=run.adapter, base_name=base_name, base_revision=base_revision)
+        eval_loss_before = rehearse(trainer, loaded=loaded, run=run, tokenizer=tokenizer)
+        engine.set_mode(loaded, training=True)
+        _train(trainer, recipe=recipe, run=run, reporter=reporter, resume_from=resume_from)
+    require_finite_adapter(loaded.model, step=trainer.state.global_step)
+    _save_adapter(loaded.model, tokenizer=tokenizer, directory=run.adapter)
     return TrainingResult(
         steps=trainer.state.global_step,
-        seconds=seconds,
+        seconds=trainer.seconds,
         num_tokens=trainer.num_real_tokens,
         train_loss=_closing_loss(trainer),
         eval_loss_before=eval_loss_before,
@@ -95,29 +98,34 @@ def train_adapter(
 
 
 def _train(
-    trainer: TokenWeightedTrainer, *, run: RunDir, seed: int, reporter: Reporter, resume_from: Path | None
-) -> float:
-    """Run every step; returns seconds of wall time.
+    trainer: TokenWeightedTrainer, *, recipe: Recipe, run: RunDir, reporter: Reporter, resume_from: Path | None
+) -> None:
+    """Run every step.
 
     Raises:
         TrainingStopped, TrainingInterrupted: as `train_adapter`.
     """
-    interrupt = InterruptCallback()
-    metrics = MetricsCallback(run, reporter=reporter, count_tokens=lambda: trainer.num_real_tokens)
-    for callback in (GuardCallback(), metrics, CheckpointCallback(run), interrupt):
+    section = recipe.training
+    interrupt = InterruptCallback(max_minutes=section.max_minutes)
+    metrics = MetricsCallback(
+        run,
+        reporter=reporter,
+        count_tokens=lambda: trainer.num_real_tokens,
+        count_seconds=lambda: trainer.seconds,
+    )
+    guard = GuardCallback(take_loss=trainer.take_step_loss, reporter=reporter)
+    for callback in (guard, metrics, CheckpointCallback(run, every_minutes=section.save_every_minutes), interrupt):
         trainer.add_callback(callback)
-    set_seed(seed)
-    started = time.monotonic()
+    set_seed(section.seed)
     with interrupt.listening(reporter):
         trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    seconds = time.monotonic() - started
-    if interrupt.signal is not None:
+    trainer.stop_clock()
+    if interrupt.reason is not None:
         raise TrainingInterrupted(
-            f"stopped by {interrupt.signal.name} after step {trainer.state.global_step} of "
-            f"{trainer.state.max_steps}; everything is saved",
+            f"stopped by {interrupt.reason} after step {trainer.state.global_step} of {trainer.state.max_steps}; "
+            f"everything is saved",
             hint=None,
         )
-    return seconds
 
 
 def _settle_packing(
@@ -176,29 +184,34 @@ def _build(
         eval_rows=datasets.eval,
         section=recipe.training,
         pack_tokens=pack_tokens,
-        callbacks=(),
+        run=run,
     )
 
 
 def _closing_loss(trainer: TokenWeightedTrainer) -> float:
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    history = trainer.state.log_history
+    # A run that stopped early before its first line has the Trainer's mean over all steps alone.
+    losses = [row["loss"] for row in history if "loss" in row] or [history[-1]["train_loss"]]
     last = losses[-max(len(losses) // 10, 1) :]
     return float(sum(last) / len(last))
 
 
-def save_adapter(
-    loaded: LoadedModel, *, tokenizer: Any, directory: Path, base_name: str, base_revision: str | None
-) -> None:
-    """Write the adapter in PEFT's format, with the tokenizer beside it.
-
-    The embedding is saved only when it was trained: PEFT's `auto` asks the hub whether the vocabulary changed (F6). The
-    adapter names its base as the recipe does, not by the directory it was loaded from (S5, F44).
-    """
-    model = loaded.model
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base_name
-        config.revision = base_revision
-    trains_embedding = any("embed_tokens" in (config.modules_to_save or ()) for config in model.peft_config.values())
-    model.save_pretrained(str(directory), save_embedding_layers=trains_embedding, safe_serialization=True)
-    (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
-    tokenizer.save_pretrained(str(directory))
+def _save_adapter(model: Any, *, tokenizer: Any, directory: Path) -> None:
+    """Write the adapter with the tokenizer beside it; the directory appears when it is whole."""
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        write_adapter(model, partial)
+        tokenizer.save_pretrained(str(partial))
+        for file in partial.iterdir():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was trained on after its end
+        partial.rename(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RunError(
+            f"the adapter could not be saved into {directory}: {getattr(error, 'strerror', None) or error}",
+            hint="make space, and go on with --resume: the last checkpoint holds everything",
+        ) from None

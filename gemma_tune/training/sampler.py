@@ -68,6 +68,11 @@ class EpochSampler(Sampler[Group]):
             batches = [first, *(batches[number] for number in shuffled)]
         return (groups[index] for batch in batches + tail for index in batch)
 
+    def longest(self, count: int) -> list[Group]:
+        """The `count` longest groups of the epoch, longest first."""
+        row_lengths = self.lengths.tolist()
+        return sorted(self._groups(), key=lambda group: sum(row_lengths[row] for row in group), reverse=True)[:count]
+
     def _groups(self) -> list[Group]:
         if self.pack_tokens is None:
             return [(row,) for row in range(len(self.lengths))]

@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.encoded import IGNORED, EncodedRows
@@ -21,6 +20,9 @@ from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.training.adapter_weights import trained_weights
+from gemma_tune.training.callbacks import EarlyStopCallback
+from gemma_tune.training.own_checkpoints import OwnCheckpoints
 from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import EpochSampler, Group
 
@@ -230,16 +232,16 @@ def _round_up(length: int, multiple: int) -> int:
     return -(-length // multiple) * multiple
 
 
-class TokenWeightedTrainer(SFTTrainer):
-    """`SFTTrainer` that counts real tokens and weights the eval loss by supervised token.
+class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
+    """`SFTTrainer` that counts real tokens, weights the eval loss by supervised token, and keeps its own checkpoints.
 
     TRL averages the eval loss over batches, so that its value depends on the batch size.
     """
 
-    num_real_tokens = 0
     row_order: EpochSampler
     eval_rows: EncodedRows
     pad_right: PadRight
+    _step_loss = torch.tensor(0.0)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.row_order
@@ -247,7 +249,19 @@ class TokenWeightedTrainer(SFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         packed = "num_tokens" in inputs
         self.num_real_tokens += inputs.pop("num_tokens") if packed else int(inputs["attention_mask"].sum())
-        return super().training_step(model, inputs, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._step_loss = self._step_loss + loss.detach()
+        return loss
+
+    def take_step_loss(self) -> torch.Tensor:
+        """The loss of the forward passes since the last call, a scalar in nats a supervised token."""
+        loss, self._step_loss = self._step_loss, torch.zeros_like(self._step_loss)
+        return loss
+
+    def longest_batch(self) -> dict[str, Any]:
+        """The batch of the longest sequences, which needs the most memory."""
+        groups = self.row_order.longest(self.args.per_device_train_batch_size)
+        return self.data_collator([self.train_dataset[group] for group in groups])
 
     def compute_loss(
         self,
@@ -313,7 +327,7 @@ def build_trainer(
     eval_rows: EncodedRows,
     section: TrainingSection,
     pack_tokens: int | None,
-    callbacks: Sequence[TrainerCallback],
+    run: RunDir,
 ) -> TokenWeightedTrainer:
     """A trainer over ready-made rows.
 
@@ -324,9 +338,9 @@ def build_trainer(
         pack_tokens: length of the packs that rows are joined into; None pads each row on its own.
     """
     model = loaded.model
-    weights = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    weights = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
     patience = section.early_stop_patience if eval_rows else None
-    stop = [EarlyStoppingCallback(patience)] if patience else []
+    early_stop = EarlyStopCallback(patience) if patience else None
     pad_right = pad_right_for(loaded, pad_token_id=tokenizer.pad_token_id)
     join_rows = join_rows_for(loaded, pad_token_id=tokenizer.pad_token_id)
     if pack_tokens is not None and join_rows.in_one_sequence:
@@ -344,8 +358,10 @@ def build_trainer(
         eval_dataset=sample if eval_rows else None,
         data_collator=pad_right if pack_tokens is None else join_rows,
         processing_class=tokenizer,
-        callbacks=[*callbacks, *stop],
+        callbacks=[early_stop] if early_stop else [],
     )
+    trainer.run = run
+    trainer.early_stop = early_stop
     trainer.train_dataset = RowGroups(train_rows)
     trainer.eval_rows = eval_rows
     trainer.pad_right = pad_right

@@ -35,7 +35,7 @@ def comparison(*labels: str) -> dict[str, Any]:
              "win_rate": None},
         ],
         "ratings": [{"label": label, "points": estimate(1000.0)} for label in labels] if len(labels) > 2 else [],
-        "passes": [{"label": labels[0], "group": None, "prompts": 2, "passed": estimate(0.5)}],
+        "passes": [{"label": label, "group": None, "prompts": 2, "passed": estimate(0.5)} for label in labels],
         "questions": [
             {"id": "q", "group": EVIL, "prompt": EVIL, "reference": EVIL, "answers": [EVIL, "", *labels[2:]],
              "broken": [["contains"], [], *([] for _ in labels[2:])], "scores": [[labels[0], labels[1], 0.75]]},
@@ -73,7 +73,7 @@ def test_what_models_wrote_is_text(page: str) -> None:
     assert not [name for name in tags.attributes if name.startswith("on") or name in ("src", "href", "style")]
     assert tags.text.count(EVIL) == 4
     assert "(nothing)" in tags.text and "breaks contains" in tags.text and "keeps the rules" in tags.text
-    assert "62.5 %" in tags.text and "Which one? {first}" in tags.text and "judge <b>" in tags.text
+    assert "62.5\u00a0%" in tags.text and "Which one? {first}" in tags.text and "judge <b>" in tags.text
 
 
 def test_only_its_own_style_is_let_in(page: str) -> None:
@@ -83,5 +83,5 @@ def test_only_its_own_style_is_let_in(page: str) -> None:
 
 
 def test_scores_are_for_three(page: str) -> None:
-    assert ("Bradley-Terry" in page) == ("a against b against c" in page)
-    assert ("a better than b, in one order" in page) == ("a against b against c" in page)
+    assert ("Bradley-Terry" in page) == ("<h1>a, b, c</h1>" in page)
+    assert ("a better than b, in one order" in page) == ("<h1>a, b, c</h1>" in page)

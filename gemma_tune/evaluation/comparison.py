@@ -1,0 +1,114 @@
+"""What a comparison found, as it is stored and shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gemma_tune.runs.evaluation import Estimate
+
+
+@dataclass(frozen=True)
+class PairResult:
+    """One model against another on some prompts.
+
+    Attributes:
+        group: the prompts' group; None: all of them.
+        wins, ties, losses: prompts, as seen from `first`.
+        win_rate: the share of wins, a tie counting half; None where nothing was judged.
+    """
+
+    first: str
+    second: str
+    group: str | None
+    wins: int
+    ties: int
+    losses: int
+    win_rate: Estimate | None
+
+
+@dataclass(frozen=True)
+class PassRate:
+    """How many of the prompts with rules a model answered by the rules. `group` None: all of them."""
+
+    label: str
+    group: str | None
+    prompts: int
+    passed: Estimate
+
+
+@dataclass(frozen=True)
+class Rating:
+    """Bradley-Terry points: 400 more are odds of 10 to 1, the mean of the field is 1000."""
+
+    label: str
+    points: Estimate
+
+
+@dataclass(frozen=True)
+class JudgeFacts:
+    """How the judge behaved.
+
+    Attributes:
+        prompt: what a judge model is asked, with gaps; None for rules and for a person.
+        duels: pairs of answers in one order that were ruled on; `expected`: how many there are.
+        malformed: rulings without a verdict; their pairs are not counted.
+        first_preferred: the share of clear verdicts that went to the answer shown first; 50 % is without a bias.
+        consistent: the share of pairs on which the two orders gave the same verdict.
+    """
+
+    name: str
+    prompt: str | None
+    duels: int
+    expected: int
+    malformed: int
+    first_preferred: Estimate | None
+    consistent: Estimate | None
+
+
+@dataclass(frozen=True)
+class Question:
+    """One prompt with everything that was found.
+
+    Attributes:
+        answers: of each model, in the order of the labels.
+        broken: the rules that each answer breaks; None where the prompt has no rules.
+        scores: of each pair as (first, second, score), where it was judged.
+    """
+
+    id: str
+    group: str
+    prompt: str
+    reference: str | None
+    answers: tuple[str, ...]
+    broken: tuple[tuple[str, ...], ...] | None
+    scores: tuple[tuple[str, str, float], ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything. Groups come after the figures of all prompts; `ratings` is empty for two models."""
+
+    labels: tuple[str, ...]
+    prompts_label: str
+    judge: JudgeFacts
+    pairs: tuple[PairResult, ...]
+    ratings: tuple[Rating, ...]
+    passes: tuple[PassRate, ...]
+    questions: tuple[Question, ...]
+
+
+def format_share(estimate: Estimate | None) -> str:
+    """`62.5 % [48.1, 75.0]`; `—` where there is nothing."""
+    if estimate is None:
+        return "—"
+    value = f"{estimate.value * 100:.1f} %"
+    if estimate.low is None or estimate.high is None:
+        return value
+    return f"{value} [{estimate.low * 100:.1f}, {estimate.high * 100:.1f}]"
+
+
+def format_points(estimate: Estimate) -> str:
+    """`1,084 [1,010, 1,162]`."""
+    if estimate.low is None or estimate.high is None:
+        return f"{estimate.value:,.0f}"
+    return f"{estimate.value:,.0f} [{estimate.low:,.0f}, {estimate.high:,.0f}]"

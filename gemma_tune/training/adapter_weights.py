@@ -1,0 +1,63 @@
+"""The adapter between the model in memory and PEFT's files, without the base and without a pickle (LEAF)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from gemma_tune.errors import RunError
+from gemma_tune.training.warm_start import WEIGHTS
+
+
+def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The weights that the optimizer changes, by name."""
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+
+
+def name_base(model: Any, *, name: str, revision: str | None) -> None:
+    """Have the saved adapter name its base as the recipe does, not by the directory it was loaded from (S5, F44)."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = name
+        config.revision = revision
+
+
+def write_adapter(model: Any, directory: Path) -> None:
+    """Write the adapter in PEFT's format.
+
+    PEFT is handed the trained weights, so that the frozen base is not gathered for it (F40). An embedding that is
+    trained is among `modules_to_save` and saved as such; PEFT's `auto` would ask the hub whether the vocabulary changed
+    (F6), and its `True` writes such an embedding twice.
+    """
+    model.save_pretrained(
+        str(directory), state_dict=trained_weights(model), save_embedding_layers=False, safe_serialization=True
+    )
+    (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
+
+
+def read_adapter(model: Any, directory: Path) -> None:
+    """Put an adapter's weights into the one that is attached.
+
+    Raises:
+        RunError: the file is missing, is not safetensors, or does not hold exactly the weights of this adapter (F31).
+    """
+    try:
+        tensors = load_file(directory / WEIGHTS)
+        result = set_peft_model_state_dict(model, tensors)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{directory / WEIGHTS} cannot be read: {str(error).strip()}") from None
+    missing = sorted(set(result.missing_keys) & set(trained_weights(model)))
+    if missing or result.unexpected_keys:
+        strangers = [
+            *(f"{name} is missing" for name in missing),
+            *(f"{name} has no place" for name in result.unexpected_keys),
+        ]
+        raise RunError(
+            f"{directory / WEIGHTS} is not of this adapter: {strangers[0]}"
+            + (f", and {len(strangers) - 1} more" if len(strangers) > 1 else ""),
+            hint="the lora section of the recipe must be the one that the adapter was trained with",
+        )

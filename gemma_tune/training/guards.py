@@ -1,0 +1,122 @@
+"""What stops a training that would be lost, before the weights or a checkpoint take harm (LEAF; F23, F24, F32)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gemma_tune.errors import TrainingStopped
+from gemma_tune.runs.reporter import Reporter
+from gemma_tune.training.adapter_weights import trained_weights
+
+# A float16 loss scale starts at 65536 and halves at every overflow; a sound run overflows a few times at its start.
+MAX_FP16_OVERFLOWS = 16
+
+
+class GuardCallback(TrainerCallback):
+    """Looks at loss and gradient of every step before the optimizer does, at the price of one transfer from the card.
+
+    Args:
+        take_loss: returns the loss of the step's forward passes, a scalar tensor.
+    """
+
+    def __init__(self, *, take_loss: Callable[[], torch.Tensor], reporter: Reporter) -> None:
+        self.take_loss = take_loss
+        self.reporter = reporter
+        self.overflows = 0
+        self.trained: dict[str, torch.nn.Parameter] = {}
+        self.looked_for_idle = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # Once: a walk through every module at every step costs a hundredth of a small model's step.
+        self.trained = trained_weights(model)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        step, loss = state.global_step + 1, self.take_loss()
+        gradients = [weight.grad for weight in self.trained.values() if weight.grad is not None]
+        if not gradients:
+            raise _no_gradient(step)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        loss_value, norm_value = torch.stack((loss.float(), norm.float())).tolist()
+        if math.isfinite(loss_value) and math.isfinite(norm_value):
+            self.overflows = 0
+            if norm_value == 0.0:
+                raise _no_gradient(step) if loss_value else _nothing_to_learn(step)
+            self._tell_idle_weights()
+            return
+        self.overflows += 1
+        if args.fp16 and self.overflows <= MAX_FP16_OVERFLOWS:
+            return  # the loss scaler skips the step
+        raise TrainingStopped(
+            f"step {step}: the loss is {loss_value:g} and its gradient {norm_value:g}; training stopped before they "
+            f"reached the weights",
+            hint=likely_cause(model, float16=args.fp16, learning_rate=args.learning_rate),
+        )
+
+    def _tell_idle_weights(self) -> None:
+        """Once: weights outside of the graph, such as projections of layers that share another layer's keys."""
+        if self.looked_for_idle:
+            return
+        self.looked_for_idle = True
+        idle = [name for name, weight in self.trained.items() if weight.grad is None]
+        if idle:
+            self.reporter.warn(
+                f"{len(idle)} of {len(self.trained)} trained weights receive no gradient and stay as they are, such as "
+                f"{idle[0]}"
+            )
+
+
+def require_finite_adapter(model: Any, *, step: int) -> None:
+    """Raise before an adapter with NaN or infinity is saved (F24, F43)."""
+    weights = trained_weights(model)
+    norms = torch.stack(torch._foreach_norm([weight.detach() for weight in weights.values()]))
+    if not math.isfinite(float(norms.sum())):
+        bad = next(name for name, norm in zip(weights, norms.tolist(), strict=True) if not math.isfinite(norm))
+        raise TrainingStopped(
+            f"after step {step} the adapter's weight {bad} holds NaN or infinity; it is not saved",
+            hint="start again with a smaller training.learning_rate; model.adapter=RUN/checkpoints/checkpoint-N starts "
+            "from what was good",
+        )
+
+
+def likely_cause(model: Any, *, float16: bool, learning_rate: float) -> str:
+    """Why a loss is not finite, and what to try."""
+    weight = find_non_finite(model)
+    if weight is not None:
+        source = "give another model.adapter" if ".lora_" in weight else "download the model again"
+        return f"the weight {weight} holds NaN or infinity: {source}"
+    if float16:
+        return "float16 overflowed: use a card with bfloat16 (compute capability 8.0), or model.dtype=float32"
+    return f"the loss diverged: try training.learning_rate={learning_rate / 4:g} or training.max_grad_norm=0.3"
+
+
+def find_non_finite(model: Any) -> str | None:
+    """The first weight with NaN or infinity. In 4 bits one such value spoils the offset of its layer's scales."""
+    for name, weight in model.named_parameters():
+        offset = getattr(getattr(weight, "quant_state", None), "offset", None)
+        values = weight if weight.is_floating_point() else offset
+        if values is not None and not bool(torch.isfinite(values).all()):
+            return str(name)
+    return None
+
+
+def _no_gradient(step: int) -> TrainingStopped:
+    return TrainingStopped(
+        f"step {step}: no trained weight received a gradient, so nothing would be learned",
+        hint="look at lora.targets; with training.gradient_checkpointing=off as well it is a bug: report it",
+    )
+
+
+def _nothing_to_learn(step: int) -> TrainingStopped:
+    return TrainingStopped(
+        f"step {step}: loss and gradient are exactly 0: no token of these rows is in the loss, or all are known",
+        hint="look at what is trained with: gemma-tune data preview",
+    )

@@ -1,0 +1,98 @@
+"""What would otherwise fail after hours is tried before the first step (LEAF; F10, F39, F40)."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_tune.engines.base import LoadedModel
+from gemma_tune.errors import RunError, TrainingStopped
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
+from gemma_tune.training.checkpoint import require_free
+from gemma_tune.training.guards import likely_cause
+from gemma_tune.training.trainer import TokenWeightedTrainer
+
+# The weight and AdamW's two moments in float32; other optimizers keep less.
+_CHECKPOINT_BYTES_PER_WEIGHT = 12
+
+
+def rehearse(trainer: TokenWeightedTrainer, *, loaded: LoadedModel, run: RunDir, tokenizer: Any) -> float | None:
+    """Save and reload the adapter, then train and evaluate on the longest rows; nothing of it stays.
+
+    The longest rows come first so that too little memory, or a base that is not finite, shows within seconds.
+
+    Returns:
+        The eval loss before training in nats a supervised token, or None without eval rows.
+
+    Raises:
+        RunError: the disk has no room for the checkpoints of the run, or what is saved does not come back equal.
+        TrainingStopped: the memory does not suffice, or the loss is not finite.
+    """
+    num_weights = sum(weight.numel() for weight in trained_weights(loaded.model).values())
+    kept = (trainer.args.save_total_limit or 1) + 1  # an old one goes after the new one is there
+    require_free(run.path, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
+    _rehearse_saving(loaded.model, folder=run.path / ".rehearsal", tokenizer=tokenizer)
+    try:
+        _rehearse_step(trainer, loaded=loaded)
+        return trainer.mean_eval_loss() if trainer.eval_rows else None
+    except torch.OutOfMemoryError:
+        rows = trainer.args.per_device_train_batch_size
+        raise TrainingStopped(
+            f"the card has too little memory for {rows} of the longest sequences, "
+            f"{trainer.longest_batch()['input_ids'].numel():,} tokens",
+            hint="halve training.batch_size and double training.gradient_accumulation, set "
+            "training.gradient_checkpointing=unsloth, or lower data.max_seq_tokens",
+        ) from None
+
+
+def _rehearse_saving(model: Any, *, folder: Path, tokenizer: Any) -> None:
+    before = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        write_adapter(model, folder)
+        tokenizer.save_pretrained(str(folder))
+        read_adapter(model, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    changed = [name for name, weight in trained_weights(model).items() if not torch.equal(weight, before[name])]
+    if changed:
+        raise RunError(f"the adapter's weight {changed[0]} does not come back as it was saved", hint="report this")
+
+
+def _rehearse_step(trainer: TokenWeightedTrainer, *, loaded: LoadedModel) -> None:
+    model, device = loaded.model, loaded.model.device
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(loaded.precision.autocast or "")
+    with _leaving_no_trace(model):
+        batch = trainer._prepare_inputs(trainer.longest_batch())
+        batch.pop("num_tokens", None)
+        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+            loss = trainer.compute_loss(model, batch)
+        loss.backward()
+    if not math.isfinite(float(loss.detach())):
+        raise TrainingStopped(
+            f"before the first step the loss of the longest rows is {float(loss.detach()):g}",
+            hint=likely_cause(model, float16=autocast is torch.float16, learning_rate=trainer.args.learning_rate),
+        )
+
+
+@contextmanager
+def _leaving_no_trace(model: Any) -> Iterator[None]:
+    """The random state and the gradients afterwards are those of before."""
+    weights = trained_weights(model).values()
+    gradients = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None  # a backward pass would add to it in place
+    try:
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            yield
+    finally:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient

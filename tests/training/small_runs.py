@@ -1,0 +1,101 @@
+"""Trainings of a very small random Gemma, in this process and with the transformers engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import GemmaConfig, GemmaForCausalLM
+
+from gemma_tune.data.encode import Datasets
+from gemma_tune.engines.base import LoadedModel
+from gemma_tune.engines.precision import Precision
+from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.models.tokenizer import load_tokenizer
+from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import read_metrics, start_manifest
+from gemma_tune.runs.reporter import Reporter, SilentReporter
+from gemma_tune.training.run import TrainingResult, train_adapter
+from tests.training.random_rows import VOCAB, Rows
+
+
+def save_base(path: Path) -> Path:
+    torch.manual_seed(0)
+    config = GemmaConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
+    GemmaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def recipe_of(**training: Any) -> Recipe:
+    """A recipe of small steps; `dropout`, `eval_every` and `log_every` go into their own sections."""
+    defaults = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 6, "gradient_checkpointing": "off"}
+    return Recipe.model_validate(
+        {
+            "model": {"load_in_4bit": False},
+            "lora": {"rank": 4, "dropout": training.pop("dropout", 0.0), **training.pop("lora", {})},
+            "data": {"source": "x", "max_seq_tokens": 64},
+            "evaluation": {"every_steps": training.pop("eval_every", None)},
+            "logging": {"every_steps": training.pop("log_every", 1)},
+            "training": {**defaults, **training},
+        }
+    )
+
+
+def attach(base: Path, recipe: Recipe) -> LoadedModel:
+    engine = TransformersEngine()
+    precision = Precision("float32", "float32", None, "test")
+    loaded = engine.load(base, section=recipe.model, precision=precision, max_seq_tokens=64)
+    return engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
+
+
+def train(
+    base: Path,
+    directory: Path,
+    *,
+    rows: Rows,
+    recipe: Recipe,
+    loaded: LoadedModel | None = None,
+    resume_from: Path | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[RunDir, TrainingResult]:
+    directory.mkdir(exist_ok=True)
+    run = RunDir(directory)
+    if not run.manifest.is_file():
+        start_manifest(run)
+    datasets: Datasets = rows  # type: ignore[assignment]
+    result = train_adapter(
+        loaded or attach(base, recipe),
+        engine=TransformersEngine(),
+        tokenizer=load_tokenizer(TINY_MODEL_DIR),
+        datasets=datasets,
+        recipe=recipe,
+        run=run,
+        reporter=reporter or SilentReporter(),
+        base_name="somebody/some-gemma",
+        base_revision="abc",
+        resume_from=resume_from,
+    )
+    return run, result
+
+
+def weights(run: RunDir) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def losses(run: RunDir) -> list[tuple[int, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(run) if "loss" in row]
