@@ -91,6 +91,7 @@ def test_a_base_that_is_not_gemma(folder: Path) -> None:
 
 def test_a_used_run_name(folder: Path) -> None:
     (folder / "runs" / "mine").mkdir(parents=True)
+    (folder / "runs" / "mine" / "notes.txt").write_text("mine", encoding="utf-8")
     assert "exists already" in refused(folder, "train", "mine.yaml", "run.name=mine")
 
 
