@@ -41,17 +41,17 @@ SHAPE = {
 # Each way is a program of its own; it says when it begins, so that no kill is wasted on imports.
 _PROGRAMS = {
     "merge": """
-from gemma_tune.export.merge import merge_adapter
+from gemma_tune.exporting.merge import merge_adapter
 begin()
 merge_adapter(base, adapter, output, max_shard_bytes=30_000_000)
 """,
     "merged-4bit": """
-from gemma_tune.export.four_bit import quantize_merged
+from gemma_tune.exporting.four_bit import quantize_merged
 begin()
 quantize_merged(merged, output, max_shard_bytes=10_000_000)
 """,
     "gguf": """
-from gemma_tune.export.gguf.convert import GgufProvenance, convert_to_gguf
+from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 begin()
 convert_to_gguf(merged, output, dtype="bf16", provenance=GgufProvenance(name="random", base_model="random"))
 """,

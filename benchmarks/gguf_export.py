@@ -50,7 +50,7 @@ for path in output.iterdir():
 """
 _CONVERT = """
 import gguf, numpy
-from gemma_tune.export.gguf.convert import GgufProvenance, convert_to_gguf
+from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 """
 
 
@@ -61,7 +61,7 @@ def program(way: str) -> str:
         work = f"convert_to_gguf(source, output / 'x.gguf', dtype={way!r}, provenance=GgufProvenance('x'))"
         return _PROGRAM.format(imports=_CONVERT, work=work)
     work = f"quantize_gguf(source.parent / 'bf16.gguf', output / 'x.gguf', quantization={way!r})"
-    return _PROGRAM.format(imports="from gemma_tune.export.gguf.quantize import quantize_gguf", work=work)
+    return _PROGRAM.format(imports="from gemma_tune.exporting.gguf.quantize import quantize_gguf", work=work)
 
 
 def run(source: str, *arguments: Path) -> Measurement:

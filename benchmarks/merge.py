@@ -157,7 +157,7 @@ _PROGRAMS = {
         who="resource.RUSAGE_CHILDREN",
     ),
     "gemma-tune": _PROGRAM.format(
-        imports="from gemma_tune.export.merge import merge_adapter",
+        imports="from gemma_tune.exporting.merge import merge_adapter",
         work="merge_adapter(base, adapter, output, dtype='auto', max_shard_bytes=2_000_000_000)",
         who="resource.RUSAGE_SELF",
     ),

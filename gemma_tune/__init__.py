@@ -1,8 +1,6 @@
 """gemma-tune: QLoRA fine-tuning of Google's Gemma. `load` gives a model to ask and to score, in one line."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 
 # Imported when it is first used: the models' libraries take seconds.
 _EXPORTS = {
@@ -23,14 +21,3 @@ def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_EXPORTS[name]), name)
-
-
-class _Package(ModuleType):
-    """`gemma_tune.export` is the function; the import system would put the subpackage of that name in its place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _EXPORTS and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -17,7 +17,7 @@ from gemma_tune.recipe import load as recipes
 from gemma_tune.recipe.load import LoadedRecipe
 
 if TYPE_CHECKING:
-    from gemma_tune.export.run import ExportOutcome
+    from gemma_tune.exporting.run import ExportOutcome
     from gemma_tune.inference.score import TextScore
     from gemma_tune.planning.plan import Plan
     from gemma_tune.runs.layout import RunDir

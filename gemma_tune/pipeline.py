@@ -27,11 +27,11 @@ from gemma_tune.engines.precision import Device, Precision, decide_precision, de
 from gemma_tune.engines.quiet import libraries_to
 from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
-from gemma_tune.export.formats import MERGED, find_formats
-from gemma_tune.export.merge_plan import MergeDtype
-from gemma_tune.export.probe import DEFAULT_POSITIONS, Probe, built_in_probe, probe_of_rows
-from gemma_tune.export.run import PARTS_DIR, ExportOutcome, export, find_exports, outcome_of, verify_directories
-from gemma_tune.export.source import Combination, ExportSource, combine_sources, open_source
+from gemma_tune.exporting.formats import MERGED, find_formats
+from gemma_tune.exporting.merge_plan import MergeDtype
+from gemma_tune.exporting.probe import DEFAULT_POSITIONS, Probe, built_in_probe, probe_of_rows
+from gemma_tune.exporting.run import PARTS_DIR, ExportOutcome, export, find_exports, outcome_of, verify_directories
+from gemma_tune.exporting.source import Combination, ExportSource, combine_sources, open_source
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.files import file_hashes, tokenizer_hashes
 from gemma_tune.planning.cards import detect_card

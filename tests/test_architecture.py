@@ -25,7 +25,7 @@ ROWS = (
     {"recipe"},
     {"runs"},
     {"data", "engines", "planning", "reporting"},
-    {"training", "inference", "export"},
+    {"training", "inference", "exporting"},
     {"evaluation", "doctor"},
     {"pipeline"},
     {"cli"},

@@ -16,10 +16,10 @@ from gemma_tune.errors import ExportError
 from gemma_tune.reporting.numbers import format_bytes
 
 if TYPE_CHECKING:
-    from gemma_tune.export.combine import CombineMethod
-    from gemma_tune.export.parity import Distance
-    from gemma_tune.export.run import Exported, ExportOutcome
-    from gemma_tune.export.source import Combination
+    from gemma_tune.exporting.combine import CombineMethod
+    from gemma_tune.exporting.parity import Distance
+    from gemma_tune.exporting.run import Exported, ExportOutcome
+    from gemma_tune.exporting.source import Combination
 
 SourcePath = Annotated[
     Path,
@@ -113,7 +113,7 @@ def export(
 def _combination(
     others: Sequence[Path], weights: str | None, *, method: CombineMethod, density: float | None
 ) -> Combination | None:
-    from gemma_tune.export.source import Combination
+    from gemma_tune.exporting.source import Combination
 
     if not others and weights is None:
         return None

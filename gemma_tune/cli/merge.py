@@ -13,7 +13,7 @@ from gemma_tune.cli.export import (
     Verify,
     run_export,
 )
-from gemma_tune.export.formats import MERGED
+from gemma_tune.exporting.formats import MERGED
 
 
 def merge(

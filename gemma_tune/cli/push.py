@@ -36,7 +36,7 @@ def push(
 ) -> None:
     """Push a finished export to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
     from gemma_tune.engines.quiet import libraries_to
-    from gemma_tune.export import hub
+    from gemma_tune.exporting import hub
 
     terminal = Terminal()
     directory = hub.find_export(path)

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_tune import Gemma, load
 from gemma_tune.errors import DataError, EngineError, ModelError
-from gemma_tune.export.gguf.convert import GgufProvenance, convert_to_gguf
+from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.inference.target import GgufTarget, find_target
 from gemma_tune.paths import TINY_MODEL_DIR
 

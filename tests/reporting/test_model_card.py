@@ -339,7 +339,10 @@ def table_rows(tokens: list[Any]) -> list[list[str]]:
         ("at /home/alice/a b/c", "at a b/c"),
         ("'/Users/al/x/rows.jsonl'", "'rows.jsonl'"),
         ("C:\\Users\\al\\rows.jsonl", "rows.jsonl"),
-        ("/root" + "/.cache/x and https://huggingface.co/google/gemma-2b", "x and https://huggingface.co/google/gemma-2b"),
+        (
+            "/root" + "/.cache/x and https://huggingface.co/google/gemma-2b",
+            "x and https://huggingface.co/google/gemma-2b",
+        ),
         ("hf_hub_download of sk-learn", "hf_hub_download of sk-learn"),
         ("https://example.com/home/x and file:///home/alice/x.txt", "https://example.com/home/x and file://x.txt"),
     ],

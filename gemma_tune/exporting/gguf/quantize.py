@@ -1,0 +1,198 @@
+"""Quantises a GGUF file with llama.cpp; and the table of what can be made, with or without it.
+
+llama.cpp ends its process instead of raising, so it works in a process of its own (quantize_worker.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.errors import ExportError, did_you_mean
+from gemma_tune.exporting.gguf.file import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
+from gemma_tune.exporting.gguf.quantize_worker import PROGRESS_WORD
+from gemma_tune.exporting.output_dir import output_file, refuse_existing, require_free_disk
+
+# What convert.py writes without a compiled package.
+CONVERTED = ("f32", "f16", "bf16", "q8_0")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """One of llama.cpp's mixes.
+
+    Attributes:
+        ftype: its number in `llama_ftype`.
+        bits: a weight's bits in most tensors.
+        fallback_bits: the same where a row is no multiple of 256 (`tensor_type_fallback` in llama-quant.cpp).
+    """
+
+    ftype: int
+    bits: float
+    fallback_bits: float
+
+
+QUANTIZATIONS = {
+    "q2_k": Quantization(10, 2.625, 4.5),
+    "q3_k_s": Quantization(11, 3.4375, 4.5),
+    "q3_k_m": Quantization(12, 3.4375, 4.5),
+    "q3_k_l": Quantization(13, 3.4375, 4.5),
+    "q4_0": Quantization(2, 4.5, 4.5),
+    "q4_1": Quantization(3, 5.0, 5.0),
+    "q4_k_s": Quantization(14, 4.5, 5.5),
+    "q4_k_m": Quantization(15, 4.5, 5.5),
+    "q5_0": Quantization(8, 5.5, 5.5),
+    "q5_1": Quantization(9, 6.0, 6.0),
+    "q5_k_s": Quantization(16, 5.5, 6.0),
+    "q5_k_m": Quantization(17, 5.5, 6.0),
+    "q6_k": Quantization(18, 6.5625, 8.5),
+    "q8_0": Quantization(7, 8.5, 8.5),
+    "iq4_nl": Quantization(25, 4.5, 4.5),
+    "iq4_xs": Quantization(30, 4.25, 4.5),
+}
+_NEED_IMATRIX = frozenset(
+    {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "q2_k_s"}
+)
+# Tensors that the mixes give up to Q6_K; Q8_0 is what Q6_K falls back to.
+_WIDER_TENSORS = ("token_embd.", "output.", "attn_v.", "attn_output.", "ffn_down.")
+_WIDER_BITS, _WIDER_FALLBACK_BITS = 6.5625, 8.5
+_BLOCK_OF_K_QUANTS, _SMALLEST_BLOCK = 256, 32
+_PLAIN_TYPES = {"F32", "F16", "BF16"}
+# llama.cpp keeps at most this much of a tensor in memory; its own limit is 8 GiB.
+_BUFFER_BYTES = 256 << 20
+_LAST_LINES = 6
+
+
+def require_gguf_packages(quantization: str) -> None:
+    """Raise ExportError unless `quantization` is one that can be made and its packages are installed."""
+    name = quantization.lower()
+    if name in _NEED_IMATRIX:
+        raise ExportError(
+            f"{quantization} needs an importance matrix, which gemma-tune does not measure",
+            hint="take q2_k, q3_k_m or q4_k_m instead",
+        )
+    if quantization not in CONVERTED and quantization not in QUANTIZATIONS:
+        known = [*CONVERTED, *(known for known in QUANTIZATIONS if known not in CONVERTED)]
+        raise ExportError(
+            f"{quantization!r} is no GGUF quantization that gemma-tune knows",
+            hint=f"{did_you_mean(name, known)} known: {', '.join(known)}".lstrip(),
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise ExportError("GGUF export needs the package `gguf`", hint="pip install 'gemma-tune[gguf]'")
+    if quantization not in CONVERTED:
+        _require_llama_cpp(quantization)
+
+
+def _require_llama_cpp(quantization: str) -> None:
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ExportError(
+            f"{quantization} is made by llama.cpp, whose package `llama-cpp-python` is not installed",
+            hint="pip install 'gemma-tune[gguf-quant]' (compiles for about ten minutes), or export q8_0",
+        )
+
+
+def quantized_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], quantization: str) -> int:
+    """At most this many bytes of weights come out, from the GGUF names and shapes of the tensors."""
+    kind = QUANTIZATIONS[quantization]
+    bits = 0.0
+    for name, shape in shapes:
+        num_elements, width = math.prod(shape), shape[-1]
+        is_wide = any(part in name for part in _WIDER_TENSORS)
+        if len(shape) == 1:
+            each = 32.0
+        elif width % _SMALLEST_BLOCK:
+            each = 16.0
+        elif width % _BLOCK_OF_K_QUANTS == 0:
+            each = max(kind.bits, _WIDER_BITS if is_wide else 0.0)
+        else:
+            each = max(kind.fallback_bits, _WIDER_FALLBACK_BITS if is_wide else 0.0)
+        bits += num_elements * each
+    return int(bits / 8)
+
+
+def quantize_gguf(
+    source: Path, output: Path, *, quantization: str, on_progress: Callable[[int, int], None] | None = None
+) -> GgufReport:
+    """Quantise a GGUF file in f32, f16 or bf16 by one of llama.cpp's mixes.
+
+    `on_progress` gets (tensors begun, tensors in all) in the caller's thread. Raises ExportError, and then
+    no output is left.
+    """
+    require_gguf_packages(quantization)
+    if quantization not in QUANTIZATIONS:
+        raise ExportError(f"{quantization} is no quantization", hint="convert_to_gguf writes it from the model itself")
+    _require_llama_cpp(quantization)
+    started = time.perf_counter()
+    refuse_existing(output)
+    header = read_gguf_header(source)
+    already = sorted({tensor.type for tensor in header.tensors} - _PLAIN_TYPES)
+    if already:
+        raise ExportError(
+            f"{source} is quantised already ({', '.join(already)}); quantising it again would round twice",
+            hint="quantise from bf16 or f16",
+        )
+    shapes = [(tensor.name, tensor.shape) for tensor in header.tensors]
+    header_bytes = min(tensor.offset_bytes for tensor in header.tensors)
+    needed_bytes = header_bytes + quantized_bytes(shapes, quantization)
+    require_free_disk(output, needed_bytes, what=f"the {quantization} GGUF")
+    with output_file(output) as partial_file:
+        _run_llama_cpp(source, partial_file, quantization, on_progress or (lambda done, total: None))
+        quantized = read_gguf_header(partial_file)
+        if {(t.name, t.shape) for t in quantized.tensors} != set(shapes):
+            raise ExportError(f"{source}: llama.cpp wrote other tensors than it was given", hint="is the disk sound?")
+    notes = tuple(_fallback_notes(quantized, quantization))
+    seconds = time.perf_counter() - started
+    return summarize_gguf(output, quantized, quantization=quantization, seconds=seconds, notes=notes)
+
+
+def _run_llama_cpp(source: Path, output: Path, quantization: str, on_progress: Callable[[int, int], None]) -> None:
+    # -P: a gguf.py in the current directory must not be imported.
+    command = [sys.executable, "-P", "-m", "gemma_tune.exporting.gguf.quantize_worker", str(source), str(output)]
+    command += [str(QUANTIZATIONS[quantization].ftype), str(os.cpu_count() or 1), str(_BUFFER_BYTES)]
+    last_lines: deque[str] = deque(maxlen=_LAST_LINES)
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        encoding="utf-8", errors="replace",
+    ) as worker:  # fmt: skip
+        assert worker.stdout is not None
+        try:
+            for line in worker.stdout:
+                word, *numbers = line.split() or [""]
+                if word == PROGRESS_WORD:
+                    on_progress(int(numbers[0]), int(numbers[1]))
+                elif line.strip():
+                    last_lines.append(line.strip())
+        except BaseException:
+            worker.kill()
+            raise
+    if worker.returncode:
+        code = worker.returncode
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"gave up (code {code})"
+        told = "; ".join(last_lines)
+        raise ExportError(
+            f"{source}: llama.cpp {how} while it made {quantization}" + (f": {told}" if told else ""),
+            hint="nothing was kept; is the disk or the memory full? The file it was to be made from is whole",
+        )
+
+
+def _fallback_notes(header: GgufHeader, quantization: str) -> Iterator[str]:
+    """Say where a mix is not what its name says: its blocks of 256 do not divide the rows."""
+    if QUANTIZATIONS[quantization].bits == QUANTIZATIONS[quantization].fallback_bits:
+        return
+    matrices = [tensor for tensor in header.tensors if len(tensor.shape) > 1]
+    uneven = [tensor for tensor in matrices if tensor.shape[-1] % _BLOCK_OF_K_QUANTS]
+    if uneven:
+        types = ", ".join(sorted({tensor.type for tensor in uneven}))
+        yield (
+            f"{len(uneven)} of {len(matrices)} matrices have rows that are no multiple of {_BLOCK_OF_K_QUANTS}: "
+            f"llama.cpp wrote them wider than {quantization}, as {types}"
+        )

@@ -1,0 +1,146 @@
+"""Which tensor of a Gemma lands where in a GGUF file, decided from headers: names, types, places. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gemma_tune.errors import ExportError
+from gemma_tune.exporting.gguf.architecture import GgufArchitecture
+from gemma_tune.exporting.gguf.blocks import STORED_DTYPES, same_values
+from gemma_tune.exporting.gguf.file import align
+from gemma_tune.exporting.merge_plan import canonical_name
+from gemma_tune.models.config import TextConfig
+from gemma_tune.models.files import StoredTensor, stored_tensors
+from gemma_tune.models.summary import summarize
+
+GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
+
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_TOWERS = ("vision_tower.", "multi_modal_projector.")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of the file.
+
+    Attributes:
+        type: ggml's name of the type to write: the dtype asked for, F32 for a norm.
+        adds_one: Gemma's norms multiply by 1 + weight, llama.cpp's by the weight that is stored.
+        offset_bytes: where it lies, counted from the start of the tensor data.
+    """
+
+    name: str
+    source: StoredTensor
+    type: str
+    adds_one: bool
+    offset_bytes: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """Attributes:
+    num_bytes: of the tensor data, padding included.
+    notes: what was left out.
+    """
+
+    tensors: tuple[GgufTensor, ...]
+    num_rows: int
+    num_bytes: int
+    notes: tuple[str, ...]
+
+
+def plan_tensors(directory: Path, architecture: GgufArchitecture, dtype: GgufDtype) -> TensorPlan:
+    """Place every tensor. ExportError names those that are missing, unknown, or of another shape than the config's."""
+    import gguf
+
+    found, notes = _text_tensors(directory)
+    expected = _expected_shapes(architecture.config, found, directory)
+    _refuse_differences(found, expected, directory)
+
+    config = architecture.config
+    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family)
+    names = gguf.get_tensor_name_map(arch, config.num_layers)
+    tensors: list[GgufTensor] = []
+    end = 0
+    for canonical in expected:
+        source = found[canonical]
+        type_ = "F32" if len(source.shape) == 1 else dtype.upper()
+        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_]]
+        if source.shape[-1] % block_elements:
+            raise ExportError(
+                f"{directory}: rows of {source.name} have {source.shape[-1]} values; {dtype} needs a multiple of "
+                f"{block_elements}",
+                hint="export bf16 or f16",
+            )
+        name = names.get_name(canonical, try_suffixes=(".weight",))
+        assert name is not None, f"gguf has no name for {canonical} of {config.family}"
+        num_bytes = source.num_elements // block_elements * block_bytes
+        tensors.append(GgufTensor(name, source, type_, canonical.endswith("norm.weight"), align(end), num_bytes))
+        end = align(end) + num_bytes
+    return TensorPlan(tuple(tensors), found[_EMBEDDING].shape[0], align(end), tuple(notes))
+
+
+def _text_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
+    """Canonical name -> tensor of the text model, and what was left out."""
+    found: dict[str, StoredTensor] = {}
+    num_left_out = 0
+    for name, tensor in stored_tensors(directory).items():
+        canonical = canonical_name(name)
+        if canonical.startswith(_TOWERS):
+            num_left_out += 1
+        elif tensor.dtype not in STORED_DTYPES:
+            raise ExportError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}; GGUF is made from {', '.join(STORED_DTYPES)}",
+                hint="merge with dtype bfloat16",
+            )
+        elif found.setdefault(canonical, tensor) is not tensor:
+            raise ExportError(
+                f"{directory}: {found[canonical].name} and {name} are one weight under two names", hint="merge it again"
+            )
+    notes = [f"the image part ({num_left_out} tensors) was left out: the file is for text"] if num_left_out else []
+    return found, notes
+
+
+def _expected_shapes(config: TextConfig, found: dict[str, StoredTensor], directory: Path) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of the file. A head that is the embedding is taken out of `found`.
+
+    llama.cpp's Gemma 1 and 2 have no head of their own; its Gemma 3 takes the embedding where the file has none.
+    """
+    expected = {f"{row.name}.weight": row.weight_shape for row in summarize(config)}
+    embedding, head = found.get(_EMBEDDING), found.get(_HEAD)
+    if head is None and config.has_tied_embeddings:
+        del expected[_HEAD]
+    elif head is not None and embedding is not None and same_values(embedding, head):
+        del expected[_HEAD], found[_HEAD]
+    elif head is not None and config.family != "gemma3":
+        raise ExportError(
+            f"{directory}: {head.name} differs from the embedding; llama.cpp's {config.family} ties the two, so the "
+            "trained output would be lost",
+            hint="export `merged-16bit` instead, or train without lm_head and embed_tokens",
+        )
+    return expected
+
+
+def _refuse_differences(
+    found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]], directory: Path
+) -> None:
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        told = "lacks" if missing else "has the unknown tensors"
+        names = missing or unknown
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise ExportError(
+            f"{directory}: the model {told} {', '.join(names[:3])}{more}",
+            hint="give a merged model directory, as `gemma-tune merge` writes it",
+        )
+    for name, shape in expected.items():
+        if found[name].shape != shape:
+            raise ExportError(
+                f"{directory}: {found[name].name} has shape {found[name].shape}, config.json says {shape}",
+                hint="config.json and the weights do not belong together; merge it again",
+            )

@@ -1,0 +1,157 @@
+"""What is exported: the adapter of a run, or any PEFT adapter directory, with its base."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemma_tune.errors import ExportError, RunError
+from gemma_tune.exporting.adapter import public_name
+from gemma_tune.exporting.lora_adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
+from gemma_tune.models.fetch import LocalModel, fetch_model
+from gemma_tune.models.files import file_hashes
+from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.layout import RunDir, open_run
+from gemma_tune.runs.record import read_json
+
+if TYPE_CHECKING:
+    from gemma_tune.exporting.combine import CombineMethod
+
+TEMPLATE_FILE = "template.yaml"
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """An adapter and all that goes with it.
+
+    Attributes:
+        name: what exported files are called after.
+        base_files: SHA-256 of the base's files: as the run's lock has them, else as they are now.
+        run: the run that trained it; None for an adapter of unknown origin.
+        tokenizer: directory of the tokenizer that it was trained with.
+        template: the data template as text, where it is known.
+        trained_dtype: what the run computed in when it trained on a 4-bit base, else None.
+    """
+
+    name: str
+    base: LocalModel
+    base_files: Mapping[str, str]
+    adapter: Path
+    run: RunDir | None
+    tokenizer: Path
+    template: str | None
+    trained_dtype: str | None
+
+    @property
+    def default_output(self) -> Path:
+        """Where its exports go unless told otherwise."""
+        return self.run.exports if self.run else self.adapter.absolute().parent / f"{self.adapter.name}-export"
+
+    @property
+    def base_name(self) -> str:
+        """The base's hub id, or the last part of a local path: an export names no folder of this machine."""
+        name = public_name(self.base)
+        return Path(name).name if Path(name).is_dir() else name
+
+    def adapter_hashes(self) -> dict[str, str]:
+        """File name -> SHA-256 of the adapter's config and weights."""
+        files = (self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_WEIGHTS_FILE)
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def hash_of_json(values: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Adapters of one base to be combined with the source's; `combine.combine_adapters` says how.
+
+    Attributes:
+        others: runs or adapter directories.
+        weights: of the source's adapter and of each other one.
+    """
+
+    others: tuple[Path, ...]
+    weights: tuple[float, ...]
+    method: CombineMethod = "linear"
+    density: float | None = None
+
+
+def combine_sources(source: ExportSource, combination: Combination, *, directory: Path) -> ExportSource:
+    """Write the combined adapter into a new directory below `directory`, or keep what a killed export left there.
+
+    The result is of no run, so nothing is known of its training.
+    """
+    from gemma_tune.exporting.combine import combine_adapters
+
+    opened = [source, *(open_source(path) for path in combination.others)]
+    decided = {**asdict(combination), "others": [each.adapter_hashes() for each in opened]}
+    output = directory / f"combined-{hash_of_json(decided)[:12]}"
+    if not (output / ADAPTER_CONFIG_FILE).is_file():
+        combine_adapters(
+            [each.adapter for each in opened],
+            output,
+            weights=combination.weights,
+            method=combination.method,
+            density=combination.density,
+        )
+    return replace(source, name=f"{source.name}-combined", adapter=output, run=None, trained_dtype=None)
+
+
+def open_source(path: Path, *, base: str | None = None) -> ExportSource:
+    """Open a run directory or an adapter directory; `base` names the base of an adapter that does not.
+
+    Raises:
+        GemmaTuneError: there is neither at `path`, the run has no adapter yet, or the base cannot be had.
+    """
+    if (path / ADAPTER_CONFIG_FILE).is_file():
+        return _from_adapter(path, base=base)
+    return _from_run(open_run(path), base=base)
+
+
+def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
+    if base is not None:
+        raise ExportError(
+            f"{run.path} knows its base, and --base names another", hint="leave --base out; it is for bare adapters"
+        )
+    if not (run.adapter / ADAPTER_CONFIG_FILE).is_file():
+        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+    lock = read_json(run.lock)
+    recipe = load_recipe(run.resolved_recipe).recipe
+    # float16 is autocast over float32 weights, which a CPU has not.
+    compute = "bfloat16" if lock["precision"]["compute"] == "bfloat16" else "float32"
+    return ExportSource(
+        name=run.name,
+        base=fetch_model(lock["base"]["name"], revision=lock["base"]["revision"]),
+        base_files=lock["base"]["files"],
+        adapter=run.adapter,
+        run=run,
+        tokenizer=run.adapter,
+        template=run.template.read_text(encoding="utf-8"),
+        trained_dtype=compute if recipe.model.load_in_4bit else None,
+    )
+
+
+def _from_adapter(directory: Path, *, base: str | None) -> ExportSource:
+    config = read_adapter_config(directory)
+    name = base or config.get("base_model_name_or_path")
+    if not name:
+        raise ExportError(f"{directory} does not name its base model", hint="name it with --base")
+    model = fetch_model(name, revision=None if base else config.get("revision"))
+    template = directory / TEMPLATE_FILE
+    return ExportSource(
+        name=directory.absolute().name,
+        base=model,
+        base_files=file_hashes(model.directory),
+        adapter=directory,
+        run=None,
+        tokenizer=directory if (directory / "tokenizer_config.json").is_file() else model.directory,
+        template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        trained_dtype=None,
+    )

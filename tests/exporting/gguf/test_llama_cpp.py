@@ -1,0 +1,268 @@
+"""What llama.cpp makes of an exported file, against transformers: logits, tokens, greedy text, chat prompts."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
+from gemma_tune.exporting.gguf.file import read_gguf_header
+from gemma_tune.exporting.gguf.quantize import quantize_gguf
+from gemma_tune.paths import TINY_MODEL_DIR
+
+pytest.importorskip("gguf")
+pytest.importorskip("llama_cpp")
+
+Logits = np.ndarray[Any, np.dtype[np.float32]]
+
+SOURCES = ("gemma-tiny", "gemma", "gemma2", "gemma3")
+DTYPES = ("f32", "bf16", "q8_0")
+NUM_POSITIONS, NUM_NEW = 200, 24
+MESSAGES = [
+    {"role": "user", "content": "  Where does Mara live?\n"},
+    {"role": "assistant", "content": "In Ostel."},
+    {"role": "user", "content": "And\n\nwho bakes  bread?"},
+]
+TRICKY = (
+    "", " ", "  ", "   x", "x   ", "a  b", "\n", "\n\n", "\n\n\n\n x", " \n ", "\t", "\t\tx\t", "\r\n",
+    "a\u00a0b", "\u2003x", "Once upon a time a duck lived in Applewick.", "UPPER lower MiXeD",
+    "don't, it's; we'll!", "1234567890", "3.14159e-10", "€100 £5 ¥7", "naïve façade Ærøskøbing",
+    "Grüße aus Köln", "Привет, мир", "你好，世界", "こんにちは", "안녕하세요", "مرحبا", "שלום", "नमस्ते", "🙂",
+    "👩‍👩‍👧‍👦", "🇩🇪🇫🇷", "e\u0301 is é", "\u200b\u200d\ufeff", "\ufffd", "x\x01\x1f\x7f", "<eos>", "a<bos>b",
+    "<start_of_turn>user\n", "<end_of_turn>\n<end_of_turn>", "<start_of_turn", "<unk> <pad> <mask>",
+    "<unused7>x", "<0x41>", "<|im_end|>", "</s>", "[INST]", "def f(x):\n\treturn x ** 2  # square\n",
+    "    if a:\n        b()\n", '{"a": [1, 2, {"b": null}]}', "<table><tr><td>1</td></tr>",
+    "https://example.org/a?b=c&d=%20e", "C:\\dir\\file.txt", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "." * 50,
+    " " * 70, "\n" * 70, "▁", "▁under", "a▁b", "ﬁ ﬀ ½ ²", "\U0010ffff", "-- — – ‑",
+    "“quotes” ‘single’ «guillemets»",
+)  # fmt: skip
+
+# In a process of its own: llama.cpp aborts instead of raising. The cache is float32, or its rounding would be measured.
+_PROGRAM = """
+import json, sys
+import numpy as np
+from llama_cpp import GGML_TYPE_F32, Llama
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+path, request, answer = sys.argv[1], json.load(open(sys.argv[2], encoding="utf-8")), sys.argv[3]
+llama = Llama(
+    path, n_ctx=512, n_batch=512, n_threads=1, n_threads_batch=1, logits_all=True, verbose=False,
+    type_k=GGML_TYPE_F32, type_v=GGML_TYPE_F32, swa_full=True,
+)
+tokenize = lambda text, **options: llama.tokenize(text.encode(), special=True, **options)
+told = {"tokens": [tokenize(text, add_bos=False) for text in request["texts"]], "greedy": []}
+told["with_bos"] = tokenize("some text", add_bos=bool(llama._model.add_bos_token()))
+llama.eval(request["ids"])
+np.save(answer + ".npy", llama.scores[: len(request["ids"])])
+for ids in request["prompts"]:
+    llama.reset()
+    new = []
+    while len(new) < request["num_new"]:
+        llama.eval(ids)
+        ids = [int(np.argmax(llama.scores[llama.n_tokens - 1]))]
+        new += ids
+    told["greedy"].append(new)
+template = llama.metadata["tokenizer.chat_template"]
+bos, eos = (llama._model.token_get_text(token) for token in (llama.token_bos(), llama.token_eos()))
+prompt = Jinja2ChatFormatter(template, eos_token=eos, bos_token=bos)(messages=request["messages"]).prompt
+told["chat"] = tokenize(prompt, add_bos=False)
+json.dump(told, open(answer, "w"))
+"""
+
+
+def fuzz_strings(num: int) -> list[str]:
+    """Strings of words, signs of many scripts, blanks and special tokens. A literal U+2581 is not among them: next to a
+    space llama.cpp cuts it in another way."""
+    generator = random.Random(20)
+    words = ["Mara", "baker", "Ostel", "the", "a", "needs", "and", "The", "lighthouse", "whale", "12", "7", "x"]
+    blanks = [" ", "  ", "   ", "\n", "\n\n", "\n\n\n", "\t", " \n", "\r\n", " " * 9]
+    special = ["<eos>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<unused3>", "<end_of", "<0x0A>"]
+    signs = list("abcXYZ019.,;:!?-_()[]{}<>|/\\'\"@#$%^&*+=~`éßñøŁжשعह中あ한😀🏽\u200d\u0301€½")
+
+    def part() -> str:
+        kind = generator.random()
+        if kind < 0.1:
+            return chr(generator.choice([*range(0x20, 0x2580), *range(0x2590, 0xD800), *range(0xE000, 0x20000)]))
+        return generator.choice(words if kind < 0.4 else blanks if kind < 0.6 else special if kind < 0.65 else signs)
+
+    return ["".join(part() for _ in range(generator.randint(1, 30))) for _ in range(num)]
+
+
+def ask_llama(path: Path, work: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Logits]:
+    asked, answered = work / f"{path.stem}-request.json", work / f"{path.stem}-answer.json"
+    asked.write_text(json.dumps(request), encoding="utf-8")
+    command = [sys.executable, "-c", _PROGRAM, str(path), str(asked), str(answered)]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(answered.read_text(encoding="utf-8")), np.load(f"{answered}.npy")
+
+
+@torch.no_grad()
+def ask_transformers(directory: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Logits]:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    model.generation_config.eos_token_id = None
+    settings = {"do_sample": False, "max_new_tokens": request["num_new"], "pad_token_id": 0}
+    prompts = torch.tensor(request["prompts"])
+    output = model.generate(
+        prompts, attention_mask=torch.ones_like(prompts), output_logits=True, return_dict_in_generate=True, **settings
+    )
+    best_two = torch.stack(output.logits, dim=1).topk(2, dim=-1).values
+    chat = tokenizer.apply_chat_template(request["messages"], add_generation_prompt=True, return_dict=False)
+    told = {
+        "tokens": [tokenizer(text, add_special_tokens=False).input_ids for text in request["texts"]],
+        "with_bos": tokenizer("some text").input_ids,
+        "greedy": output.sequences[:, prompts.shape[1] :].tolist(),
+        "margins": (best_two[..., 0] - best_two[..., 1]).tolist(),
+        "chat": chat,
+    }
+    return told, model(input_ids=torch.tensor([request["ids"]])).logits[0].numpy()
+
+
+class Comparison:
+    """The files of one model and what each program says about them."""
+
+    def __init__(self, source: Path, work: Path) -> None:
+        self.work = work
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        rows = (TINY_MODEL_DIR.parent / "rows" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+        texts = "\n".join(row["context"] or row["response"] for row in map(json.loads, rows[:40]))
+        ids = tokenizer(texts).input_ids[:NUM_POSITIONS]
+        self.request = {
+            "ids": ids,
+            "texts": [],
+            "prompts": [ids[:1] + ids[begin : begin + 7] for begin in range(1, 160, 20)],
+            "num_new": NUM_NEW,
+            "messages": MESSAGES,
+        }
+        self.expected, self.logits = ask_transformers(source, self.request)
+        for dtype in DTYPES:
+            provenance = GgufProvenance(name=source.name)
+            convert_to_gguf(source, self.file(dtype), dtype=dtype, provenance=provenance)  # type: ignore[arg-type]
+        self.found = {dtype: ask_llama(self.file(dtype), work, self.request) for dtype in DTYPES}
+
+    def file(self, dtype: str) -> Path:
+        return self.work / f"{dtype}.gguf"
+
+    def max_difference(self, logits: Logits) -> float:
+        return float(np.abs(logits - self.logits).max())
+
+    def top_1(self, logits: Logits) -> float:
+        return float((logits.argmax(-1) == self.logits.argmax(-1)).mean())
+
+    def mean_kl(self, logits: Logits) -> float:
+        log_p, log_q = (torch.log_softmax(torch.from_numpy(rows).double(), -1) for rows in (self.logits, logits))
+        return float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As in llama.cpp's process: on a busy machine the threads of so small a model mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def compare(
+    make_gguf_source: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Comparison]:
+    @functools.cache
+    def make(name: str) -> Comparison:
+        source = TINY_MODEL_DIR if name == "gemma-tiny" else make_gguf_source(name)
+        return Comparison(source, tmp_path_factory.mktemp(name))
+
+    return make
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_f32_logits_are_those_of_transformers(name: str, compare: Callable[..., Comparison]) -> None:
+    compared = compare(name)
+    _, logits = compared.found["f32"]
+    print(name, "f32", compared.max_difference(logits), compared.top_1(logits), compared.mean_kl(logits))
+    assert compared.max_difference(logits) < 5e-3
+    assert compared.top_1(logits) == 1.0
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_narrower_types_stay_near(name: str, compare: Callable[..., Comparison]) -> None:
+    compared = compare(name)
+    for dtype in ("bf16", "q8_0"):
+        _, logits = compared.found[dtype]
+        print(name, dtype, compared.max_difference(logits), compared.top_1(logits), compared.mean_kl(logits))
+        assert compared.mean_kl(logits) < 1e-3
+        assert compared.top_1(logits) >= 0.95
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_norms_without_their_one_do_not_pass(name: str, compare: Callable[..., Comparison]) -> None:
+    compared = compare(name)
+    wrong = compared.work / "wrong.gguf"
+    shutil.copyfile(compared.file("f32"), wrong)
+    for tensor in read_gguf_header(wrong).tensors:
+        if tensor.name.endswith("norm.weight"):
+            weights = np.memmap(wrong, np.float32, "r+", tensor.offset_bytes, tensor.shape)
+            weights -= 1
+            weights.flush()
+    _, logits = ask_llama(wrong, compared.work, compared.request | {"prompts": []})
+    assert compared.max_difference(logits) > 1
+    assert compared.top_1(logits) < 0.97
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_greedy_text_is_that_of_transformers(name: str, compare: Callable[..., Comparison]) -> None:
+    """In f32 to the end; in a narrower type up to the first token whose lead is within twice the type's error: there
+    the second best may win."""
+    compared = compare(name)
+    greedy, margins = compared.expected["greedy"], compared.expected["margins"]
+    for dtype in DTYPES:
+        told, logits = compared.found[dtype]
+        decidable = 0.0 if dtype == "f32" else 2 * compared.max_difference(logits)
+        num_compared = 0
+        for expected, found, margin in zip(greedy, told["greedy"], margins, strict=True):
+            sure = next((step for step, lead in enumerate(margin) if lead < decidable), NUM_NEW)
+            assert found[:sure] == expected[:sure], dtype
+            num_compared += sure
+        print(name, dtype, num_compared, "of", len(greedy) * NUM_NEW, told["greedy"] == greedy)
+        assert num_compared >= (len(greedy) if dtype == "f32" else 1) * NUM_NEW
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_embedded_chat_template_gives_the_prompt(name: str, compare: Callable[..., Comparison]) -> None:
+    compared = compare(name)
+    told, _ = compared.found["q8_0"]
+    assert told["chat"] == compared.expected["chat"]
+    assert told["chat"].count(2) == 1
+    assert told["with_bos"] == compared.expected["with_bos"]
+
+
+def test_texts_are_cut_into_the_tokens_of_transformers(compare: Callable[..., Comparison]) -> None:
+    compared = compare("gemma-tiny")
+    texts = [*TRICKY, *fuzz_strings(2000)]
+    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
+    told, _ = ask_llama(compared.file("q8_0"), compared.work, compared.request | {"texts": texts, "prompts": []})
+    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    differences = [(text, *ids) for text, *ids in zip(texts, expected, told["tokens"], strict=True) if ids[0] != ids[1]]
+    assert not differences, differences[:3]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_q4_k_m_is_within_its_error(name: str, compare: Callable[..., Comparison]) -> None:
+    compared = compare(name)
+    report = quantize_gguf(compared.file("bf16"), compared.work / "q4_k_m.gguf", quantization="q4_k_m")
+    _, logits = ask_llama(report.output, compared.work, compared.request | {"prompts": []})
+    print(name, "q4_k_m", report.bits_per_weight, compared.top_1(logits), compared.mean_kl(logits))
+    assert compared.mean_kl(compared.found["q8_0"][1]) < compared.mean_kl(logits) < 0.1

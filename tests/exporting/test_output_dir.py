@@ -1,0 +1,251 @@
+"""An output bears its name only when it is complete, whatever happens before."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.errors import ExportError
+from gemma_tune.exporting.output_dir import (
+    finished_files,
+    keep_file,
+    output_directory,
+    output_file,
+    refuse_existing,
+    require_free_disk,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+Opener = Callable[[Path], AbstractContextManager[Path]]
+BOTH = pytest.mark.parametrize("open_output", [output_directory, output_file])
+
+
+def fill(partial: Path) -> None:
+    """Something inside a partial directory, or the partial file itself."""
+    (partial / "below" if partial.is_dir() else partial).write_text("whole", encoding="utf-8")
+
+
+def content(output: Path) -> str:
+    return (output / "below" if output.is_dir() else output).read_text(encoding="utf-8")
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "made" / "for it" / "output"
+
+
+@BOTH
+def test_the_name_appears_with_the_end(open_output: Opener, output: Path) -> None:
+    with open_output(output) as partial:
+        fill(partial)
+        assert not output.exists() and partial.parent == output.parent
+    assert content(output) == "whole" and names(output.parent) == ["output"]
+
+
+def test_an_empty_directory_is_no_output(output: Path) -> None:
+    output.mkdir(parents=True)
+    with output_directory(output) as partial:
+        fill(partial)
+    assert names(output) == ["below"]
+
+
+@BOTH
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("inside")])
+def test_an_error_leaves_nothing(failure: BaseException, open_output: Opener, output: Path) -> None:
+    with pytest.raises(type(failure)), open_output(output) as partial:
+        fill(partial)
+        raise failure
+    assert names(output.parent) == []
+
+
+@BOTH
+def test_a_full_disk_is_told_in_a_sentence(open_output: Opener, output: Path) -> None:
+    told = r"cannot write .*output: No space left on device \(.*below\)"
+    with pytest.raises(ExportError, match=told), open_output(output) as partial:
+        fill(partial)
+        raise OSError(errno.ENOSPC, "No space left on device", str(partial / "below"))
+    assert names(output.parent) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process")
+def test_a_file_that_the_system_refuses_to_lengthen(output: Path) -> None:
+    """A real failed write, in a process whose files may have 4,096 bytes."""
+    program = """
+import resource, signal, sys
+from pathlib import Path
+from gemma_tune.errors import ExportError
+from gemma_tune.exporting.output_dir import output_directory
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    with output_directory(Path(sys.argv[1])) as partial:
+        (partial / "small").write_bytes(bytes(4096))
+        (partial / "large").write_bytes(bytes(10_000))
+except ExportError as error:
+    print(error.message)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(output)], capture_output=True, text=True, encoding="utf-8", check=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert done.stdout.startswith(f"cannot write {output}: File too large")
+    assert names(output.parent) == []
+
+
+@BOTH
+def test_a_read_only_directory(open_output: Opener, read_only_directory: Path) -> None:
+    before = names(read_only_directory)
+    with pytest.raises(ExportError, match=r"cannot write .*output"), open_output(read_only_directory / "output"):
+        pytest.fail("the block ran")
+    assert names(read_only_directory) == before
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["file", "full directory", "dangling link"])
+def test_what_exists_is_kept(kind: str, open_output: Opener, output: Path) -> None:
+    output.parent.mkdir(parents=True)
+    if kind == "file":
+        output.write_text("mine", encoding="utf-8")
+    elif kind == "dangling link":
+        output.symlink_to(output.parent / "nowhere")
+    else:
+        output.mkdir()
+        (output / "below").write_text("mine", encoding="utf-8")
+    with pytest.raises(ExportError, match=r"output exists"), open_output(output):
+        pytest.fail("the block ran")
+    with pytest.raises(ExportError, match=r"output exists"):
+        refuse_existing(output)
+    assert kind == "dangling link" or content(output) == "mine"
+    assert names(output.parent) == ["output"]
+
+
+@BOTH
+def test_what_appears_in_the_meantime_is_kept(open_output: Opener, output: Path) -> None:
+    with pytest.raises(ExportError, match=r"output exists"), open_output(output) as partial:
+        fill(partial)
+        output.write_text("mine", encoding="utf-8")
+    assert content(output) == "mine" and names(output.parent) == ["output"]
+
+
+@BOTH
+def test_two_writers(open_output: Opener, output: Path) -> None:
+    with open_output(output) as partial:
+        with pytest.raises(ExportError, match="another process is writing"), open_output(output):
+            pytest.fail("the second block ran")
+        fill(partial)
+    assert content(output) == "whole" and names(output.parent) == ["output"]
+
+
+# --- killed in the middle ------------------------------------------------------------------------------------------
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gemma_tune.exporting.output_dir import keep_file, output_directory, output_file
+output, kind, fingerprint = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
+if kind == "file":
+    with output_file(output) as partial:
+        partial.write_text("half", encoding="utf-8")
+        os.kill(os.getpid(), signal.SIGKILL)
+with output_directory(output, fingerprint=fingerprint) as partial:
+    (partial / "first").write_text("first", encoding="utf-8")
+    if fingerprint:
+        keep_file(partial, "first", {"of": 7})
+    (partial / "second").write_text("half", encoding="utf-8")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def kill_in_the_middle(output: Path, kind: str, fingerprint: str = "") -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLED, str(output), kind, fingerprint],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+    assert not output.exists() and names(output.parent) == [".output.partial", ".output.partial.lock"]
+
+
+@BOTH
+def test_leftovers_of_a_killed_process_are_tidied(open_output: Opener, output: Path) -> None:
+    kill_in_the_middle(output, "file" if open_output is output_file else "directory", "any")
+    with open_output(output) as partial:
+        assert not partial.exists() or names(partial) == []
+        fill(partial)
+    assert content(output) == "whole" and names(output.parent) == ["output"]
+
+
+def test_finished_files_are_kept_for_the_same_fingerprint(output: Path) -> None:
+    kill_in_the_middle(output, "directory", "a")
+    with output_directory(output, fingerprint="a") as partial:
+        assert finished_files(partial) == {"first": {"of": 7}}
+        assert (partial / "first").read_text(encoding="utf-8") == "first" and not (partial / "second").exists()
+        (partial / "second").write_text("second", encoding="utf-8")
+        keep_file(partial, "second", {})
+        assert set(finished_files(partial)) == {"first", "second"}
+    assert names(output) == ["first", "second"]
+
+
+@pytest.mark.parametrize("change", ["fingerprint", "touched", "longer", "removed", "record"])
+def test_changed_leftovers_are_not_used(change: str, output: Path) -> None:
+    kill_in_the_middle(output, "directory", "a")
+    left = output.parent / ".output.partial" / "first"
+    if change == "touched":
+        left.write_text("FIRST", encoding="utf-8")
+    elif change == "longer":
+        stamp = left.stat().st_mtime_ns
+        left.write_text("first and more", encoding="utf-8")
+        os.utime(left, ns=(stamp, stamp))
+    elif change == "removed":
+        left.unlink()
+    elif change == "record":
+        left.with_name(".finished.json").write_text('{"fingerp', encoding="utf-8")
+    with output_directory(output, fingerprint="b" if change == "fingerprint" else "a") as partial:
+        assert finished_files(partial) == {} and not (partial / "first").exists()
+    assert names(output) == []
+
+
+# --- free disk -----------------------------------------------------------------------------------------------------
+
+
+def test_free_disk(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 500_000_000))  # type: ignore[attr-defined]
+    require_free_disk(output, 400_000_000, what="it")
+    with pytest.raises(ExportError, match=r"output: it needs 0\.50 GB, 0\.50 GB are free"):
+        require_free_disk(output, 499_000_000, what="it")  # 64 MiB are kept free
+    assert not output.parent.exists()
+
+
+def test_leftovers_count_as_free(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are gone on with or removed. Lengths do not count: a file may be longer than what was written of it."""
+    partial = output.parent / ".output.partial"
+    partial.mkdir(parents=True)
+    (partial / "written").write_bytes(b"x" * 40_000_000)
+    with (partial / "holes").open("wb") as file:
+        file.truncate(10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 100_000_000))  # type: ignore[attr-defined]
+    require_free_disk(output, 70_000_000, what="it")
+    with pytest.raises(ExportError, match=r"0\.14 GB are free"):
+        require_free_disk(output, 90_000_000, what="it")
+
+
+def test_the_record_is_json_that_says_what_is_finished(output: Path) -> None:
+    with output_directory(output, fingerprint="a") as partial:
+        (partial / "first").write_bytes(b"12345")
+        keep_file(partial, "first", {"of": 7})
+        record = json.loads((partial / ".finished.json").read_text(encoding="utf-8"))
+    assert record["fingerprint"] == "a" and record["files"]["first"]["facts"] == {"of": 7}
+    assert record["files"]["first"]["stamp"][0] == 5
