@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,21 +14,16 @@ from typer.testing import CliRunner
 
 from gemma_tune.cli.push import push
 from gemma_tune.errors import ExportError, HubError
+from tests.exporting import fake_hub
 
 TOKEN = "hf_" + "s3cret" * 6
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    path = Path(__file__).parents[1] / "export" / "fake_hub.py"
-    spec = importlib.util.spec_from_file_location("fake_hub", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fake_hub"] = module
-    spec.loader.exec_module(module)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    with module.running_hub({TOKEN: ("me",)}) as running:
+    with fake_hub.running_hub({TOKEN: ("me",)}) as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         yield running
 

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("go_template", Path(__file__).with_name("go_template.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-go = _load()
+from tests.exporting import go_template as go
 
 TURNS = "{{ if .System }}S={{ .System }}|{{ else }}none|{{ end }}{{ .Prompt }}>{{ .Response }}<end>\n"
 LAST = (

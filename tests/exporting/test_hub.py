@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,18 +15,7 @@ from safetensors.torch import save_file
 
 from gemma_tune.errors import ExportError, GemmaTuneError, HubError
 from gemma_tune.exporting.hub import find_export, push
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fake_hub = _load("fake_hub")
+from tests.exporting import fake_hub
 
 TOKEN = "hf_" + "s3cret" * 6
 

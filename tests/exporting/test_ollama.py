@@ -8,10 +8,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -37,18 +35,7 @@ from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-
-
-def _load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-go = _load("go_template")
+from tests.exporting import go_template as go
 
 
 def tokenizer_with(chat_template: str) -> Any:
