@@ -372,11 +372,16 @@ LINE = b'{"a": "x"}\n'
 @pytest.mark.parametrize(
     ("name", "content", "told", "hint"),
     [
-        ("rows.jsonl", gzip.compress(LINE), "it is compressed with gzip", "rows.jsonl.gz"),
+        ("rows.jsonl", gzip.compress(LINE, mtime=0), "it is compressed with gzip", "rows.jsonl.gz"),
         ("rows.csv", zstd(LINE), "it is compressed with zstd", "rows.csv.zst"),
         ("rows.jsonl.gz", LINE, "it is not compressed", "name it rows.jsonl"),
         ("rows.jsonl.gz", lzma.compress(LINE), "it is compressed with xz", "rows.jsonl.xz"),
-        ("rows.jsonl.gz", gzip.compress(bz2.compress(LINE)), "compressed twice, with bzip2 inside", "unpack it once"),
+        (
+            "rows.jsonl.gz",
+            gzip.compress(bz2.compress(LINE), mtime=0),
+            "compressed twice, with bzip2 inside",
+            "unpack it once",
+        ),
         ("rows.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer", "git lfs pull"),
         ("rows.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer", "git lfs pull"),
         ("rows.csv", b"\n<!DOCTYPE html>\n<html>", "a web page", "download the file itself"),
