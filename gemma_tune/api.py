@@ -50,7 +50,6 @@ def plan(recipe: AnyPath | LoadedRecipe, overrides: Sequence[str] = (), *, gpu: 
     Raises:
         EngineError: no such card, or it cannot compute what the recipe asks.
     """
-    from gemma_tune.engines.precision import Device
     from gemma_tune.engines.settle import settle
     from gemma_tune.planning.cards import CARDS, detect_card, find_card
     from gemma_tune.planning.plan import plan_recipe
@@ -58,9 +57,7 @@ def plan(recipe: AnyPath | LoadedRecipe, overrides: Sequence[str] = (), *, gpu: 
     loaded = _loaded(recipe, overrides)
     card = find_card(gpu) if gpu else detect_card()
     # Without a card, bfloat16 as on any card since 2020.
-    on = card or CARDS["l4"]
-    device = Device("cuda", on.name, on.compute_capability, on.memory_bytes)
-    precision, engine = settle(loaded.recipe, device=device)
+    precision, engine = settle(loaded.recipe, card=card or CARDS["l4"])
     return plan_recipe(loaded.recipe, card=card, precision=precision, engine=engine)
 
 

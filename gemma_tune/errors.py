@@ -76,3 +76,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """Return `did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
     near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}?" if near else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `1,250 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

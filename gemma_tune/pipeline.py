@@ -6,7 +6,6 @@ Nothing heavy is imported at the top, as the engine must be the first to import 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shlex
 import time
@@ -33,7 +32,7 @@ from gemma_tune.exporting.probe import DEFAULT_POSITIONS, Probe, built_in_probe,
 from gemma_tune.exporting.run import PARTS_DIR, ExportOutcome, export, find_exports, outcome_of, verify_directories
 from gemma_tune.exporting.source import Combination, ExportSource, combine_sources, open_source
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.files import file_hashes, tokenizer_hashes
+from gemma_tune.models.files import file_hashes, file_sha256, tokenizer_hashes
 from gemma_tune.planning.cards import detect_card
 from gemma_tune.planning.plan import Base, plan_recipe
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -541,7 +540,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
         )
     again = train(loaded, reporter=reporter)
     rows = lock_differences(before, read_json(again.lock)).refused
-    hashes = [hashlib.sha256((each.adapter / weights.name).read_bytes()).hexdigest() for each in (run, again)]
+    hashes = [file_sha256(each.adapter / weights.name) for each in (run, again)]
     return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))
 
 

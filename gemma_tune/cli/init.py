@@ -256,7 +256,7 @@ def _proposer(
 ) -> Callable[[str], Proposal | None]:
     """What proposes a recipe for a model; rows are measured once for each tokenizer that is here."""
     from gemma_tune.data.glance import measure_rows
-    from gemma_tune.engines.precision import Device, Precision
+    from gemma_tune.engines.precision import Precision
     from gemma_tune.engines.settle import settle
     from gemma_tune.planning.propose import RowFacts, propose
     from gemma_tune.recipe.schema import DataSection, Recipe
@@ -268,7 +268,7 @@ def _proposer(
 
     def decide(on: Card) -> tuple[Precision, str]:
         usual = Recipe(data=DataSection(source=source, max_seq_tokens=8))
-        return settle(usual, device=Device("cuda", on.name, on.compute_capability, on.memory_bytes))
+        return settle(usual, card=on)
 
     return lambda model: propose(model, facts(_tokenizer_of(model)), card=card, decide=decide)
 

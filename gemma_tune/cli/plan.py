@@ -84,10 +84,9 @@ def plan(
 
 def _decide(recipe: Recipe, *, card: Card) -> tuple[Precision, str]:
     """Precision and engine on a card, as `train` would settle them there."""
-    from gemma_tune.engines.precision import Device
     from gemma_tune.engines.settle import settle
 
-    return settle(recipe, device=Device("cuda", card.name, card.compute_capability, card.memory_bytes))
+    return settle(recipe, card=card)
 
 
 def _can(recipe: Recipe, card: Card) -> bool:

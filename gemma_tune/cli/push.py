@@ -11,8 +11,7 @@ from rich.markup import escape
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.cli.console import Terminal, TerminalReporter
-from gemma_tune.data.report import counted
-from gemma_tune.reporting.model_card import CARD_FILE
+from gemma_tune.errors import counted
 from gemma_tune.reporting.numbers import format_bytes
 
 
@@ -37,6 +36,7 @@ def push(
     """Push a finished export to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
     from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.exporting import hub
+    from gemma_tune.reporting.model_card import CARD_FILE
 
     terminal = Terminal()
     directory = hub.find_export(path)

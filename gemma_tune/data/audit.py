@@ -15,6 +15,7 @@ from gemma_tune.data.duplicates import NEAR_THRESHOLD, Fingerprints, exact_group
 from gemma_tune.data.pii import PII_KINDS, PII_NAMES, PiiKind, find_pii, mask_pii, masked_value
 from gemma_tune.data.report import LengthBin, length_bins
 from gemma_tune.data.text_checks import citation_marks, encoding_damage
+from gemma_tune.errors import counted
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -325,7 +326,7 @@ def _text_findings(rows: Sequence[AuditRow], *, tell: Progress) -> list[Finding]
     cited_answers = 0
     for number, row in enumerate(rows, start=1):
         if row.control_strings:
-            control.add(row.where, f"{row.control_strings:,} control token" + ("" if row.control_strings == 1 else "s"))
+            control.add(row.where, counted(row.control_strings, "control token"))
         for name, text in row.texts:
             for match in find_pii(text):
                 value = masked_value(text[match.start : match.end])

@@ -29,6 +29,7 @@ from gemma_tune.data.render import Example
 from gemma_tune.data.report import DataReport, LengthBin, SourceReport
 from gemma_tune.data.stored import Lines, LineWriter, example_from_json, example_to_json
 from gemma_tune.errors import DataError
+from gemma_tune.models.files import file_sha256
 from gemma_tune.recipe.schema import DataSection
 
 CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
@@ -212,11 +213,7 @@ def clear_cache() -> tuple[int, int]:
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    hashes = {}
-    for name in _FILES:
-        with (directory / name).open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+    return {name: file_sha256(directory / name) for name in _FILES}
 
 
 def _entry(key: str) -> Path:

@@ -12,9 +12,9 @@ import numpy as np
 from gemma_tune.data.encoded import EncodedRow, EncodedRows, Ints
 from gemma_tune.data.read import Examples
 from gemma_tune.data.render import Example
-from gemma_tune.data.report import MAX_SAMPLES, DataReport, ReadReport, counted, length_bins, listed
+from gemma_tune.data.report import MAX_SAMPLES, DataReport, ReadReport, length_bins, listed
 from gemma_tune.data.tokenize import Encoder, in_batches
-from gemma_tune.errors import DataError
+from gemma_tune.errors import DataError, counted
 from gemma_tune.recipe.schema import DataSection
 
 Side = Literal["train", "eval"]

@@ -14,12 +14,12 @@ from typing import Protocol, TypeVar
 from gemma_tune.data.chat import ChatRenderer
 from gemma_tune.data.inputs import Input, Inputs
 from gemma_tune.data.render import Example, render_example
-from gemma_tune.data.report import MAX_SAMPLES, ReadReport, SourceReport, counted
+from gemma_tune.data.report import MAX_SAMPLES, ReadReport, SourceReport
 from gemma_tune.data.row_cleaner import RowCleaner
 from gemma_tune.data.rows import BrokenLine, SourceRow, stop_if_broken, told
 from gemma_tune.data.segments import RowError
 from gemma_tune.data.stored import ExampleSpool, StoredExample, StoredExamples
-from gemma_tune.errors import DataError
+from gemma_tune.errors import DataError, counted
 from gemma_tune.recipe.schema import DataSection
 
 # A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others

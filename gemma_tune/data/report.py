@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gemma_tune.errors import counted
+
 MAX_SAMPLES = 20  # kept of each kind, and shown where each one needs mending
 _MAX_ON_A_LINE = 3
 
@@ -199,8 +201,3 @@ def listed(samples: Sequence[str], count: int) -> str:
     shown = samples[:_MAX_ON_A_LINE]
     more = f", and {count - len(shown):,} more" if count > len(shown) else ""
     return ", ".join(shown) + more
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 row`, `1,250 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

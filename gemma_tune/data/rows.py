@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemma_tune.data.report import MAX_SAMPLES, counted
-from gemma_tune.errors import DataError
+from gemma_tune.data.report import MAX_SAMPLES
+from gemma_tune.errors import DataError, counted
 
 
 @dataclass(frozen=True, slots=True)

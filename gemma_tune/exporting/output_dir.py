@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemma_tune.errors import ExportError
-from gemma_tune.runs.record import write_json
+from gemma_tune.models.files import file_stamp
+from gemma_tune.runs.record import sync_directory, sync_file, write_json
 
 _FREE_SLACK_BYTES = 64 << 20
 _RECORD_FILE = ".finished.json"
@@ -56,7 +57,7 @@ def fingerprint_of(sources: Iterable[Path], *facts: object) -> str:
 
     A file counts as unchanged while its path, length and time of change are: hashing a base takes longer than merging.
     """
-    stamps = [(path.resolve(), _stamp(path)) for path in sorted(set(sources))]
+    stamps = [(path.resolve(), file_stamp(path)) for path in sorted(set(sources))]
     return hashlib.sha256(repr((stamps, facts)).encode("utf-8")).hexdigest()
 
 
@@ -68,7 +69,7 @@ def keep_file(partial_dir: Path, name: str, facts: Mapping[str, Any]) -> None:
     sync_file(partial_dir / name)
     sync_directory(partial_dir)
     record = _read_record(partial_dir)
-    record["files"][name] = {"stamp": _stamp(partial_dir / name), "facts": dict(facts)}
+    record["files"][name] = {"stamp": file_stamp(partial_dir / name), "facts": dict(facts)}
     write_json(partial_dir / _RECORD_FILE, record)
 
 
@@ -77,7 +78,7 @@ def finished_files(partial_dir: Path) -> dict[str, dict[str, Any]]:
     return {
         name: entry["facts"]
         for name, entry in _read_record(partial_dir)["files"].items()
-        if (partial_dir / name).is_file() and _stamp(partial_dir / name) == entry["stamp"]
+        if (partial_dir / name).is_file() and file_stamp(partial_dir / name) == entry["stamp"]
     }
 
 
@@ -101,23 +102,6 @@ def require_free_disk(output: Path, needed_bytes: int, *, what: str) -> None:
             f"{output}: {what} needs {needed_bytes / 1e9:.2f} GB, {free_bytes / 1e9:.2f} GB are free",
             hint="free some disk, or give an output on another one",
         )
-
-
-def sync_file(path: Path) -> None:
-    """Make a file's bytes durable."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the names in a directory durable. Windows has no such call and needs none."""
-    if sys.platform == "win32":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _partial_path(output: Path) -> Path:
@@ -216,12 +200,6 @@ def _read_record(partial_dir: Path) -> dict[str, Any]:
 def _recorded_fingerprint(partial_dir: Path) -> str | None:
     fingerprint: str | None = _read_record(partial_dir)["fingerprint"]
     return fingerprint
-
-
-def _stamp(path: Path) -> list[int]:
-    """Length and time of the last change: a flushed file whose stamp is unchanged holds what was written."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def _allocated_bytes(path: Path) -> int:

@@ -13,7 +13,7 @@ from gemma_tune.errors import ExportError, RunError
 from gemma_tune.exporting.adapter import public_name
 from gemma_tune.exporting.lora_adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.files import file_hashes
+from gemma_tune.models.files import file_hashes, file_sha256
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.record import read_json
@@ -60,7 +60,7 @@ class ExportSource:
     def adapter_hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of the adapter's config and weights."""
         files = (self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_WEIGHTS_FILE)
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {path.name: file_sha256(path) for path in files}
 
 
 def hash_of_json(values: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from gemma_tune.inference.questions import Questions
 from gemma_tune.inference.sampling import Sampling
 from gemma_tune.inference.streaming import OnText
 from gemma_tune.inference.target import GgufTarget, Target
+from gemma_tune.models.files import file_stamp
 
 if TYPE_CHECKING:
     from gemma_tune.inference.generate import Completion
@@ -207,4 +208,4 @@ def _stamps(target: Target | GgufTarget) -> dict[str, list[int]]:
     else:
         directories = [target.base.directory, *([target.adapter] if target.adapter else [])]
         files = [path for directory in directories for path in sorted(directory.glob("*.safetensors"))]
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {path.name: file_stamp(path) for path in files}

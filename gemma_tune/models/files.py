@@ -226,13 +226,20 @@ def has_chat_template(directory: Path) -> bool:
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
     # hashlib releases the interpreter lock while it hashes, so two shards are hashed at once.
     with ThreadPoolExecutor(max_workers=2) as pool:
-        hashes = pool.map(_sha256, paths)
+        hashes = pool.map(file_sha256, paths)
         return dict(sorted(zip((path.name for path in paths), hashes, strict=True)))
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal digits; the file is read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> list[int]:
+    """Bytes and time of the last change (ns): enough to tell that a large file was made again, without reading it."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def directory_bytes(directory: Path) -> int:

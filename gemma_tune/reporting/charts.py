@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Literal
 
+from gemma_tune.errors import counted
+
 if TYPE_CHECKING:
     from markupsafe import Markup
 
@@ -103,7 +105,7 @@ def bar_chart(bins: Sequence[Mapping[str, int]], *, limit: int) -> Markup:
     for at, one in enumerate(bins):
         tall = _BARS_HEIGHT * one["count"] / highest
         kind = "over" if one["low"] > limit else "bar"
-        rows = f"{one['count']:,} row{'' if one['count'] == 1 else 's'}"
+        rows = counted(one["count"], "row")
         parts.append(
             f'<rect class="{kind}" x="{at * step + step * 0.08:.1f}" y="{foot - tall:.1f}" width="{step * 0.84:.1f}" '
             f'height="{tall:.1f}" rx="2"><title>{one["low"]:,} to {one["high"]:,} tokens: {rows}</title></rect>'

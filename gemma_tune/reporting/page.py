@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.errors import counted
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
 
 
@@ -29,7 +30,7 @@ def write_page(path: Path, *, title: str, body: str, style: str = "", values: Ma
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["thousands"] = lambda value: f"{value:,}"
-    environment.filters["counted"] = lambda value, noun: f"{value:,} {noun}" + ("" if value == 1 else "s")
+    environment.filters["counted"] = counted
     environment.filters["bytes"] = format_bytes
     environment.filters["seconds"] = format_seconds
     css = _STYLE + style

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tune.errors import counted
 from gemma_tune.reporting.charts import Point
 from gemma_tune.reporting.loss_curve import exponential_mean
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
@@ -210,7 +211,7 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("beyond the limits of the recipe", data["num_unused"]),
         ("with the text of another row", data["num_duplicates"]),
     ]
-    return rows + [(label, f"{count:,} row{'' if count == 1 else 's'}") for label, count in counts if count]
+    return rows + [(label, counted(count, "row")) for label, count in counts if count]
 
 
 def warnings(run: RunFacts) -> list[str]:

@@ -8,8 +8,6 @@ Drive. Nothing of it is a pickle.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -19,8 +17,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from gemma_tune.errors import RunError
+from gemma_tune.models.files import file_sha256
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, to_json, write_json
+from gemma_tune.runs.record import read_json, sync_directory, sync_file, to_json, write_json
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -60,7 +59,7 @@ def write_checkpoint(run: RunDir, *, step: int, tensor_bytes: int, write: Callab
         if final.exists():
             set_aside(final)
         partial.rename(final)
-        _flush(run.checkpoints)
+        sync_directory(run.checkpoints)
         fault = _fault_at_a_glance(final)
     except (OSError, SafetensorError, RunError) as error:
         free = shutil.disk_usage(run.path).free
@@ -90,9 +89,9 @@ def seal_checkpoint(path: Path) -> None:
     """Flush every file of a finished checkpoint to disk and record its name, size in bytes and SHA-256."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != SEAL)
     for file in files:
-        _flush(file)
+        sync_file(file)
     write_json(path / SEAL, {"files": {file.relative_to(path).as_posix(): _facts(file) for file in files}})
-    _flush(path)
+    sync_directory(path)
 
 
 def remove_old_checkpoints(run: RunDir, *, keep: int, protected: Iterable[Path]) -> None:
@@ -224,17 +223,7 @@ def _hidden(checkpoint: Path, state: str) -> Path:
 
 
 def _facts(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    """Have a file, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
 
 def _megabytes(num_bytes: int) -> str:

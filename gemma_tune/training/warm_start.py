@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import RunError
+from gemma_tune.models.files import file_sha256
 from gemma_tune.recipe.schema import LoraSection
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_json
@@ -55,9 +55,7 @@ def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
     ]
     if different:
         raise RunError(f"model.adapter={name}: {'; '.join(different)}", hint="set lora to what the adapter has")
-    with (directory / WEIGHTS).open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return StartAdapter(name, directory, config.get("base_model_name_or_path"), sha256)
+    return StartAdapter(name, directory, config.get("base_model_name_or_path"), file_sha256(directory / WEIGHTS))
 
 
 def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -6,13 +6,12 @@ import importlib.util
 
 import pytest
 
-from gemma_tune.engines.precision import Device
 from gemma_tune.engines.settle import settle
 from gemma_tune.errors import EngineError
+from gemma_tune.planning.cards import CARDS
 from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
 
-T4 = Device("cuda", "T4", (7, 5), 15_360 * 2**20)
-L4 = Device("cuda", "L4", (8, 9), 23_034 * 2**20)
+T4, L4 = CARDS["t4"], CARDS["l4"]
 
 
 def recipe(**model: object) -> Recipe:
@@ -20,13 +19,13 @@ def recipe(**model: object) -> Recipe:
 
 
 def test_the_card_decides_the_precision() -> None:
-    assert settle(recipe(), device=T4)[0].compute == "float16"
-    assert settle(recipe(), device=L4)[0].compute == "bfloat16"
+    assert settle(recipe(), card=T4)[0].compute == "float16"
+    assert settle(recipe(), card=L4)[0].compute == "bfloat16"
     with pytest.raises(EngineError, match=r"would be emulated"):
-        settle(recipe(dtype="bfloat16"), device=T4)
+        settle(recipe(dtype="bfloat16"), card=T4)
 
 
 def test_a_named_engine_need_not_be_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert settle(recipe(), device=L4)[1] == "transformers"
-    assert settle(recipe(engine="unsloth"), device=L4)[1] == "unsloth"
+    assert settle(recipe(), card=L4)[1] == "transformers"
+    assert settle(recipe(engine="unsloth"), card=L4)[1] == "unsloth"

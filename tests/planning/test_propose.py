@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_tune.engines.precision import Device, Precision
+from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.settle import settle
 from gemma_tune.models.registry import MODELS
 from gemma_tune.planning.cards import CARDS, Card, find_card
@@ -18,7 +18,7 @@ from gemma_tune.recipe.schema import DataSection, Recipe
 
 def decide(card: Card) -> tuple[Precision, str]:
     usual = Recipe(data=DataSection(source="x", max_seq_tokens=8))
-    return settle(usual, device=Device("cuda", card.name, card.compute_capability, card.memory_bytes))
+    return settle(usual, card=card)
 
 
 def rows(lengths: Sequence[int] = (200,), num_rows: int = 15_000) -> RowFacts:

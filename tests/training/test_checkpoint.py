@@ -212,7 +212,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_earlier_one(
         write_checkpoint(run, step=2, tensor_bytes=1000, write=write_half)
     assert names(run) == ["checkpoint-1"]
     assert last_complete_checkpoint(run)[0].name == "checkpoint-1"
-    monkeypatch.setattr(checkpoints, "_flush", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    monkeypatch.setattr(checkpoints, "sync_file", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
     with pytest.raises(RunError, match=r"checkpoint-2 could not be saved: I/O error"):
         save_steps(run, 2)
     assert names(run) == ["checkpoint-1"]
