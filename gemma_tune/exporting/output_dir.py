@@ -18,11 +18,11 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gemma_tune.errors import ExportError
 from gemma_tune.models.files import file_stamp
-from gemma_tune.runs.record import sync_directory, sync_file, write_json
+from gemma_tune.runs.record import sync_directory, sync_file, take_lock, write_json
 
 _FREE_SLACK_BYTES = 64 << 20
 _RECORD_FILE = ".finished.json"
@@ -34,10 +34,9 @@ def output_directory(output: Path, *, fingerprint: str | None = None) -> Iterato
 
     With a fingerprint, what a killed process with the same one finished is still there: see `finished_files`.
     """
-    with _renamed_when_complete(output) as partial_dir:
+    with _renamed_when_complete(output, is_directory=True) as partial_dir:
         kept = finished_files(partial_dir) if fingerprint and _recorded_fingerprint(partial_dir) == fingerprint else {}
-        _remove(partial_dir, all_but=kept)
-        partial_dir.mkdir(exist_ok=True)
+        _empty(partial_dir, all_but=kept)
         if fingerprint and not kept:
             write_json(partial_dir / _RECORD_FILE, {"fingerprint": fingerprint, "files": {}})
         yield partial_dir
@@ -46,9 +45,9 @@ def output_directory(output: Path, *, fingerprint: str | None = None) -> Iterato
 
 @contextmanager
 def output_file(output: Path) -> Iterator[Path]:
-    """Yield the path of a file beside the output; it becomes the output, which must not exist."""
-    with _renamed_when_complete(output) as partial_file:
-        _remove(partial_file)
+    """Yield a file beside the output, to be written in place; it becomes the output, which must not exist."""
+    with _renamed_when_complete(output, is_directory=False) as partial_file:
+        os.truncate(partial_file, 0)
         yield partial_file
 
 
@@ -109,13 +108,13 @@ def _partial_path(output: Path) -> Path:
 
 
 @contextmanager
-def _renamed_when_complete(output: Path) -> Iterator[Path]:
+def _renamed_when_complete(output: Path, *, is_directory: bool) -> Iterator[Path]:
     partial = _partial_path(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(partial.with_name(partial.name + ".lock"), output):
-            refuse_existing(output)
+        with _held(partial, output, is_directory=is_directory):
             try:
+                refuse_existing(output)
                 yield partial
                 _sync_tree(partial)
                 refuse_existing(output)
@@ -136,34 +135,28 @@ def _renamed_when_complete(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _lock(path: Path, output: Path) -> Iterator[None]:
-    """Keep two writers of one output apart. The system drops the lock with its process, however that ends."""
-    with path.open("w", encoding="utf-8") as lock:
-        # The second test: the file may be one that its last holder removed between our opening and locking it.
-        if not _take_lock(lock) or not path.exists() or os.fstat(lock.fileno()).st_ino != path.stat().st_ino:
-            raise ExportError(f"another process is writing {output}", hint="wait for it, or give another path")
-        try:
-            yield
-        finally:
-            if sys.platform != "win32":
-                path.unlink()
-    if sys.platform == "win32":  # where an open file cannot be removed
-        path.unlink(missing_ok=True)
+def _held(partial: Path, output: Path, *, is_directory: bool) -> Iterator[None]:
+    """Keep two writers of one output apart by a lock on what they write, which therefore is written in place.
 
-
-def _take_lock(lock: IO[str]) -> bool:
+    The system drops the lock with its process, however that ends, and there is no lock file to be left behind.
+    """
+    if is_directory:
+        partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        if sys.platform == "win32":
-            import msvcrt
+        # The second test: its last holder may have renamed or removed it between our opening and locking it.
+        if not take_lock(descriptor) or not _is_at(descriptor, partial):
+            raise ExportError(f"another process is writing {output}", hint="wait for it, or give another path")
+        yield
+    finally:
+        os.close(descriptor)
 
-            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
 
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
         return False
-    return True
 
 
 def _sync_tree(path: Path) -> None:
@@ -175,16 +168,17 @@ def _sync_tree(path: Path) -> None:
     sync_directory(path)
 
 
-def _remove(partial: Path, *, all_but: Mapping[str, Any] | None = None) -> None:
-    """Remove a partial output; of a directory with files to keep, only its other entries."""
-    if not all_but:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
-        return
-    for child in partial.iterdir():
-        if child.name not in all_but and child.name != _RECORD_FILE:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _empty(partial_dir: Path, *, all_but: Mapping[str, Any]) -> None:
+    """Remove what is in a directory, but for the files to keep and the record of them."""
+    for child in partial_dir.iterdir():
+        if not all_but or child.name not in (*all_but, _RECORD_FILE):
             _remove(child)
 
 

@@ -122,6 +122,24 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def take_lock(descriptor: int) -> bool:
+    """Whether the open file or directory is ours alone now; the system drops the lock when it is closed.
+
+    Where there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
 def cannot_write(path: Path, error: OSError) -> RunError:
     """The error of a file that could not be written, with the free space where that is short."""
     free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0

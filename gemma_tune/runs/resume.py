@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from gemma_tune.errors import RunError
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir, newest_run
-from gemma_tune.runs.record import read_manifest
+from gemma_tune.runs.record import read_manifest, take_lock
 
 # Settings that may change between a run and its resumption: none of them decides what a step computes. Base and rows
 # may be somewhere else, as the lock holds hashes of what is in them.
@@ -48,7 +47,7 @@ def hold_run(run: RunDir) -> Iterator[None]:
     """
     descriptor = os.open(run.path, os.O_RDONLY)
     try:
-        if not _lock(descriptor):
+        if not take_lock(descriptor):
             raise RunError(
                 f"{run.path} is being trained by another process", hint="wait for it, or choose another run.name"
             )
@@ -61,19 +60,9 @@ def is_held(run: RunDir) -> bool:
     """Whether some process trains in the run now."""
     descriptor = os.open(run.path, os.O_RDONLY)
     try:
-        return not _lock(descriptor)
+        return not take_lock(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a mounted Drive or bucket knows no locks
-        return True
-    return True
 
 
 def interrupted_run(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir | None:
