@@ -57,6 +57,16 @@ class TrainingStopped(GemmaTuneError):
     exit_code = 3
 
 
+class ProcessLost(GemmaTuneError):
+    """A process that trains together with others has gone, and the others end with it."""
+
+    exit_code = 1
+
+
+class LaunchError(GemmaTuneError):
+    """A job cannot be written as asked, or was not taken by its scheduler."""
+
+
 class HubError(GemmaTuneError):
     """The hub did not take an upload: not logged in, no right to write, or not reachable. The files are still here."""
 

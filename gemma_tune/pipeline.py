@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gemma_tune.engines.base import AttachedLora, Engine
 from gemma_tune.engines.precision import Device, Precision, decide_precision, detect_device
 from gemma_tune.engines.quiet import libraries_to
 from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
+from gemma_tune.engines.world import ALONE, World, joined_processes, lost_processes_told
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
 from gemma_tune.exporting.formats import MERGED, find_formats
 from gemma_tune.exporting.merge_plan import MergeDtype
@@ -105,7 +107,14 @@ class Resumption:
         return step_of(self.checkpoint) if self.checkpoint is not None else 0
 
 
-def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False, from_step: int | None = None) -> RunDir:
+def train(
+    loaded: LoadedRecipe,
+    *,
+    reporter: Reporter,
+    resume: bool = False,
+    from_step: int | None = None,
+    world: World = ALONE,
+) -> RunDir:
     """Run a recipe from its rows to its summary and return the run directory.
 
     A run that is refused before its first step leaves nothing behind; one that fails later keeps all it wrote.
@@ -113,45 +122,17 @@ def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False, fro
     Args:
         resume: go on with the interrupted run of this recipe, from its last complete checkpoint.
         from_step: the same from the checkpoint of this step; newer ones are set aside.
+        world: the processes that train together, each of which calls this. Process 0 writes the run.
 
     Raises:
         GemmaTuneError: what is wrong, where, and what to do next.
     """
-    started = time.monotonic()
-    with libraries_to(None):
-        setting = _decide(loaded.recipe)
-    begun = _run_to_continue(loaded, asked=resume or from_step is not None, reporter=reporter)
-    run = begun or create_run(
-        Path(loaded.recipe.run.output_dir),
-        name=loaded.recipe.run.name,
-        recipe_name=loaded.name,
-        needed_bytes=_SMALL_FILES_BYTES,
-    )
-    with hold_run(run), libraries_to(run.library_log):
-        try:
-            if begun is None:
-                _write_beginning(run, loaded, setting)
-            resumption = _plan_resumption(run, loaded, from_step=from_step, reporter=reporter) if begun else None
-            prepared = _prepare(run, loaded, setting, resumption=resumption, reporter=reporter)
-        except (GemmaTuneError, KeyboardInterrupt):
-            if begun is None:
-                discard_run(run)
-            raise
-        try:
-            checkpoint = resumption.checkpoint if resumption is not None else None
-            _train_and_summarise(run, setting, prepared, reporter=reporter, resume_from=checkpoint, started=started)
-        except TrainingInterrupted as error:
-            _mark(run, "stopped", error.message)
-            raise TrainingInterrupted(error.message, hint=f"go on with: {resume_command(loaded, run)}") from None
-        except KeyboardInterrupt:
-            _mark(run, "stopped", "interrupted")
-            raise
-        except BaseException as error:
-            _mark(run, "failed", f"{type(error).__name__}: {error}")
-            raise
-        del prepared  # the trained model: an export runs models of its own
-        update_manifest(run, status="finished", error=None)
-        section = loaded.recipe.export
+    with libraries_to(None), joined_processes(world):
+        run = _train_together(loaded, reporter=reporter, resume=resume, from_step=from_step, world=world)
+    if not world.is_main:
+        return run
+    section = loaded.recipe.export
+    with libraries_to(run.library_log):
         if section.formats:
             export_model(
                 run.path,
@@ -165,10 +146,80 @@ def train(loaded: LoadedRecipe, *, reporter: Reporter, resume: bool = False, fro
     return run
 
 
-def resume_command(loaded: LoadedRecipe, run: RunDir) -> str:
+def _train_together(
+    loaded: LoadedRecipe, *, reporter: Reporter, resume: bool, from_step: int | None, world: World
+) -> RunDir:
+    """The part of a run that all processes share."""
+    started = time.monotonic()
+    setting = world.in_turn(lambda: _decide(loaded.recipe))
+    begun = world.from_main(lambda: _run_to_continue(loaded, asked=resume or from_step is not None, reporter=reporter))
+    found = begun or world.from_main(
+        lambda: create_run(
+            Path(loaded.recipe.run.output_dir),
+            name=loaded.recipe.run.name,
+            recipe_name=loaded.name,
+            needed_bytes=_SMALL_FILES_BYTES,
+        )
+    )
+    with _working_in(found, world=world) as run:
+        try:
+            if begun is None or not world.is_main:
+                _write_beginning(run, loaded, setting)
+            resumption = (
+                world.from_main(lambda: _plan_resumption(run, loaded, from_step=from_step, reporter=reporter))
+                if begun
+                else None
+            )
+            prepared = _prepare(run, loaded, setting, resumption=resumption, reporter=reporter, world=world)
+        except (GemmaTuneError, KeyboardInterrupt):
+            if begun is None:
+                discard_run(run)
+            raise
+        try:
+            checkpoint = resumption.checkpoint if resumption is not None else None
+            with lost_processes_told():
+                _train_and_summarise(
+                    run, setting, prepared, reporter=reporter, resume_from=checkpoint, started=started, world=world
+                )
+        except TrainingInterrupted as error:
+            _mark(run, "stopped", error.message)
+            raise TrainingInterrupted(
+                error.message, hint=f"go on with: {resume_command(loaded, run, world=world)}"
+            ) from None
+        except KeyboardInterrupt:
+            _mark(run, "stopped", "interrupted")
+            raise
+        except BaseException as error:
+            _mark(run, "failed", f"{type(error).__name__}: {error}")
+            raise
+        update_manifest(run, status="finished", error=None)
+    return found
+
+
+@contextlib.contextmanager
+def _working_in(run: RunDir, *, world: World) -> Iterator[RunDir]:
+    """The run, held, for process 0; for every other a folder of its own, which goes when it is done.
+
+    So all processes run the same code, only one of them writes the run, and machines need no disk in common.
+    """
+    with contextlib.ExitStack() as stack:
+        if world.is_main:
+            stack.enter_context(hold_run(run))
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+            run = RunDir(Path(folder) / run.name)
+            run.path.mkdir()
+        stack.enter_context(libraries_to(run.library_log))
+        yield run
+
+
+def resume_command(loaded: LoadedRecipe, run: RunDir, *, world: World = ALONE) -> str:
     """The command line that continues a run."""
     overrides = [override for override in loaded.overrides if not override.startswith("run.name=")]
-    return shlex.join(["gemma-tune", "train", str(loaded.path), *overrides, f"run.name={run.name}", "--resume"])
+    processes = ["--nproc", str(world.size)] if world.size > 1 else []
+    return shlex.join(
+        ["gemma-tune", "train", str(loaded.path), *overrides, f"run.name={run.name}", *processes, "--resume"]
+    )
 
 
 def _mark(run: RunDir, status: Status, error: str) -> None:
@@ -271,7 +322,13 @@ def _refuse(run: RunDir, differences: Sequence[str]) -> None:
 
 
 def _prepare(
-    run: RunDir, loaded: LoadedRecipe, setting: Setting, *, resumption: Resumption | None, reporter: Reporter
+    run: RunDir,
+    loaded: LoadedRecipe,
+    setting: Setting,
+    *,
+    resumption: Resumption | None,
+    reporter: Reporter,
+    world: World,
 ) -> Prepared:
     """Data first, so that bad rows are told before a model is loaded."""
     recipe, base = setting.recipe, setting.base
@@ -283,7 +340,7 @@ def _prepare(
     engine = start_engine(setting.choice.name)
 
     reporter.stage("data")
-    tokenizer, encoder, datasets = load_data(recipe, base=base, inputs=setting.inputs)
+    tokenizer, encoder, datasets = world.in_turn(lambda: load_data(recipe, base=base, inputs=setting.inputs))
     write_json(run.data_report, asdict(datasets.report))
     if recipe.training.packing:
         require_rows_fit(datasets.train.lengths, capacity=recipe.tokens_per_pack)
@@ -299,9 +356,11 @@ def _prepare(
             "sha256": datasets.sha256,
             "template_sha256": setting.inputs.template.sha256,
         },
+        world=world,
     )
+    _require_equal(lock, world=world)
     if resumption is not None:
-        _go_on(run, loaded, lock, resumption, reporter=reporter)
+        world.from_main(lambda: _go_on(run, loaded, lock, resumption, reporter=reporter))
     write_json(run.lock, asdict(lock))
 
     reporter.stage("model")
@@ -322,6 +381,11 @@ def _prepare(
     reporter.detail(f"LoRA rank {recipe.lora.rank}: {attached.num_trainable:,} trained parameters on {kinds}")
     if setting.adapter is not None:
         _start_from(setting.adapter, attached, base=base, reporter=reporter)
+    if world.size > 1:
+        rows_per_step = recipe.training.batch_size * recipe.training.gradient_accumulation * world.size
+        reporter.detail(
+            f"{world.size} processes: a step trains on {rows_per_step} {'packs' if recipe.training.packing else 'rows'}"
+        )
     return Prepared(engine, tokenizer, encoder, datasets, attached)
 
 
@@ -391,7 +455,20 @@ def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
     )
 
 
-def _lock(loaded: LoadedRecipe, setting: Setting, *, data: dict[str, Any]) -> Lock:
+def _require_equal(lock: Lock, *, world: World) -> None:
+    """Refuse processes that would train on something else than process 0."""
+    locks = world.gather(asdict(lock))
+    for rank, other in enumerate(locks):
+        refused = lock_differences(locks[0], other).refused
+        if refused:
+            raise RunError(
+                f"process {rank} would train on something else than process 0:\n"
+                + "\n".join(f"  {line}" for line in refused),
+                hint="give every machine the same files",
+            )
+
+
+def _lock(loaded: LoadedRecipe, setting: Setting, *, data: dict[str, Any], world: World) -> Lock:
     base = setting.base
     return Lock(
         recipe=loaded.name,
@@ -402,6 +479,7 @@ def _lock(loaded: LoadedRecipe, setting: Setting, *, data: dict[str, Any]) -> Lo
         precision=asdict(setting.precision),
         hardware=asdict(setting.device),
         seed=setting.recipe.training.seed,
+        processes=world.size,
         adapter={"name": setting.adapter.name, "sha256": setting.adapter.sha256} if setting.adapter else None,
     )
 
@@ -418,6 +496,7 @@ def _train_and_summarise(
     reporter: Reporter,
     resume_from: Path | None,
     started: float,
+    world: World,
 ) -> None:
     # Only now: Unsloth must have been imported before TRL and transformers.
     from gemma_tune.evaluation.answers import (
@@ -433,16 +512,19 @@ def _train_and_summarise(
 
     def answer(title: str) -> list[Any]:
         reporter.stage(title)
-        return answer_examples(
+        answers = answer_examples(
             prepared.attached.loaded,
             engine=prepared.engine,
             tokenizer=prepared.tokenizer,
             encoder=prepared.encoder,
-            examples=examples,
+            examples=world.share(examples),
             max_new_tokens=recipe.evaluation.max_new_tokens,
             batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
-            on_progress=lambda done, total: reporter.progress("eval rows answered", done, total),
+            on_progress=lambda done, _: reporter.progress(
+                "eval rows answered", min(done * world.size, len(examples)), len(examples)
+            ),
         )
+        return world.joined(answers)
 
     before = answer("before training") if examples else []
     reporter.stage("training")
@@ -456,10 +538,14 @@ def _train_and_summarise(
         reporter=reporter,
         base_name=setting.base.name,
         base_revision=setting.base.revision,
+        world=world,
         resume_from=resume_from,
     )
-    write_text(run.adapter / run.template.name, setting.inputs.template.source_text)
+    if world.is_main:
+        write_text(run.adapter / run.template.name, setting.inputs.template.source_text)
     after = answer("after training") if examples else []
+    if not world.is_main:
+        return
     answers = pair_answers(examples, before, after)
     write_text(run.answers, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answers))
 
@@ -525,7 +611,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
     loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
     with libraries_to(None):
-        lock = asdict(_lock(loaded, _decide(loaded.recipe), data=before["data"]))
+        lock = asdict(_lock(loaded, _decide(loaded.recipe), data=before["data"], world=ALONE))
     differences = lock_differences(before, lock)
     changes = [change for each in read_manifest(run).resumes for change in each["changed"]]
     told = [*differences.refused, *differences.allowed, *(f"it went on with another {change}" for change in changes)]

@@ -25,7 +25,7 @@ ROWS = (
     {"recipe"},
     {"runs"},
     {"data", "engines", "planning", "reporting"},
-    {"training", "inference", "exporting"},
+    {"training", "inference", "exporting", "launching"},
     {"evaluation", "doctor"},
     {"pipeline"},
     {"cli"},
@@ -190,7 +190,13 @@ def test_every_folder_is_a_package() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["validate", "recipes/gemma-7b-dolly.yaml"], ["recipes", "list"], ["models", "show", "gemma-7b"]],
+    [
+        ["--help"],
+        ["validate", "recipes/gemma-7b-dolly.yaml"],
+        ["recipes", "list"],
+        ["models", "show", "gemma-7b"],
+        ["launch", "quickstart", "--on", "slurm"],
+    ],
     ids=" ".join,
 )
 def test_start_up_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gemma_tune.cli.evaluate import evaluate
 from gemma_tune.cli.export import export
 from gemma_tune.cli.generate import generate
 from gemma_tune.cli.init import init
+from gemma_tune.cli.launch import launch
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
 from gemma_tune.cli.plan import plan
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("train")(train)
+app.command("launch")(launch)
 app.command("init")(init)
 app.command("validate")(validate)
 app.command("plan")(plan)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
 from gemma_tune.cli.console import Terminal, TerminalReporter
+from gemma_tune.cli.processes import Machines, end_with_the_starter, run_processes
 from gemma_tune.cli.report import print_report
 
 
@@ -28,16 +31,42 @@ def train(
             show_default=False,
         ),
     ] = None,
+    nproc: Annotated[
+        int, typer.Option("--nproc", metavar="N", min=1, help="Processes on this machine, one a GPU.")
+    ] = 1,
+    nnodes: Annotated[
+        int, typer.Option("--nnodes", metavar="N", min=1, help="Machines, each with the same --nproc.")
+    ] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", metavar="R", min=0, help="Number of this machine, from 0.")
+    ] = 0,
+    rendezvous: Annotated[
+        str | None,
+        typer.Option(
+            "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: machine 0.", show_default=False
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a Gemma: check, load, answer, train, answer again, and say what came out."""
     from gemma_tune import pipeline
+    from gemma_tune.engines.world import world_of
     from gemma_tune.recipe.load import load_recipe
+    from gemma_tune.runs.reporter import SilentReporter
 
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
+    world = world_of(os.environ)
+    if world.size == 1 and nproc * nnodes > 1:
+        machines = Machines(nnodes, node_rank, rendezvous)
+        code = run_processes(sys.argv[1:], per_machine=nproc, machines=machines)
+        raise typer.Exit(code)
+    end_with_the_starter()
+    if not world.is_main:
+        pipeline.train(loaded, reporter=SilentReporter(), resume=resume, from_step=from_checkpoint, world=world)
+        return
     with TerminalReporter(terminal) as reporter:
-        run = pipeline.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint)
+        run = pipeline.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint, world=world)
     print_report(terminal, run, as_json=as_json)
     if loaded.recipe.export.formats:
         pipeline.exports_of(run).require_passed()

@@ -56,6 +56,7 @@ class Lock:
 
     Attributes:
         base: name, revision (hub commit, or null), directory-independent file hashes of the base model.
+        processes: how many trained together.
         adapter: name and hash of the adapter that the training started from, or null.
         data: label and hash of the rows and of the template.
         engine, precision: what was chosen, and why.
@@ -71,6 +72,7 @@ class Lock:
     precision: dict[str, Any]
     hardware: dict[str, Any]
     seed: int
+    processes: int = 1
     adapter: dict[str, str] | None = None
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")

@@ -24,7 +24,7 @@ _ALLOWED_SETTINGS = (
 _ALLOWED_SECTIONS = ("evaluation", "export", "logging", "run")
 # Parts of the lock that have to be the same. The others (versions, precision, hardware) decide whether the run stays
 # equal bit for bit, and are told.
-_REQUIRED_PARTS = ("base", "adapter", "data", "engine.name", "seed")
+_REQUIRED_PARTS = ("base", "adapter", "data", "engine.name", "seed", "processes")
 _IGNORED_PARTS = (
     "recipe", "overrides", "base.name", "adapter.name", "data.label", "engine.reason", "precision.reason",
 )  # fmt: skip

@@ -10,6 +10,7 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import RunError
 from gemma_tune.training.warm_start import WEIGHTS
 
@@ -39,17 +40,24 @@ def write_adapter(model: Any, directory: Path) -> None:
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
 
 
-def read_adapter(model: Any, directory: Path) -> None:
-    """Put an adapter's weights into the one that is attached.
+def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
+    """Put an adapter's weights, as process 0 reads them, into the one that is attached in every process.
 
     Raises:
         RunError: the file is missing, is not safetensors, or does not hold exactly the weights of this adapter (F31).
     """
+
+    def load() -> dict[str, torch.Tensor]:
+        try:
+            return load_file(directory / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise _unreadable(directory, error) from None
+
+    tensors = world.from_main(load)
     try:
-        tensors = load_file(directory / WEIGHTS)
         result = set_peft_model_state_dict(model, tensors)
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{directory / WEIGHTS} cannot be read: {str(error).strip()}") from None
+    except RuntimeError as error:
+        raise _unreadable(directory, error) from None
     missing = sorted(set(result.missing_keys) & set(trained_weights(model)))
     if missing or result.unexpected_keys:
         strangers = [
@@ -61,3 +69,7 @@ def read_adapter(model: Any, directory: Path) -> None:
             + (f", and {len(strangers) - 1} more" if len(strangers) > 1 else ""),
             hint="the lora section of the recipe must be the one that the adapter was trained with",
         )
+
+
+def _unreadable(directory: Path, error: Exception) -> RunError:
+    return RunError(f"{directory / WEIGHTS} cannot be read: {str(error).strip()}")

@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import append_metrics, update_manifest
 from gemma_tune.runs.reporter import Reporter, StepProgress
+
+_SECONDS_OF_ONE_SIGTERM = 3.0
 
 
 def peak_memory_bytes() -> int:
@@ -32,8 +35,8 @@ class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and tells the reporter.
 
     Args:
-        count_tokens, count_seconds: return the real tokens trained on so far and the time spent, those before a resume
-            included.
+        count_tokens, count_seconds: return the real tokens trained on so far, in all processes, and the time spent,
+            those before a resume included.
     """
 
     def __init__(
@@ -93,11 +96,12 @@ class CheckpointCallback(TrainerCallback):
     """Saves on a clock as well as on steps, and records the step of the newest checkpoint in the manifest.
 
     Args:
-        every_minutes: longest time without a checkpoint; None saves on steps alone.
+        every_minutes: longest time without a checkpoint, by the clock of process 0; None saves on steps alone.
     """
 
-    def __init__(self, run: RunDir, *, every_minutes: float | None) -> None:
+    def __init__(self, run: RunDir, *, every_minutes: float | None, world: World = ALONE) -> None:
         self.run = run
+        self.world = world
         self.every_seconds = 60 * every_minutes if every_minutes else math.inf
         self.last_save = time.monotonic()
 
@@ -107,7 +111,9 @@ class CheckpointCallback(TrainerCallback):
         self.last_save = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if time.monotonic() - self.last_save >= self.every_seconds:
+        if math.isinf(self.every_seconds):
+            return
+        if self.world.from_main(lambda: time.monotonic() - self.last_save >= self.every_seconds):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -140,15 +146,18 @@ class EarlyStopCallback(TrainerCallback):
 class InterruptCallback(TrainerCallback):
     """Ends the run after the current step, with a checkpoint, when a signal has come or the time is up.
 
+    All processes end after the same step, whichever of them it was that got the signal.
+
     Args:
-        max_minutes: of training in this process; None sets no limit.
+        max_minutes: of training in this command; None sets no limit.
 
     Attributes:
         reason: why the run was ended; None while it was not.
     """
 
-    def __init__(self, *, max_minutes: float | None) -> None:
+    def __init__(self, *, max_minutes: float | None, world: World = ALONE) -> None:
         self.max_minutes = max_minutes
+        self.world = world
         self.started = time.monotonic()
         self.signal: signal.Signals | None = None
         self.reason: str | None = None
@@ -159,11 +168,13 @@ class InterruptCallback(TrainerCallback):
         self.started = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        reason = None
         minutes = (time.monotonic() - self.started) / 60
         if self.signal is not None:
-            self.reason = self.signal.name
+            reason = self.signal.name
         elif self.max_minutes is not None and minutes >= self.max_minutes and state.global_step < state.max_steps:
-            self.reason = f"training.max_minutes={self.max_minutes:g}"
+            reason = f"training.max_minutes={self.max_minutes:g}"
+        self.reason = next(filter(None, self.world.gather(reason)), None)
         if self.reason is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -172,18 +183,26 @@ class InterruptCallback(TrainerCallback):
     def listening(self, reporter: Reporter) -> Iterator[None]:
         """Catch SIGINT and SIGTERM; a second one acts at once, as if nothing listened.
 
-        That does no harm: a checkpoint that is being written then is not in the list.
+        That does no harm: a checkpoint that is being written then is not in the list. A SIGTERM that repeats one within
+        moments is not a second one: a scheduler sends it to every process of a job, and the process that started this
+        one passes on its own.
         """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers; a notebook's worker keeps its own
             return
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+        signalled_at = 0.0
+
         def on_signal(number: int, frame: object) -> None:
-            self.signal = signal.Signals(number)
-            reporter.warn(f"{self.signal.name}: saving after this step; once more leaves at once")
-            for known, handler in before.items():
-                signal.signal(known, handler)
+            nonlocal signalled_at
+            if self.signal is None:
+                self.signal, signalled_at = signal.Signals(number), time.monotonic()
+                reporter.warn(f"{self.signal.name}: saving after this step; once more leaves at once")
+            elif number != signal.SIGTERM or time.monotonic() - signalled_at > _SECONDS_OF_ONE_SIGTERM:
+                for known, handler in before.items():
+                    signal.signal(known, handler)
+                signal.raise_signal(number)
 
         for number in before:
             signal.signal(number, on_signal)

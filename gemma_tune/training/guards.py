@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import TrainingStopped
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.adapter_weights import trained_weights
@@ -21,12 +22,14 @@ class GuardCallback(TrainerCallback):
     """Looks at loss and gradient of every step before the optimizer does, at the price of one transfer from the card.
 
     Args:
-        take_loss: returns the loss of the step's forward passes, a scalar tensor.
+        take_loss: returns the loss of the step's forward passes in this process, a scalar tensor.
+        world: the processes, all of which stop when one of them finds something.
     """
 
-    def __init__(self, *, take_loss: Callable[[], torch.Tensor], reporter: Reporter) -> None:
+    def __init__(self, *, take_loss: Callable[[], torch.Tensor], reporter: Reporter, world: World = ALONE) -> None:
         self.take_loss = take_loss
         self.reporter = reporter
+        self.world = world
         self.overflows = 0
         self.trained: dict[str, torch.nn.Parameter] = {}
         self.looked_for_idle = False
@@ -46,18 +49,19 @@ class GuardCallback(TrainerCallback):
             raise _no_gradient(step)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         loss_value, norm_value = torch.stack((loss.float(), norm.float())).tolist()
-        if math.isfinite(loss_value) and math.isfinite(norm_value):
+        losses = self.world.gather(loss_value)
+        if all(map(math.isfinite, (*losses, norm_value))):
             self.overflows = 0
             if norm_value == 0.0:
-                raise _no_gradient(step) if loss_value else _nothing_to_learn(step)
+                raise _no_gradient(step) if any(losses) else _nothing_to_learn(step)
             self._tell_idle_weights()
             return
         self.overflows += 1
         if args.fp16 and self.overflows <= MAX_FP16_OVERFLOWS:
             return  # the loss scaler skips the step
         raise TrainingStopped(
-            f"step {step}: the loss is {loss_value:g} and its gradient {norm_value:g}; training stopped before they "
-            f"reached the weights",
+            f"step {step}: the loss is {sum(losses) / len(losses):g} and its gradient {norm_value:g}; training stopped "
+            f"before they reached the weights",
             hint=likely_cause(model, float16=args.fp16, learning_rate=args.learning_rate),
         )
 

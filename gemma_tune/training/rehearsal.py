@@ -40,7 +40,9 @@ def rehearse(trainer: TokenWeightedTrainer, *, loaded: LoadedModel, run: RunDir,
     require_free(run.path, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
     _rehearse_saving(loaded.model, folder=run.path / ".rehearsal", tokenizer=tokenizer)
     try:
-        _rehearse_step(trainer, loaded=loaded)
+        idle = _rehearse_step(trainer, loaded=loaded)
+        # Looking for weights without a gradient costs a walk through the graph at every step.
+        trainer.accelerator.ddp_handler.find_unused_parameters = idle
         return trainer.mean_eval_loss() if trainer.eval_rows else None
     except torch.OutOfMemoryError:
         rows = trainer.args.per_device_train_batch_size
@@ -67,20 +69,22 @@ def _rehearse_saving(model: Any, *, folder: Path, tokenizer: Any) -> None:
         raise RunError(f"the adapter's weight {changed[0]} does not come back as it was saved", hint="report this")
 
 
-def _rehearse_step(trainer: TokenWeightedTrainer, *, loaded: LoadedModel) -> None:
+def _rehearse_step(trainer: TokenWeightedTrainer, *, loaded: LoadedModel) -> bool:
+    """Returns whether some trained weight gets no gradient."""
     model, device = loaded.model, loaded.model.device
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(loaded.precision.autocast or "")
     with _leaving_no_trace(model):
         batch = trainer._prepare_inputs(trainer.longest_batch())
-        batch.pop("num_tokens", None)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             loss = trainer.compute_loss(model, batch)
         loss.backward()
+        idle = any(weight.grad is None for weight in trained_weights(model).values())
     if not math.isfinite(float(loss.detach())):
         raise TrainingStopped(
             f"before the first step the loss of the longest rows is {float(loss.detach()):g}",
             hint=likely_cause(model, float16=autocast is torch.float16, learning_rate=trainer.args.learning_rate),
         )
+    return idle
 
 
 @contextmanager

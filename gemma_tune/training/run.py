@@ -14,6 +14,7 @@ from transformers import set_seed
 
 from gemma_tune.data.encode import Datasets
 from gemma_tune.engines.base import Engine, LoadedModel
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
@@ -23,6 +24,7 @@ from gemma_tune.training.adapter_weights import name_base, write_adapter
 from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
 from gemma_tune.training.guards import GuardCallback, require_finite_adapter
 from gemma_tune.training.leak_probe import find_leak
+from gemma_tune.training.own_checkpoints import TRAINER_STATE
 from gemma_tune.training.rehearsal import rehearse
 from gemma_tune.training.row_attention import attending_by_row
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
@@ -61,9 +63,14 @@ def train_adapter(
     reporter: Reporter,
     base_name: str,
     base_revision: str | None,
+    world: World = ALONE,
     resume_from: Path | None = None,
 ) -> TrainingResult:
-    """Train, and save the adapter with its tokenizer into `run.adapter`.
+    """Train, and save the adapter with its tokenizer into `run.adapter`; every process of the world calls this.
+
+    Args:
+        run: of process 0 the run; of the others a folder of their own, which nobody keeps.
+        resume_from: the checkpoint to go on from, on the disk of process 0.
 
     Raises:
         TrainingStopped: going on would ruin the run.
@@ -74,22 +81,28 @@ def train_adapter(
     name_base(loaded.model, name=base_name, revision=base_revision)
     with attending_by_row(loaded) if recipe.training.packing else nullcontext():
         pack_tokens = _settle_packing(
-            loaded, engine=engine, tokenizer=tokenizer, datasets=datasets, recipe=recipe, reporter=reporter
+            loaded,
+            engine=engine,
+            tokenizer=tokenizer,
+            datasets=datasets,
+            recipe=recipe,
+            reporter=reporter,
+            world=world,
         )
-        _keep_packing(run, packed=pack_tokens is not None, resumes=resume_from is not None)
+        world.from_main(lambda: _keep_packing(run, packed=pack_tokens is not None, resumes=resume_from is not None))
         trainer = _build(
-            loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens
+            loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens, world=world
         )
         engine.set_mode(loaded, training=True)
         eval_loss_before = rehearse(trainer, loaded=loaded, run=run, tokenizer=tokenizer)
         engine.set_mode(loaded, training=True)
         _train(trainer, recipe=recipe, run=run, reporter=reporter, resume_from=resume_from)
     require_finite_adapter(loaded.model, step=trainer.state.global_step)
-    _save_adapter(loaded.model, tokenizer=tokenizer, directory=run.adapter)
+    world.from_main(lambda: _save_adapter(loaded.model, tokenizer=tokenizer, directory=run.adapter))
     return TrainingResult(
         steps=trainer.state.global_step,
         seconds=trainer.seconds,
-        num_tokens=trainer.num_real_tokens,
+        num_tokens=trainer.count_real_tokens(),
         train_loss=_closing_loss(trainer),
         eval_loss_before=eval_loss_before,
         eval_loss_after=trainer.mean_eval_loss() if datasets.eval else None,
@@ -105,20 +118,22 @@ def _train(
     Raises:
         TrainingStopped, TrainingInterrupted: as `train_adapter`.
     """
-    section = recipe.training
-    interrupt = InterruptCallback(max_minutes=section.max_minutes)
+    section, world = recipe.training, trainer.world
+    interrupt = InterruptCallback(max_minutes=section.max_minutes, world=world)
     metrics = MetricsCallback(
         run,
         reporter=reporter,
-        count_tokens=lambda: trainer.num_real_tokens,
+        count_tokens=trainer.count_real_tokens,
         count_seconds=lambda: trainer.seconds,
     )
-    guard = GuardCallback(take_loss=trainer.take_step_loss, reporter=reporter)
-    for callback in (guard, metrics, CheckpointCallback(run, every_minutes=section.save_every_minutes), interrupt):
+    guard = GuardCallback(take_loss=trainer.take_step_loss, reporter=reporter, world=world)
+    checkpoints = CheckpointCallback(run, every_minutes=section.save_every_minutes, world=world)
+    for callback in (guard, metrics, checkpoints, interrupt):
         trainer.add_callback(callback)
-    set_seed(section.seed)
+    set_seed(section.seed + world.rank)  # else the processes would drop out the same
+    folder = _position_here(resume_from, run=run, world=world) if resume_from is not None else None
     with interrupt.listening(reporter):
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        trainer.train(resume_from_checkpoint=str(folder) if folder is not None else None)
     trainer.stop_clock()
     if interrupt.reason is not None:
         raise TrainingInterrupted(
@@ -128,15 +143,38 @@ def _train(
         )
 
 
+def _position_here(checkpoint: Path, *, run: RunDir, world: World) -> Path:
+    """A folder from which this process's Trainer reads its position: the checkpoint, or a folder with that file."""
+    if world.size == 1:
+        return checkpoint
+    text = world.from_main(lambda: (checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    if world.is_main:
+        return checkpoint
+    folder = run.checkpoints / checkpoint.name
+    folder.mkdir(parents=True)
+    (folder / TRAINER_STATE).write_text(text, encoding="utf-8")
+    return folder
+
+
 def _settle_packing(
-    loaded: LoadedModel, *, engine: Engine, tokenizer: Any, datasets: Datasets, recipe: Recipe, reporter: Reporter
+    loaded: LoadedModel,
+    *,
+    engine: Engine,
+    tokenizer: Any,
+    datasets: Datasets,
+    recipe: Recipe,
+    reporter: Reporter,
+    world: World,
 ) -> int | None:
     """Tokens of a pack, or None when rows are not joined: nobody asked, or they would see each other here."""
     section = recipe.training
     if not section.packing:
         return None
     engine.set_mode(loaded, training=True)
-    leak = find_leak(loaded, rows=datasets.train, pad_token_id=tokenizer.pad_token_id, batch_size=section.batch_size)
+    leaks = world.gather(
+        find_leak(loaded, rows=datasets.train, pad_token_id=tokenizer.pad_token_id, batch_size=section.batch_size)
+    )
+    leak = next(filter(None, leaks), None)
     if leak is not None:
         reporter.warn(
             f"training.packing is set aside, and a batch holds {section.batch_size} padded rows instead of packs: "
@@ -166,6 +204,7 @@ def _build(
     recipe: Recipe,
     run: RunDir,
     pack_tokens: int | None,
+    world: World,
 ) -> TokenWeightedTrainer:
     config = to_sft_config(
         recipe.training,
@@ -185,6 +224,7 @@ def _build(
         section=recipe.training,
         pack_tokens=pack_tokens,
         run=run,
+        world=world,
     )
 
 

@@ -15,7 +15,8 @@ from gemma_tune.data.pack import pack_rows
 # stay a random draw.
 BATCHES_PER_POOL = 32
 
-Group = tuple[int, ...]  # the row numbers of one sequence: a single row, or a pack
+# The row numbers of one sequence: a single row, or a pack. Without rows it fills up a batch of another process.
+Group = tuple[int, ...]
 
 
 class EpochSampler(Sampler[Group]):
@@ -25,23 +26,35 @@ class EpochSampler(Sampler[Group]):
 
     Args:
         lengths: tokens of each row, [num_rows].
-        batch_size: groups of a forward pass.
+        batch_size: groups of a forward pass of one process.
         seed: decides the order and the packs, together with the epoch.
         group_by_length: batches of groups of similar length; the longest batch comes first, so that a run that does not
             fit into memory says so at its first step (F39).
         pack_tokens: length in tokens of the packs that rows are joined into; None leaves each row on its own.
+        num_processes: whose forward passes make one step. `batch_size` groups for the first follow on those for the
+            second and so on, as accelerate deals them out, and all of them are what one process with a batch as large
+            would have. Where the rows run out a process gets empty groups, never a row twice.
     """
 
     def __init__(
-        self, lengths: Ints, *, batch_size: int, seed: int, group_by_length: bool, pack_tokens: int | None = None
+        self,
+        lengths: Ints,
+        *,
+        batch_size: int,
+        seed: int,
+        group_by_length: bool,
+        pack_tokens: int | None = None,
+        num_processes: int = 1,
     ) -> None:
         self.lengths = lengths
-        self.batch_size = batch_size
+        self.num_processes = num_processes
+        self.batch_size = batch_size * num_processes  # of all processes
         self.seed = seed
         self.group_by_length = group_by_length
         self.pack_tokens = pack_tokens
         self.epoch = 0
-        self._num_groups = len(self._groups())
+        num_groups = len(self._groups())
+        self._num_groups = num_groups if num_processes == 1 else -(-num_groups // self.batch_size) * self.batch_size
 
     def __len__(self) -> int:
         return self._num_groups
@@ -55,7 +68,7 @@ class EpochSampler(Sampler[Group]):
         groups = self._groups()
         order: list[int] = torch.randperm(len(groups), generator=generator).tolist()
         if not self.group_by_length:
-            return (groups[index] for index in order)
+            return self._dealt(groups, self._cut(order))
         row_lengths = self.lengths.tolist()
         lengths = [sum(row_lengths[row] for row in group) for group in groups]
         batches = self._batches(order, lengths=lengths)
@@ -66,7 +79,7 @@ class EpochSampler(Sampler[Group]):
             first = batches.pop(longest)
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
             batches = [first, *(batches[number] for number in shuffled)]
-        return (groups[index] for batch in batches + tail for index in batch)
+        return self._dealt(groups, batches + tail)
 
     def longest(self, count: int) -> list[Group]:
         """The `count` longest groups of the epoch, longest first."""
@@ -83,4 +96,17 @@ class EpochSampler(Sampler[Group]):
         pool_size = self.batch_size * BATCHES_PER_POOL
         pools = [order[start : start + pool_size] for start in range(0, len(order), pool_size)]
         ordered = [index for pool in pools for index in sorted(pool, key=lambda index: lengths[index], reverse=True)]
-        return [ordered[start : start + self.batch_size] for start in range(0, len(ordered), self.batch_size)]
+        return self._cut(ordered)
+
+    def _cut(self, order: list[int]) -> list[list[int]]:
+        return [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+
+    def _dealt(self, groups: list[Group], batches: list[list[int]]) -> Iterator[Group]:
+        """The groups of each batch, process by process, so that all get about as many tokens."""
+        share = self.batch_size // self.num_processes
+        for batch in batches:
+            for process in range(self.num_processes):
+                mine = batch[process :: self.num_processes]
+                yield from (groups[index] for index in mine)
+                if self.num_processes > 1:
+                    yield from ((),) * (share - len(mine))

@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from gemma_tune.data.encoded import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.adapter_weights import trained_weights
@@ -102,7 +103,7 @@ def to_sft_config(
 
 
 class RowGroups(torch.utils.data.Dataset[list[RowArrays]]):
-    """The rows of a group, as views of the flat arrays; a group is a single row or a pack."""
+    """The rows of a group, as views of the flat arrays."""
 
     def __init__(self, rows: EncodedRows) -> None:
         self.rows = rows
@@ -118,19 +119,22 @@ class RowGroups(torch.utils.data.Dataset[list[RowArrays]]):
 class PadRight:
     """Collate groups of one row into right-padded tensors.
 
-    Returns `input_ids`, `attention_mask` and `labels`, each [batch, longest row]. Padding is masked by the attention
-    mask and has label -100 whatever its id is, so a pad token that equals the stop token masks nothing else (F14).
+    Returns `input_ids`, `attention_mask` and `labels`, each [batch, longest row], and `num_tokens`, the count of tokens
+    that are not padding. Padding is masked by the attention mask and has label -100 whatever its id is, so a pad token
+    that equals the stop token masks nothing else (F14). Without rows the batch is one token that nothing is learned
+    from.
     """
 
     pad_token_id: int
     pad_to_multiple_of: int = 1
 
-    def __call__(self, groups: Sequence[Sequence[RowArrays]]) -> dict[str, torch.Tensor]:
+    def __call__(self, groups: Sequence[Sequence[RowArrays]]) -> dict[str, Any]:
         rows = [row for group in groups for row in group]
-        width = _round_up(max(len(ids) for ids, _ in rows), self.pad_to_multiple_of)
-        input_ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
+        width = _round_up(max((len(ids) for ids, _ in rows), default=1), self.pad_to_multiple_of)
+        input_ids = np.full((max(len(rows), 1), width), self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORED)
         attention_mask = np.zeros_like(input_ids)
+        attention_mask[:, 0] = 1  # a row that attends to nothing has no numbers
         for index, (ids, supervised) in enumerate(rows):
             input_ids[index, : len(ids)] = ids
             labels[index, : len(ids)] = np.where(supervised, ids, IGNORED)
@@ -139,6 +143,7 @@ class PadRight:
             "input_ids": torch.from_numpy(input_ids),
             "attention_mask": torch.from_numpy(attention_mask),
             "labels": torch.from_numpy(labels),
+            "num_tokens": sum(len(ids) for ids, _ in rows),
         }
 
 
@@ -147,7 +152,7 @@ class JoinRows:
     """Collate packs into sequences in which each row sees only itself.
 
     Returns `input_ids`, `labels` and `position_ids`, each [packs, longest pack], and `num_tokens`, the count of tokens
-    that are not padding, for `TokenWeightedTrainer`. Positions restart at 0 with every row, and every padding token has
+    that are not padding. Positions restart at 0 with every row, and every padding token has
     position 0. There is no attention mask: from restarting positions without one the attention code finds the borders
     of the rows, and a mask of ones silently switches that off. The first token of a row has label -100, because what
     predicts it is the last token of another row.
@@ -171,7 +176,7 @@ class JoinRows:
     def __call__(self, packs: Sequence[Sequence[RowArrays]]) -> dict[str, Any]:
         sequences = [[row for pack in packs for row in pack]] if self.in_one_sequence else packs
         num_tokens = [sum(len(ids) for ids, _ in sequence) for sequence in sequences]
-        width = _round_up(max(num_tokens), self.pad_to_multiple_of)
+        width = _round_up(max(*num_tokens, 1), self.pad_to_multiple_of)
         input_ids = np.full((len(sequences), width), self.pad_token_id, dtype=np.int64)
         labels = np.full_like(input_ids, IGNORED)
         position_ids = np.zeros_like(input_ids)
@@ -247,21 +252,22 @@ class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
         return self.row_order
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        packed = "num_tokens" in inputs
-        self.num_real_tokens += inputs.pop("num_tokens") if packed else int(inputs["attention_mask"].sum())
+        self.num_real_tokens += inputs.pop("num_tokens")
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
     def take_step_loss(self) -> torch.Tensor:
-        """The loss of the forward passes since the last call, a scalar in nats a supervised token."""
+        """The loss of this process's forward passes since the last call, a scalar in nats a supervised token."""
         loss, self._step_loss = self._step_loss, torch.zeros_like(self._step_loss)
         return loss
 
     def longest_batch(self) -> dict[str, Any]:
         """The batch of the longest sequences, which needs the most memory."""
         groups = self.row_order.longest(self.args.per_device_train_batch_size)
-        return self.data_collator([self.train_dataset[group] for group in groups])
+        batch: dict[str, Any] = self.data_collator([self.train_dataset[group] for group in groups])
+        del batch["num_tokens"]
+        return batch
 
     def compute_loss(
         self,
@@ -296,26 +302,37 @@ class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
         return metrics
 
     def mean_eval_loss(self) -> float:
-        """Cross-entropy over every supervised token of the eval rows, in nats a token."""
+        """Cross-entropy over every supervised token of the eval rows, in nats a token; a collective call."""
         was_training = self.model.training
         self.model.eval()
         total, num_tokens = 0.0, 0
         with torch.no_grad():
-            for batch in map(self._prepare_inputs, self._eval_batches()):
+            for batch, counts in self._eval_batches():
+                batch = self._prepare_inputs(batch)
                 with self.compute_loss_context_manager():
                     loss = self.model(**batch, use_cache=False).loss
-                count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                count = int((batch["labels"][:, 1:] != IGNORED).sum()) if counts else 0
                 total += float(loss) * count
                 num_tokens += count
         self.model.train(was_training)
-        return total / num_tokens
+        total, all_tokens = self.world.sum(total, num_tokens)
+        return total / all_tokens
 
-    def _eval_batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """Padded batches, the longest rows first: little padding, and too little memory shows at once."""
+    def _eval_batches(self) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:
+        """Padded batches of this process, and whether they count.
+
+        The longest rows come first: little padding, and too little memory shows at once. All processes get as many
+        batches, as a sharded model computes in all of them or in none; one that is there twice counts once.
+        """
         order = np.argsort(-self.eval_rows.lengths, kind="stable").tolist()
         size: int = self.args.eval_batch_size
-        for start in range(0, len(order), size):
-            yield self.pad_right([[self.eval_rows.arrays(row)] for row in order[start : start + size]])
+        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        for first in range(0, len(batches), self.world.size):
+            number = first + self.world.rank
+            counts = number < len(batches)
+            batch = self.pad_right([[self.eval_rows.arrays(row)] for row in batches[number if counts else first]])
+            del batch["num_tokens"]
+            yield batch, counts
 
 
 def build_trainer(
@@ -328,6 +345,7 @@ def build_trainer(
     section: TrainingSection,
     pack_tokens: int | None,
     run: RunDir,
+    world: World = ALONE,
 ) -> TokenWeightedTrainer:
     """A trainer over ready-made rows.
 
@@ -361,6 +379,7 @@ def build_trainer(
         callbacks=[early_stop] if early_stop else [],
     )
     trainer.run = run
+    trainer.world = world
     trainer.early_stop = early_stop
     trainer.train_dataset = RowGroups(train_rows)
     trainer.eval_rows = eval_rows
@@ -371,6 +390,7 @@ def build_trainer(
         seed=section.seed,
         group_by_length=section.group_by_length,
         pack_tokens=pack_tokens,
+        num_processes=world.size,
     )
     for name, weight in model.named_parameters():
         if name in weights:

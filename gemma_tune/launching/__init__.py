@@ -1,0 +1,1 @@
+"""Job files that train a recipe on a cluster, through the scheduler that is there."""

@@ -1,0 +1,244 @@
+"""What a job runs and on what, before it is written for a scheduler."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.data.files import is_row_file
+from gemma_tune.data.inputs import split_count
+from gemma_tune.data.sources import TINY_WORLD
+from gemma_tune.data.template import list_templates
+from gemma_tune.errors import LaunchError, ModelError
+from gemma_tune.models.registry import find_model
+from gemma_tune.paths import RECIPES_DIR
+from gemma_tune.recipe.load import LoadedRecipe
+from gemma_tune.recipe.schema import Recipe
+
+RENDEZVOUS_PORT = 29500
+# Seconds between the signal to stop and the end: a long step, and a checkpoint of adapter and optimizer.
+GRACE_SECONDS = 180
+RESTARTS = 20
+
+_TIME = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?")
+_WORD = re.compile(r"[^\s'\"\\#$`]+")
+_WILDCARD = re.compile(r"[*?[]")
+# Names of Kubernetes: a DNS label, with room for the number of a pod and within the 63 characters of one.
+_MAX_LABEL = 50
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What a job asks for. `gpus`, `cpus` and `memory_gib` (GiB) are those of one machine; None asks for nothing."""
+
+    nodes: int = 1
+    gpus: int = 1
+    gpu_type: str | None = None
+    cpus: int | None = None
+    memory_gib: int | None = None
+
+
+@dataclass(frozen=True)
+class LocalPath:
+    """A file, a directory or a pattern of files that a setting of the recipe names, as it is written there."""
+
+    setting: str
+    path: str
+
+    @property
+    def mounted(self) -> str:
+        """The path without the part that has wildcards."""
+        parts = Path(self.path).parts
+        fixed = next((number for number, part in enumerate(parts) if _WILDCARD.search(part)), len(parts))
+        return str(Path(*parts[:fixed]))
+
+    @property
+    def leaves_directory(self) -> bool:
+        """Whether it lies outside of the working directory, by its name."""
+        return os.path.isabs(self.path) or self.path.startswith("~") or ".." in Path(self.path).parts
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training as every scheduler runs it.
+
+    Attributes:
+        run_name: fixed, so that a job that starts again finds its run.
+        overrides: those of the command line, then run.name and run.resume.
+        secrets: environment variables with a credential that the run may need; their values are never written.
+    """
+
+    loaded: LoadedRecipe
+    run_name: str
+    overrides: tuple[str, ...]
+    machines: Machines
+    secrets: tuple[str, ...]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.loaded.recipe
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the recipe comes with gemma-tune, so that its name is enough everywhere."""
+        return self.loaded.path.parent == RECIPES_DIR
+
+    @property
+    def recipe_argument(self) -> str:
+        """The recipe as the command names it where this directory is there."""
+        return self.loaded.name if self.is_shipped else str(self.loaded.path)
+
+    @property
+    def label(self) -> str:
+        """The run's name as a DNS label; two runs never share one."""
+        name = f"gemma-tune-{self.run_name}"
+        label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_LABEL].strip("-")
+        return label if label == name else f"{label[: _MAX_LABEL - 7]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+    def command(self, recipe: str, *more: str) -> list[str]:
+        """The command line, but for the number of the machine and the address of the first.
+
+        Args:
+            recipe: where the job finds the recipe.
+            more: overrides that the scheduler adds; the last of several counts.
+        """
+        words = ["gemma-tune", "train", recipe, *self.overrides, *more]
+        processes = max(self.machines.gpus, 1)
+        if self.machines.nodes > 1:
+            return [*words, "--nproc", str(processes), "--nnodes", str(self.machines.nodes)]
+        return [*words, "--nproc", str(processes)] if processes > 1 else words
+
+
+@dataclass(frozen=True)
+class JobFile:
+    """A job for one scheduler.
+
+    Attributes:
+        run_name: as in Job.
+        name: of the file, where the user gives none.
+        submit: the command that submits it; the file's name comes last.
+        notes: what the user has to see to, a sentence each.
+    """
+
+    run_name: str
+    name: str
+    text: str
+    submit: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def shell_lines(words: list[str]) -> list[str]:
+    """A command line quoted for the shell, in lines that a person can read: an override a line, an option a line."""
+    lines = [shlex.join(words[:3])]
+    for word in words[3:]:
+        if lines[-1].startswith("--") and " " not in lines[-1]:
+            lines[-1] += f" {shlex.quote(word)}"
+        else:
+            lines.append(shlex.quote(word))
+    return lines
+
+
+def make_job(loaded: LoadedRecipe, machines: Machines) -> Job:
+    """Fix the name of the run and let it go on by itself."""
+    name = loaded.recipe.run.name or _run_name(loaded.name)
+    kept = [item for item in loaded.overrides if item.partition("=")[0].strip() not in ("run.name", "run.resume")]
+    if machines.gpu_type is not None:
+        require_word("--gpu-type", machines.gpu_type)
+    return Job(
+        loaded=loaded,
+        run_name=name,
+        overrides=(*kept, f"run.name={name}", "run.resume=auto"),
+        machines=machines,
+        secrets=tuple(_secrets(loaded.recipe)),
+    )
+
+
+def _run_name(recipe_name: str) -> str:
+    """A recipe's name in the characters that a run's may have."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", recipe_name).lstrip("-.")[:64] or "run"
+
+
+def _secrets(recipe: Recipe) -> Iterator[str]:
+    try:
+        is_open = not find_model(recipe.model.name).is_gated
+    except ModelError:  # a directory, or something of the hub that only a token may open
+        is_open = False
+    if not is_open:
+        yield "HF_TOKEN"
+    if "wandb" in recipe.logging.trackers:
+        yield "WANDB_API_KEY"
+
+
+def local_paths(recipe: Recipe) -> list[LocalPath]:
+    """Everything beside the recipe that the run reads from the disk."""
+    data = recipe.data
+    sources = [("data.source", data.source), ("data.eval_source", data.eval_source)]
+    sources += [(f"data.mix.{number}.source", part.source) for number, part in enumerate(data.mix)]
+    templates = [("data.template", data.template)]
+    templates += [(f"data.mix.{number}.template", part.template or "auto") for number, part in enumerate(data.mix)]
+    found = [
+        LocalPath(setting, split_count(source)[0])
+        for setting, source in sources
+        if source is not None and _is_local_source(split_count(source)[0])
+    ]
+    shipped = {"auto", *list_templates()}
+    found += [LocalPath(setting, template) for setting, template in templates if template not in shipped]
+    if _is_model_directory(recipe.model.name):
+        found.append(LocalPath("model.name", recipe.model.name))
+    if recipe.model.adapter is not None:
+        found.append(LocalPath("model.adapter", recipe.model.adapter))
+    return found
+
+
+def _is_local_source(source: str) -> bool:
+    path = os.path.expanduser(source)
+    return source != TINY_WORLD and (is_row_file(Path(path)) or os.path.exists(path) or bool(_WILDCARD.search(source)))
+
+
+def _is_model_directory(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or ("/" in name and os.path.isdir(name))
+
+
+def common_notes(recipe: Recipe) -> list[str]:
+    """What a job that may be stopped and started again does with the recipe's own settings."""
+    training, notes = recipe.training, []
+    if training.save_every_steps is None and training.save_every_minutes is None:
+        notes.append(
+            "a machine that is lost takes up to a tenth of the run with it; training.save_every_minutes=15 bounds that"
+        )
+    if training.max_minutes is not None:
+        notes.append(
+            f"training.max_minutes={training.max_minutes:g} ends an attempt, and the job goes on with the next: "
+            "it is no limit for the whole run"
+        )
+    return notes
+
+
+def require_word(option: str, value: str) -> str:
+    """A value that goes into a line of the file as it is.
+
+    Raises:
+        LaunchError: it holds a blank, a quote or another sign with a meaning.
+    """
+    if not _WORD.fullmatch(value):
+        raise LaunchError(f"{option} {value!r} holds a blank, a quote or another sign that no name has")
+    return value
+
+
+def parse_time(text: str) -> int:
+    """`1d12h`, `90m` → seconds.
+
+    Raises:
+        LaunchError: it is written otherwise.
+    """
+    match = _TIME.fullmatch(text)
+    days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
+    seconds = ((days * 24 + hours) * 60 + minutes) * 60
+    if seconds == 0:
+        raise LaunchError(f"--time {text!r} is no length of time", hint="write 90m, 12h or 1d12h30m")
+    return seconds
