@@ -365,7 +365,11 @@ def _prepare(
 
     reporter.stage("model")
     model = engine.load(
-        base.directory, section=recipe.model, precision=setting.precision, max_seq_tokens=recipe.data.max_seq_tokens
+        base.directory,
+        section=recipe.model,
+        precision=setting.precision,
+        max_seq_tokens=recipe.data.max_seq_tokens,
+        will_be_sharded=world.shards(recipe.training),
     )
     attached = engine.attach_lora(
         model,
@@ -510,23 +514,26 @@ def _train_and_summarise(
     recipe, datasets = setting.recipe, prepared.datasets
     examples = choose_examples(datasets.eval_examples, section=recipe.evaluation)
 
-    def answer(title: str) -> list[Any]:
+    def answer(title: str, *, in_shares: bool) -> list[Any]:
+        # A sharded model computes in all processes or in none: then each of them answers every row.
+        mine = world.share(examples) if in_shares else examples
+        times = world.size if in_shares else 1
         reporter.stage(title)
         answers = answer_examples(
             prepared.attached.loaded,
             engine=prepared.engine,
             tokenizer=prepared.tokenizer,
             encoder=prepared.encoder,
-            examples=world.share(examples),
+            examples=mine,
             max_new_tokens=recipe.evaluation.max_new_tokens,
             batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
             on_progress=lambda done, _: reporter.progress(
-                "eval rows answered", min(done * world.size, len(examples)), len(examples)
+                "eval rows answered", min(done * times, len(examples)), len(examples)
             ),
         )
-        return world.joined(answers)
+        return world.joined(answers) if in_shares else answers
 
-    before = answer("before training") if examples else []
+    before = answer("before training", in_shares=True) if examples else []
     reporter.stage("training")
     result = train_adapter(
         prepared.attached.loaded,
@@ -543,7 +550,7 @@ def _train_and_summarise(
     )
     if world.is_main:
         write_text(run.adapter / run.template.name, setting.inputs.template.source_text)
-    after = answer("after training") if examples else []
+    after = answer("after training", in_shares=not world.shards(recipe.training)) if examples else []
     if not world.is_main:
         return
     answers = pair_answers(examples, before, after)

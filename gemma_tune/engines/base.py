@@ -49,7 +49,15 @@ class Engine(Protocol):
 
     name: str
 
-    def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
+    def load(
+        self,
+        directory: Path,
+        *,
+        section: ModelSection,
+        precision: Precision,
+        max_seq_tokens: int,
+        will_be_sharded: bool = False,
+    ) -> LoadedModel:
         """Load the base from a local Hugging Face directory."""
         ...
 

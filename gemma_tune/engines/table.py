@@ -42,6 +42,8 @@ def choose_engine(model: ModelSection, *, training: TrainingSection, device: Dev
             "model.engine=unsloth, but unsloth is not installed",
             hint="use model.engine=auto, or install it: pip install 'gemma-tune[unsloth]'",
         )
+    if model.engine == "auto" and training.data_parallel == "fsdp":
+        return EngineChoice("transformers", "training.data_parallel=fsdp needs it")
     if model.engine != "auto":
         return EngineChoice(model.engine, "the recipe asks for it")
     if has_unsloth:

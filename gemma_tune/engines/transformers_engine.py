@@ -18,11 +18,21 @@ from gemma_tune.engines.quantized import keep_trainable_layout, require_quantize
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
 
-def to_quantization_config(section: ModelSection, *, compute: torch.dtype) -> BitsAndBytesConfig | None:
-    """NF4 with double quantisation (arXiv:2305.14314), LLM.int8(), or nothing."""
+def to_quantization_config(
+    section: ModelSection, *, compute: torch.dtype, container: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig | None:
+    """NF4 with double quantisation (arXiv:2305.14314), LLM.int8(), or nothing.
+
+    Args:
+        container: dtype of the tensors that hold the packed 4-bit codes.
+    """
     if section.load_in_4bit:
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=compute,
+            bnb_4bit_quant_storage=container,
         )
     return BitsAndBytesConfig(load_in_8bit=True) if section.load_in_8bit else None
 
@@ -32,9 +42,22 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
+    def load(
+        self,
+        directory: Path,
+        *,
+        section: ModelSection,
+        precision: Precision,
+        max_seq_tokens: int,
+        will_be_sharded: bool = False,
+    ) -> LoadedModel:
         options: dict[str, Any] = {}
-        quantization = to_quantization_config(section, compute=getattr(torch, precision.compute))
+        quantization = to_quantization_config(
+            section,
+            compute=getattr(torch, precision.compute),
+            # FSDP gathers the weights of a layer in one dtype.
+            container=getattr(torch, precision.storage) if will_be_sharded else torch.uint8,
+        )
         if quantization is not None:
             options["quantization_config"] = quantization
         attention = choose_attention(directory, asked=section.attention)

@@ -29,7 +29,15 @@ class UnslothEngine:
     name = "unsloth"
     _checkpointing: str | bool = False
 
-    def load(self, directory: Path, *, section: ModelSection, precision: Precision, max_seq_tokens: int) -> LoadedModel:
+    def load(
+        self,
+        directory: Path,
+        *,
+        section: ModelSection,
+        precision: Precision,
+        max_seq_tokens: int,
+        will_be_sharded: bool = False,
+    ) -> LoadedModel:
         # On CUDA Unsloth brings its own capped attention for Gemma 2; on a CPU it takes what transformers takes.
         leaves_choice = section.attention == "auto" and torch.cuda.is_available()
         attention = None if leaves_choice else choose_attention(directory, asked=section.attention)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gemma_tune.errors import EngineError, GemmaTuneError, ProcessLost
+from gemma_tune.recipe.schema import TrainingSection
 
 Value = TypeVar("Value")
 
@@ -20,8 +21,8 @@ Value = TypeVar("Value")
 class World:
     """This process among all of them.
 
-    Every method but `first_here` is a collective one: all processes call it, in the same order. With one process they
-    come back at once.
+    `from_main`, `gather`, `sum`, `any`, `in_turn` and `joined` are collective: all processes call them, in the same
+    order. With one process they come back at once.
 
     Attributes:
         rank: number of this process, from 0, in all machines.
@@ -36,6 +37,10 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def shards(self, training: TrainingSection) -> bool:
+        """Whether the model is divided between the processes."""
+        return self.size > 1 and training.data_parallel == "fsdp"
 
     def from_main(self, compute: Callable[[], Value]) -> Value:
         """What process 0 computes, sent to all; an error of its user is raised in all."""

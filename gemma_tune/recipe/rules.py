@@ -86,6 +86,40 @@ def _early_stop_evaluates(recipe: Recipe) -> list[Problem]:
     return []
 
 
+def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
+    """What cannot be cut into shares, or put back into them (F48)."""
+    training, model = recipe.training, recipe.model
+    if training.data_parallel != "fsdp":
+        return []
+    refused = (
+        (model.engine == "unsloth", "model.engine", "unsloth's kernels need whole weights", "model.engine=auto"),
+        (
+            model.load_in_8bit,
+            "model.load_in_8bit",
+            "int8 layers keep their scales apart from the weights, and cannot be sharded",
+            "model.load_in_8bit=false model.load_in_4bit=true",
+        ),
+        (
+            "8bit" in training.optimizer or "paged" in training.optimizer or training.optimizer == "adafactor",
+            "training.optimizer",
+            f"{training.optimizer} keeps a state that does not lie along the weights, and cannot be sharded; the state "
+            f"of an adapter is small",
+            "training.optimizer=adamw",
+        ),
+        (
+            training.early_stop_patience is not None,
+            "training.early_stop_patience",
+            "the best adapter is not put back into a sharded model",
+            "training.early_stop_patience=null",
+        ),
+    )
+    return [
+        Problem(path, f"{why}, and training.data_parallel is fsdp", fix=fix)
+        for is_so, path, why, fix in refused
+        if is_so
+    ]
+
+
 def _has_eval_rows(recipe: Recipe) -> list[Problem]:
     data = recipe.data
     if not data.eval_source and not data.eval_split and data.eval_fraction == 0 and recipe.evaluation.every_steps:
@@ -145,6 +179,7 @@ RULES: tuple[Callable[[Recipe], list[Problem]], ...] = (
     _packing_is_asked_for,
     _one_eval_source,
     _early_stop_evaluates,
+    _shards_what_can_be,
     _has_eval_rows,
     _no_init_from_quantised,
     _all_linear_stands_alone,

@@ -27,15 +27,18 @@ def name_base(model: Any, *, name: str, revision: str | None) -> None:
         config.revision = revision
 
 
-def write_adapter(model: Any, directory: Path) -> None:
-    """Write the adapter in PEFT's format.
+def write_adapter(model: Any, directory: Path, *, weights: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the adapter in PEFT's format, from `weights` by name where those of the model are sharded.
 
     PEFT is handed the trained weights, so that the frozen base is not gathered for it (F40). An embedding that is
     trained is among `modules_to_save` and saved as such; PEFT's `auto` would ask the hub whether the vocabulary changed
     (F6), and its `True` writes such an embedding twice.
     """
     model.save_pretrained(
-        str(directory), state_dict=trained_weights(model), save_embedding_layers=False, safe_serialization=True
+        str(directory),
+        state_dict=weights or trained_weights(model),
+        save_embedding_layers=False,
+        safe_serialization=True,
     )
     (directory / "README.md").unlink(missing_ok=True)  # PEFT's blank model card
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import TrainingStopped
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.adapter_weights import trained_weights
+from gemma_tune.training.sharding import is_sharded, local_part
 
 # A float16 loss scale starts at 65536 and halves at every overflow; a sound run overflows a few times at its start.
 MAX_FP16_OVERFLOWS = 16
@@ -47,9 +48,12 @@ class GuardCallback(TrainerCallback):
         gradients = [weight.grad for weight in self.trained.values() if weight.grad is not None]
         if not gradients:
             raise _no_gradient(step)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([local_part(grad) for grad in gradients])))
         loss_value, norm_value = torch.stack((loss.float(), norm.float())).tolist()
-        losses = self.world.gather(loss_value)
+        found = self.world.gather((loss_value, norm_value))
+        losses = [each_loss for each_loss, _ in found]
+        if is_sharded(gradients[0]):
+            norm_value = math.hypot(*(each_norm for _, each_norm in found))
         if all(map(math.isfinite, (*losses, norm_value))):
             self.overflows = 0
             if norm_value == 0.0:
@@ -78,9 +82,8 @@ class GuardCallback(TrainerCallback):
             )
 
 
-def require_finite_adapter(model: Any, *, step: int) -> None:
+def require_finite_adapter(weights: Mapping[str, torch.Tensor], *, step: int) -> None:
     """Raise before an adapter with NaN or infinity is saved (F24, F43)."""
-    weights = trained_weights(model)
     norms = torch.stack(torch._foreach_norm([weight.detach() for weight in weights.values()]))
     if not math.isfinite(float(norms.sum())):
         bad = next(name for name, norm in zip(weights, norms.tolist(), strict=True) if not math.isfinite(norm))
@@ -104,12 +107,17 @@ def likely_cause(model: Any, *, float16: bool, learning_rate: float) -> str:
 
 def find_non_finite(model: Any) -> str | None:
     """The first weight with NaN or infinity. In 4 bits one such value spoils the offset of its layer's scales."""
+    quantized = {f"{name}.weight": module.quant_state for name, module in model.named_modules() if _is_4bit(module)}
     for name, weight in model.named_parameters():
-        offset = getattr(getattr(weight, "quant_state", None), "offset", None)
-        values = weight if weight.is_floating_point() else offset
+        # Codes in 4 bits are packed into any dtype, a floating one where the model is sharded.
+        values = getattr(quantized[name], "offset", None) if name in quantized else weight
         if values is not None and not bool(torch.isfinite(values).all()):
             return str(name)
     return None
+
+
+def _is_4bit(module: torch.nn.Module) -> bool:
+    return getattr(module, "quant_state", None) is not None
 
 
 def _no_gradient(step: int) -> TrainingStopped:

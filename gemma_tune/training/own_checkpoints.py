@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import Trainer, TrainerState
 
 from gemma_tune.engines.world import ALONE, World
@@ -27,6 +28,7 @@ from gemma_tune.training.checkpoint import (
     write_checkpoint,
 )
 from gemma_tune.training.guards import require_finite_adapter
+from gemma_tune.training.sharding import shard_optimizer_state, whole
 from gemma_tune.training.state_file import random_state, read_state, restore_random_state, state_bytes, write_state
 
 _FORMAT = 1  # of the state; another one is not read
@@ -57,6 +59,11 @@ class OwnCheckpoints(Trainer):
     def seconds(self) -> float:
         return self._seconds_before + (time.monotonic() - self._started if self._started is not None else 0.0)
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The trained weights by name, gathered where they are sharded; a collective call."""
+        weights: dict[str, torch.Tensor] = whole(trained_weights(self.model))
+        return weights
+
     def count_real_tokens(self) -> int:
         """Tokens that were trained on so far by all processes; a collective call."""
         return int(self.world.sum(self.num_real_tokens)[0])
@@ -76,11 +83,12 @@ class OwnCheckpoints(Trainer):
         Process 0 writes, and an error of its disk ends all of them.
         """
         step = self.state.global_step
-        require_finite_adapter(self.model, step=step)
+        weights = self.whole_weights()
+        require_finite_adapter(weights, step=step)
         scaler = self.accelerator.scaler
         training = {
             "format": _FORMAT,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "num_real_tokens": self.count_real_tokens(),
@@ -94,7 +102,7 @@ class OwnCheckpoints(Trainer):
         trainer_state.best_model_checkpoint = None  # an absolute path; the step says the same
 
         def write(folder: Path) -> None:
-            write_adapter(self.model, folder)
+            write_adapter(self.model, folder, weights=weights)
             write_state(folder, "training", training)
             for rank, process in enumerate(processes):
                 write_state(folder, f"process-{rank}", process)
@@ -105,7 +113,7 @@ class OwnCheckpoints(Trainer):
             write_checkpoint(
                 self.run,
                 step=step,
-                tensor_bytes=state_bytes(training) + state_bytes(trained_weights(self.model)),
+                tensor_bytes=state_bytes(training) + state_bytes(weights),
                 write=write,
             )
             best = checkpoint_path(self.run, self.state.best_global_step) if self.state.best_global_step else None
@@ -160,7 +168,7 @@ class OwnCheckpoints(Trainer):
         if checkpoint is None:
             return
         state = self._resumed_state
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(shard_optimizer_state(state["optimizer"], self.optimizer))
         schedule = self.lr_scheduler
         schedule.load_state_dict(state["scheduler"])
         # The saved rate of the coming step belongs to the length that the run had then; it may have been prolonged.

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma_tune.engines.base import LoadedModel
+from gemma_tune.engines.precision import Precision
 from gemma_tune.errors import RunError, TrainingStopped
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
@@ -23,10 +24,13 @@ from gemma_tune.training.trainer import TokenWeightedTrainer
 _CHECKPOINT_BYTES_PER_WEIGHT = 12
 
 
-def rehearse(trainer: TokenWeightedTrainer, *, loaded: LoadedModel, run: RunDir, tokenizer: Any) -> float | None:
-    """Save and reload the adapter, then train and evaluate on the longest rows; nothing of it stays.
+def rehearse(
+    trainer: TokenWeightedTrainer, *, run: RunDir, tokenizer: Any, precision: Precision, will_be_sharded: bool
+) -> float | None:
+    """Save and reload the adapter, then evaluate and train on the longest rows; nothing of it stays.
 
-    The longest rows come first so that too little memory, or a base that is not finite, shows within seconds.
+    The longest rows come first so that too little memory, or a base that is not finite, shows within seconds. A model
+    that will be sharded trains on them when it is.
 
     Returns:
         The eval loss before training in nats a supervised token, or None without eval rows.
@@ -35,19 +39,26 @@ def rehearse(trainer: TokenWeightedTrainer, *, loaded: LoadedModel, run: RunDir,
         RunError: the disk has no room for the checkpoints of the run, or what is saved does not come back equal.
         TrainingStopped: the memory does not suffice, or the loss is not finite.
     """
-    num_weights = sum(weight.numel() for weight in trained_weights(loaded.model).values())
+    num_weights = sum(weight.numel() for weight in trained_weights(trainer.model).values())
     kept = (trainer.args.save_total_limit or 1) + 1  # an old one goes after the new one is there
     require_free(run.path, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
-    _rehearse_saving(loaded.model, folder=run.path / ".rehearsal", tokenizer=tokenizer)
+    _rehearse_saving(trainer.model, folder=run.path / ".rehearsal", tokenizer=tokenizer)
+    with _memory_told(trainer):
+        eval_loss = trainer.mean_eval_loss() if trainer.eval_rows else None
+        if will_be_sharded:
+            trainer.add_callback(_RehearseStep(trainer, precision=precision))
+        else:
+            _rehearse_step(trainer, precision=precision)
+    return eval_loss
+
+
+@contextmanager
+def _memory_told(trainer: TokenWeightedTrainer) -> Iterator[None]:
     try:
-        idle = _rehearse_step(trainer, loaded=loaded)
-        # Looking for weights without a gradient costs a walk through the graph at every step.
-        trainer.accelerator.ddp_handler.find_unused_parameters = idle
-        return trainer.mean_eval_loss() if trainer.eval_rows else None
+        yield
     except torch.OutOfMemoryError:
-        rows = trainer.args.per_device_train_batch_size
         raise TrainingStopped(
-            f"the card has too little memory for {rows} of the longest sequences, "
+            f"the card has too little memory for {trainer.args.per_device_train_batch_size} of the longest sequences, "
             f"{trainer.longest_batch()['input_ids'].numel():,} tokens",
             hint="halve training.batch_size and double training.gradient_accumulation, set "
             "training.gradient_checkpointing=unsloth, or lower data.max_seq_tokens",
@@ -69,13 +80,12 @@ def _rehearse_saving(model: Any, *, folder: Path, tokenizer: Any) -> None:
         raise RunError(f"the adapter's weight {changed[0]} does not come back as it was saved", hint="report this")
 
 
-def _rehearse_step(trainer: TokenWeightedTrainer, *, loaded: LoadedModel) -> bool:
-    """Returns whether some trained weight gets no gradient."""
-    model, device = loaded.model, loaded.model.device
-    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(loaded.precision.autocast or "")
+def _rehearse_step(trainer: TokenWeightedTrainer, *, precision: Precision) -> None:
+    model = trainer.model
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.autocast or "")
     with _leaving_no_trace(model):
         batch = trainer._prepare_inputs(trainer.longest_batch())
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
             loss = trainer.compute_loss(model, batch)
         loss.backward()
         idle = any(weight.grad is None for weight in trained_weights(model).values())
@@ -84,7 +94,22 @@ def _rehearse_step(trainer: TokenWeightedTrainer, *, loaded: LoadedModel) -> boo
             f"before the first step the loss of the longest rows is {float(loss.detach()):g}",
             hint=likely_cause(model, float16=autocast is torch.float16, learning_rate=trainer.args.learning_rate),
         )
-    return idle
+    # DDP looks for weights without a gradient only where there are any: it walks through the graph at every step.
+    trainer.accelerator.ddp_handler.find_unused_parameters = idle
+
+
+class _RehearseStep(TrainerCallback):
+    """`_rehearse_step` when the model is sharded, which is when the training begins."""
+
+    def __init__(self, trainer: TokenWeightedTrainer, *, precision: Precision) -> None:
+        self.trainer = trainer
+        self.precision = precision
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        with _memory_told(self.trainer):
+            _rehearse_step(self.trainer, precision=self.precision)
 
 
 @contextmanager

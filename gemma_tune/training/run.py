@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
@@ -27,6 +28,7 @@ from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.own_checkpoints import TRAINER_STATE
 from gemma_tune.training.rehearsal import rehearse
 from gemma_tune.training.row_attention import attending_by_row
+from gemma_tune.training.sharding import fsdp_settings
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
 
 
@@ -94,11 +96,18 @@ def train_adapter(
             loaded, tokenizer=tokenizer, datasets=datasets, recipe=recipe, run=run, pack_tokens=pack_tokens, world=world
         )
         engine.set_mode(loaded, training=True)
-        eval_loss_before = rehearse(trainer, loaded=loaded, run=run, tokenizer=tokenizer)
+        eval_loss_before = rehearse(
+            trainer,
+            run=run,
+            tokenizer=tokenizer,
+            precision=loaded.precision,
+            will_be_sharded=world.shards(recipe.training),
+        )
         engine.set_mode(loaded, training=True)
         _train(trainer, recipe=recipe, run=run, reporter=reporter, resume_from=resume_from)
-    require_finite_adapter(loaded.model, step=trainer.state.global_step)
-    world.from_main(lambda: _save_adapter(loaded.model, tokenizer=tokenizer, directory=run.adapter))
+    weights = trainer.whole_weights()
+    require_finite_adapter(weights, step=trainer.state.global_step)
+    world.from_main(lambda: _save_adapter(trainer.model, weights=weights, tokenizer=tokenizer, directory=run.adapter))
     return TrainingResult(
         steps=trainer.state.global_step,
         seconds=trainer.seconds,
@@ -214,6 +223,7 @@ def _build(
         run=run,
         on_cpu=loaded.model.device.type == "cpu",
         has_eval_rows=bool(datasets.eval),
+        sharding=fsdp_settings(loaded.model) if world.shards(recipe.training) else None,
     )
     return build_trainer(
         loaded,
@@ -236,13 +246,13 @@ def _closing_loss(trainer: TokenWeightedTrainer) -> float:
     return float(sum(last) / len(last))
 
 
-def _save_adapter(model: Any, *, tokenizer: Any, directory: Path) -> None:
+def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: Any, directory: Path) -> None:
     """Write the adapter with the tokenizer beside it; the directory appears when it is whole."""
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
-        write_adapter(model, partial)
+        write_adapter(model, partial, weights=weights)
         tokenizer.save_pretrained(str(partial))
         for file in partial.iterdir():
             with file.open("rb") as stream:

@@ -26,6 +26,7 @@ from gemma_tune.training.callbacks import EarlyStopCallback
 from gemma_tune.training.own_checkpoints import OwnCheckpoints
 from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import EpochSampler, Group
+from gemma_tune.training.sharding import shard_on_processors
 
 RowArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # token ids and supervised flags of one row
 
@@ -52,14 +53,15 @@ def to_sft_config(
     run: RunDir,
     on_cpu: bool,
     has_eval_rows: bool,
+    sharding: dict[str, Any] | None = None,
 ) -> SFTConfig:
-    """Translate the recipe's sections into TRL's configuration."""
+    """Translate the recipe's sections into TRL's configuration; `sharding` comes from `fsdp_settings`."""
     evaluates = has_eval_rows and evaluation.every_steps is not None
     # The best adapter can only be kept when every evaluation has its checkpoint.
     save_steps: float = section.save_every_steps or 0.1
     if section.early_stop_patience and evaluation.every_steps:
         save_steps = evaluation.every_steps
-    return SFTConfig(
+    config = SFTConfig(
         output_dir=str(run.checkpoints),
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
@@ -99,7 +101,11 @@ def to_sft_config(
         remove_unused_columns=False,
         max_length=None,  # lengths were settled, and shown, when the rows were encoded
         dataloader_pin_memory=not on_cpu,
+        **(sharding or {}),
     )
+    if sharding and on_cpu:
+        shard_on_processors(config)
+    return config
 
 
 class RowGroups(torch.utils.data.Dataset[list[RowArrays]]):
