@@ -22,6 +22,7 @@ from typing import IO
 
 from gemma_tune.errors import EngineError, ProcessLost, TrainingInterrupted
 
+PROGRAM = (sys.executable, "-m", "gemma_tune.cli.app")
 _LAUNCHED = "GEMMA_TUNE_LAUNCHED"  # set in a process that `run_processes` started
 # After the first process has failed the others may end by themselves, then are asked to, then are killed.
 _SECONDS_TO_END, _SECONDS_TO_OBEY = 15.0, 15.0
@@ -136,7 +137,7 @@ def end_with_the_starter() -> None:
 
 def _start(arguments: Sequence[str], *, rank: int, environment: Mapping[str, str], output: IO[bytes] | None) -> _Worker:
     process = subprocess.Popen(
-        [sys.executable, "-m", "gemma_tune.cli.app", *arguments],
+        [*PROGRAM, *arguments],
         env={**os.environ, **environment},
         stdin=subprocess.PIPE,
         stdout=output,

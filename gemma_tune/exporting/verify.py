@@ -7,6 +7,7 @@ model that was really trained (F41), on the 16-bit base and on the one that the 
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from gemma_tune.errors import ExportError, GemmaTuneError
 from gemma_tune.exporting.forms import Form, Measure, Measurement, measure_in_child
+from gemma_tune.exporting.gguf.tokenizer import read_gguf_tokenizer
 from gemma_tune.exporting.gguf_form import has_llama_cpp
 from gemma_tune.exporting.lora_adapter import read_adapter
 from gemma_tune.exporting.parity import LIMITS, Distance, Limits, distance, judge, perplexity
@@ -65,7 +67,7 @@ class FormReport:
     """How one form compares with another.
 
     Attributes:
-        method: logits when the form was run, weights when only its stored weights were compared, none when neither.
+        method: logits when the form was run, weights when its stored weights were compared, none when neither.
         distance, perplexity: None unless it was run.
         texts_equal, answers_equal: strings with equal token ids, prompts with equal greedy answers (None where one of
             the two does not answer).
@@ -125,16 +127,19 @@ def verify_exports(
 ) -> ParityReport:
     """Run every candidate and judge it.
 
-    One model is in memory at a time, in float32: 4 bytes a parameter. Where that does not fit, sampled rows of the
-    stored weights are compared instead, and the report says so. A candidate that cannot be loaded fails; ExportError is
-    raised only when base + adapter themselves cannot be run.
+    One model is in memory at a time, in float32: 4 bytes a parameter. Where that does not fit, or a GGUF finds no
+    llama.cpp, sampled rows of the stored weights and token ids are compared instead, and the report says so. A
+    candidate that cannot be loaded fails; ExportError is raised only when base + adapter themselves cannot be run.
     """
     if not probe.rows or not all(probe.rows):
         raise ExportError("verify needs at least one row of token ids, and no empty row", hint="give it some eval rows")
     shortage = _memory_shortage(source.base)
     if shortage is not None:
         reporter.warn(shortage)
-        reports = tuple(_by_weights(candidate, source, why=shortage) for candidate in candidates)
+        wanted_ids = _tokenize_all(Form("base + adapter", "plain", source.base, tokenizer=source.tokenizer), probe)
+        reports = tuple(
+            _unrun(candidate, source, probe=probe, wanted_ids=wanted_ids, why=shortage) for candidate in candidates
+        )
         return _report(probe, exports=reports, notes=(shortage,))
     with tempfile.TemporaryDirectory(prefix="gemma-tune-verify-", ignore_cleanup_errors=True) as name:
         directory = Path(name)
@@ -199,14 +204,15 @@ class _Bench:
             reason = f"{found.logits.shape[1]} logits a position, {wanted.logits.shape[1]} in {wanted.form.name}"
             return FormReport(name, wanted.form.name, "logits", expected, False, reason)
         drift = distance(wanted.logits, found.logits, positions=self.positions)
-        pairs = zip(self.probe.texts, wanted.text_ids, found.text_ids, strict=True)
-        different = [text for text, want, have in pairs if want != have]
+        different = _other_texts(self.probe, wanted.text_ids, found.text_ids)
         passed: bool | None = None
         reason = ""
         if limits is not None and effect is not None:
             passed, reason = judge(drift, effect, limits)
             if passed and different:
-                passed, reason = False, f"{len(different)} strings have other token ids, such as {different[0]!r}"
+                passed, reason = False, _told_texts(different)
+            if found.form.kind == "gguf":
+                reason += "; run and tokenized by llama.cpp"
         return FormReport(
             name=name,
             against=wanted.form.name,
@@ -228,6 +234,15 @@ def _adapter_rows(adapter_dir: Path) -> int | None:
     carried = dict(adapter.base_copies) | {n.removesuffix(".weight"): tensor for n, tensor in adapter.trained.items()}
     ends = [tensor for module, tensor in carried.items() if module.rpartition(".")[2] in ("embed_tokens", "lm_head")]
     return ends[0].shape[0] if ends else None
+
+
+def _other_texts(probe: Probe, wanted: list[list[int]], found: list[list[int]]) -> list[str]:
+    """The texts whose token ids differ."""
+    return [text for text, want, have in zip(probe.texts, wanted, found, strict=True) if want != have]
+
+
+def _told_texts(different: Sequence[str]) -> str:
+    return f"{len(different)} strings have other token ids, such as {different[0]!r}"
 
 
 def _num_equal(wanted: list[list[int]] | None, found: list[list[int]] | None) -> int | None:
@@ -263,8 +278,8 @@ def _verify_by_logits(bench: _Bench, candidates: Sequence[Candidate], source: So
     for candidate in candidates:
         name, limits = candidate.form.name, LIMITS[candidate.limits]
         if name not in measured:
-            why = "llama-cpp-python is not installed, so the GGUF was read and not run"
-            exports.append(_by_weights(candidate, source, why=why))
+            why = "llama-cpp-python is not installed"
+            exports.append(_unrun(candidate, source, probe=bench.probe, wanted_ids=reference.text_ids, why=why))
         else:
             wanted = expanded if candidate.against_trained and expanded else reference
             exports.append(bench.compare(measured[name], wanted, name=name, limits=limits, effect=effect))
@@ -310,19 +325,53 @@ def _report(
 # --- without running -------------------------------------------------------------------------------------------------
 
 
-def _by_weights(candidate: Candidate, source: Source, *, why: str) -> FormReport:
-    """The verdict on stored weights alone; `why` says why the model was not run."""
+def _unrun(candidate: Candidate, source: Source, *, probe: Probe, wanted_ids: list[list[int]], why: str) -> FormReport:
+    """The verdict on stored weights and the tokenizer alone; `why` says why the model was not run."""
     form = candidate.form
-    check: WeightCheck | None = None
-    if form.kind == "gguf" and candidate.merged is not None:
-        check, against = check_gguf_weights(candidate.merged, form.path), "the merged weights"
-    elif form.kind == "plain" and form.adapter is None and candidate.limits != "4bits":
-        check, against = check_merged_weights(source.base, source.adapter, form.path), "base + scaling × B × A"
-    if check is None:
-        return FormReport(form.name, "nothing", "none", LIMITS[candidate.limits].expected, None, f"not checked: {why}")
+    if form.kind == "gguf" and importlib.util.find_spec("gguf") is None:
+        reason = f"not checked: {why}, and the package `gguf` is not installed, which reads it"
+        return FormReport(form.name, "nothing", "none", LIMITS[candidate.limits].expected, None, reason)
+    try:
+        check, against = _check_weights(candidate, source)
+        different = _other_texts(probe, wanted_ids, _tokenize_all(form, probe))
+    except GemmaTuneError as error:
+        reason = f"cannot be read: {error.message}"
+        return FormReport(form.name, "nothing", "none", "a form that can be read", False, reason)
+    num_equal = len(probe.texts) - len(different)
+    passed = False if different else check.passed if check else None
+    told = _told_texts(different) if different else f"{num_equal} strings have the same token ids"
+    told += " (by the file's own lists, without llama.cpp)" if form.kind == "gguf" else ""
     return FormReport(
-        form.name, against, "weights", "stored weights equal", check.passed, f"{check.told()}; logits were not run"
+        name=form.name,
+        against=against,
+        method="weights" if check else "none",
+        expected="stored weights and token ids equal",
+        passed=passed,
+        reason=f"{check.told()}; {told}; logits were not run" if check else f"weights were not checked: {why}; {told}",
+        texts_equal=num_equal,
+        first_difference=different[0] if different else None,
     )
+
+
+def _check_weights(candidate: Candidate, source: Source) -> tuple[WeightCheck | None, str]:
+    """What the stored weights are, and what they were compared with; None where there is nothing to compare."""
+    form = candidate.form
+    if form.kind == "gguf" and candidate.merged is not None:
+        return check_gguf_weights(candidate.merged, form.path), "the merged weights"
+    if form.kind == "plain" and form.adapter is None and candidate.limits != "4bits":
+        return check_merged_weights(source.base, source.adapter, form.path), "base + scaling × B × A"
+    return None, "token ids"
+
+
+def _tokenize_all(form: Form, probe: Probe) -> list[list[int]]:
+    """The ids of the probe's texts by a form's own tokenizer, without loading the form."""
+    if form.kind == "gguf":
+        return [*map(read_gguf_tokenizer(form.path).tokenize, probe.texts)]
+    from gemma_tune.models.tokenizer import load_tokenizer
+
+    assert form.tokenizer is not None, "a form of transformers has a tokenizer directory"
+    tokenizer = load_tokenizer(form.tokenizer)
+    return [tokenizer(text).input_ids for text in probe.texts]
 
 
 def _memory_shortage(base: Path) -> str | None:

@@ -257,6 +257,11 @@ class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.row_order
 
+    def _run_epoch(self, *args: Any, epoch: int, **kwargs: Any) -> None:
+        # accelerate hands the epoch on through so many wrappers, and where several processes resume there is one more.
+        self.row_order.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.num_real_tokens += inputs.pop("num_tokens")
         loss = super().training_step(model, inputs, *args, **kwargs)

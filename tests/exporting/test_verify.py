@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ from gemma_tune.exporting import verify
 from gemma_tune.exporting.forms import Form, measure_here
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.merge import merge_adapter
-from gemma_tune.exporting.probe import Probe
+from gemma_tune.exporting.probe import TRICKY_STRINGS, Probe
 from gemma_tune.exporting.verify import Candidate, ParityReport, Source, verify_exports
 from gemma_tune.runs.reporter import SilentReporter
+from tests.exporting.gguf.tokenizing import Change, with_other_tokenizer
 
 Maker = Callable[..., Path]
 PROBE = Probe(
@@ -240,10 +242,11 @@ def test_a_gguf_is_run(source: Source, tmp_path: Path) -> None:
     report = check(source, gguf(merged, tmp_path / "right.gguf"), wrong)
     right, off = report.exports
     assert right.passed and right.method == "logits" and right.answers_equal == 2, right
+    assert right.texts_equal == 3 and "run and tokenized by llama.cpp" in right.reason
     assert not off.passed and off.distance is not None and off.distance.mean_kl > 0.1
 
 
-def test_without_llama_cpp_its_weights_are_compared(
+def test_without_llama_cpp_its_weights_and_its_token_ids_are_compared(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
@@ -252,10 +255,61 @@ def test_without_llama_cpp_its_weights_are_compared(
     report = check(source, gguf(merged, tmp_path / "right.gguf"), wrong, replace(wrong, merged=None))
     right, off, alone = report.exports
     assert right.passed and right.method == "weights" and "logits were not run" in right.reason
+    assert right.texts_equal == 3 and "by the file's own lists, without llama.cpp" in right.reason
     assert not off.passed and "norm" in off.reason
-    assert alone.passed is None and "not checked" in alone.reason
+    assert alone.passed is None and "weights were not checked" in alone.reason and alone.texts_equal == 3
     assert report.failed == (off,)
     assert any("logits were not run" in note for note in report.notes)
+
+
+def swap(values: list[str], first: int, second: int) -> None:
+    values[first], values[second] = values[second], values[first]
+
+
+DAMAGE: dict[str, Change] = {
+    "one score": lambda lists, id_of: lists["scores"].__setitem__(id_of("▁t"), 1.0),
+    "all scores": lambda lists, id_of: lists.update(scores=[0.0] * len(lists["scores"])),
+    "two tokens": lambda lists, id_of: swap(lists["tokens"], id_of("w"), id_of("s")),
+    "one type": lambda lists, id_of: lists["token_type"].__setitem__(id_of("<start_of_turn>"), 1),
+    "no bos": lambda lists, id_of: lists.update(add_bos_token=False),
+    "eos": lambda lists, id_of: lists.update(add_eos_token=True),
+    "a space in front": lambda lists, id_of: lists.update(add_space_prefix=True),
+}
+
+
+@pytest.mark.parametrize("reader", ["llama.cpp", "its lists"])
+def test_a_damaged_tokenizer_fails(
+    reader: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reader == "llama.cpp":
+        pytest.importorskip("llama_cpp")
+    else:
+        monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
+    right = gguf(merge(source, tmp_path, dtype="float16"), tmp_path / "right.gguf")
+    changes: dict[str, Change] = {"nothing": lambda lists, id_of: None, **DAMAGE}
+    candidates = []
+    for name, change in changes.items():
+        path = with_other_tokenizer(right.form.path, tmp_path / f"{name}.gguf", change)
+        candidates.append(replace(right, form=replace(right.form, name=name, path=path)))
+    report = check(source, *candidates, probe=replace(PROBE, texts=TRICKY_STRINGS))
+    assert report.exports[0].passed and report.exports[0].texts_equal == len(TRICKY_STRINGS), report.exports[0]
+    assert [each.name for each in report.failed] == list(DAMAGE)
+    assert all("strings have other token ids" in each.reason and each.first_difference for each in report.failed)
+
+
+def test_a_gguf_that_cannot_be_read_fails_and_the_others_are_checked(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
+    right = gguf(merge(source, tmp_path, dtype="float16"), tmp_path / "right.gguf")
+    cut = replace(right, form=replace(right.form, name="cut", path=tmp_path / "cut.gguf"))
+    cut.form.path.write_bytes(right.form.path.read_bytes()[:5000])
+    report = check(source, cut, right)
+    assert [each.passed for each in report.exports] == [False, True]
+    assert "cannot be read" in report.exports[0].reason
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (unread,) = check(source, right).exports
+    assert unread.passed is None and "package `gguf`" in unread.reason
 
 
 # --- too little memory ----------------------------------------------------------------------------------------------
@@ -272,6 +326,7 @@ def test_too_little_memory_is_told_and_the_weights_are_compared(
     report = check(source, plain(merged, "bfloat16"), plain(spoilt, "bfloat16", name="spoilt"))
     right, wrong = report.exports
     assert right.passed and right.method == "weights" and "logits were not run" in right.reason
+    assert right.texts_equal == 3 and "3 strings have the same token ids" in right.reason
     assert not wrong.passed and "model.layers.1.self_attn.v_proj.weight" in wrong.reason
     assert "1.0 GB of memory" in report.notes[0] and "0.5 GB are free" in report.notes[0]
 

@@ -13,6 +13,7 @@ from gemma_tune.data.encode import Datasets
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.world import ALONE, World
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
@@ -42,11 +43,11 @@ def save_base(path: Path) -> Path:
 
 
 def recipe_of(**training: Any) -> Recipe:
-    """A recipe of small steps; `dropout`, `eval_every` and `log_every` go into their own sections."""
+    """A recipe of small steps; `four_bit`, `dropout`, `eval_every` and `log_every` go into their own sections."""
     defaults = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 6, "gradient_checkpointing": "off"}
     return Recipe.model_validate(
         {
-            "model": {"load_in_4bit": False},
+            "model": {"load_in_4bit": training.pop("four_bit", False)},
             "lora": {"rank": 4, "dropout": training.pop("dropout", 0.0), **training.pop("lora", {})},
             "data": {"source": "x", "max_seq_tokens": 64},
             "evaluation": {"every_steps": training.pop("eval_every", None)},
@@ -56,10 +57,16 @@ def recipe_of(**training: Any) -> Recipe:
     )
 
 
-def attach(base: Path, recipe: Recipe) -> LoadedModel:
+def attach(base: Path, recipe: Recipe, *, world: World = ALONE) -> LoadedModel:
     engine = TransformersEngine()
     precision = Precision("float32", "float32", None, "test")
-    loaded = engine.load(base, section=recipe.model, precision=precision, max_seq_tokens=64)
+    loaded = engine.load(
+        base,
+        section=recipe.model,
+        precision=precision,
+        max_seq_tokens=64,
+        will_be_sharded=world.shards(recipe.training),
+    )
     return engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
 
 
@@ -72,6 +79,7 @@ def train(
     loaded: LoadedModel | None = None,
     resume_from: Path | None = None,
     reporter: Reporter | None = None,
+    world: World = ALONE,
 ) -> tuple[RunDir, TrainingResult]:
     directory.mkdir(exist_ok=True)
     run = RunDir(directory)
@@ -79,7 +87,7 @@ def train(
         start_manifest(run)
     datasets: Datasets = rows  # type: ignore[assignment]
     result = train_adapter(
-        loaded or attach(base, recipe),
+        loaded or attach(base, recipe, world=world),
         engine=TransformersEngine(),
         tokenizer=load_tokenizer(TINY_MODEL_DIR),
         datasets=datasets,
@@ -88,6 +96,7 @@ def train(
         reporter=reporter or SilentReporter(),
         base_name="somebody/some-gemma",
         base_revision="abc",
+        world=world,
         resume_from=resume_from,
     )
     return run, result

@@ -45,7 +45,7 @@ class GgufTensorInfo:
 @dataclass(frozen=True)
 class GgufHeader:
     """Attributes:
-    metadata: the values that are numbers, flags or texts; lists (tokens, scores, types) are left out.
+    metadata: the values that are numbers, flags or texts; lists (tokens, scores, types) only where they were asked for.
     """
 
     metadata: Mapping[str, Any]
@@ -92,7 +92,7 @@ def summarize_gguf(
     )
 
 
-def read_gguf_header(path: Path) -> GgufHeader:
+def read_gguf_header(path: Path, *, with_lists: bool = False) -> GgufHeader:
     """Read a file's header. ExportError: it is not GGUF version 3, or it is cut short."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
@@ -105,13 +105,13 @@ def read_gguf_header(path: Path) -> GgufHeader:
             for _ in range(num_values):
                 key, kind = _text(file), _number(file, "I")
                 value = _value(file, kind)
-                if kind != _ARRAY:
+                if kind != _ARRAY or with_lists:
                     metadata[key] = value
             entries = [_tensor_entry(file) for _ in range(num_tensors)]
             data_start = align(file.tell(), int(metadata.get("general.alignment", ALIGNMENT_BYTES)))
     except FileNotFoundError:
         raise ExportError(f"{path}: no such file", hint="give the path of a .gguf file") from None
-    except (struct.error, UnicodeDecodeError, KeyError):
+    except (struct.error, UnicodeDecodeError, KeyError, MemoryError, OverflowError):  # the last two: a damaged length
         raise _cut_short(path) from None
     tensors = []
     for name, shape, type_number, offset in entries:
@@ -140,18 +140,16 @@ def _tensor_entry(file: IO[bytes]) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _value(file: IO[bytes], kind: int) -> Any:
-    """One metadata value; an array is passed over."""
+    """One metadata value; an array is a list."""
     if kind == _STRING:
         return _text(file)
     if kind != _ARRAY:
         return _number(file, _SCALARS[kind])
     element_kind, length = _number(file, "I"), _number(file, "Q")
     if element_kind in (_STRING, _ARRAY):
-        for _ in range(length):
-            _value(file, element_kind)
-    else:
-        file.seek(length * struct.calcsize(_SCALARS[element_kind]), 1)
-    return None
+        return [_value(file, element_kind) for _ in range(length)]
+    code = f"<{length}{_SCALARS[element_kind]}"
+    return list(struct.unpack(code, file.read(struct.calcsize(code))))
 
 
 def _number(file: IO[bytes], code: str) -> Any:

@@ -160,7 +160,7 @@ def _run_llama_cpp(source: Path, output: Path, quantization: str, on_progress: C
     command += [str(QUANTIZATIONS[quantization].ftype), str(os.cpu_count() or 1), str(_BUFFER_BYTES)]
     last_lines: deque[str] = deque(maxlen=_LAST_LINES)
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         encoding="utf-8", errors="replace",
     ) as worker:  # fmt: skip
         assert worker.stdout is not None

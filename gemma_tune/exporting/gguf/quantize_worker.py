@@ -2,6 +2,8 @@
 
 `python -m gemma_tune.exporting.gguf.quantize_worker SOURCE OUTPUT FTYPE THREADS BUFFER_BYTES` writes a line `progress N
 TOTAL` when it begins tensor N, and llama.cpp's warnings and errors as they are. The exit code is llama.cpp's.
+
+It ends with its stdin: then whoever started it was killed, and another may begin to write the same file.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 from pathlib import Path
 
 PROGRESS_WORD = "progress"
@@ -49,7 +52,13 @@ def _tell(text: str) -> None:
         os._exit(1)
 
 
+def _end_with_stdin() -> None:
+    os.read(sys.stdin.fileno(), 1)
+    os._exit(1)
+
+
 def main(arguments: list[str]) -> int:
+    threading.Thread(target=_end_with_stdin, daemon=True).start()
     source, output, ftype, num_threads, buffer_bytes = arguments
     return quantize(
         Path(source), Path(output), ftype=int(ftype), num_threads=int(num_threads), buffer_bytes=int(buffer_bytes)

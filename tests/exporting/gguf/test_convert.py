@@ -1,13 +1,10 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, g
 from gemma_tune.exporting.gguf.file import read_gguf_header
 from gemma_tune.exporting.gguf.tensors import GgufDtype
 from gemma_tune.paths import TINY_MODEL_DIR
+from tests.exporting.gguf.killing import num_partials_left
 
 gguf = pytest.importorskip("gguf")
 
@@ -408,25 +406,9 @@ while True:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
 def test_what_has_its_name_is_complete_after_a_kill(make_gguf_source: MakeSource, tmp_path: Path) -> None:
-    source, output = make_gguf_source("gemma"), tmp_path / "out"
-    whole = convert(source, tmp_path / "whole.gguf", "q8_0").output
-    expected = gguf.GGUFReader(whole)
-    generator = random.Random(7)
-    partial_seen = False
-    for _ in range(5):
-        shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-c", _KILLED_PROGRAM, str(source), str(output)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-            assert process.stdout is not None
-            process.stdout.readline()
-            time.sleep(generator.uniform(0.02, 0.6))
-            os.kill(process.pid, signal.SIGKILL)
-        finished = sorted(output.glob("*.gguf")) if output.exists() else []
-        for path in finished:
-            tensors = gguf.GGUFReader(path).tensors
-            assert all(np.array_equal(a.data, b.data) for a, b in zip(tensors, expected.tensors, strict=True))
-        partial_seen = partial_seen or (output.exists() and any(output.glob(".*.partial")))
-        # The next one to the same name takes away what the killed one left.
-        convert(source, output / f"{len(finished) + 1}.gguf", "q8_0")
-        assert not [path for path in output.iterdir() if path.name.startswith(".")]
-    assert partial_seen
+    source = make_gguf_source("gemma")
+
+    def write(path: Path) -> object:
+        return convert_to_gguf(source, path, dtype="q8_0", provenance=GgufProvenance("x"))
+
+    assert num_partials_left(_KILLED_PROGRAM, source, tmp_path, write=write, longest_seconds=0.6) > 0

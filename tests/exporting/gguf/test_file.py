@@ -31,6 +31,7 @@ def test_header_is_what_the_reference_reader_reads(tiny_gguf: Path) -> None:
     fields = {key: field.contents() for key, field in reference.fields.items() if not key.startswith("GGUF.")}
     assert header.metadata == {key: value for key, value in fields.items() if key not in lists}
     assert fields.keys() - header.metadata.keys() == lists
+    assert read_gguf_header(tiny_gguf, with_lists=True).metadata == fields
 
 
 @pytest.mark.parametrize("length", [20, 30, 5000, -1])
@@ -38,6 +39,15 @@ def test_a_file_that_is_cut_short_is_refused(tiny_gguf: Path, tmp_path: Path, le
     data = tiny_gguf.read_bytes()
     last = max(t.offset_bytes + t.num_bytes for t in read_gguf_header(tiny_gguf).tensors)
     (tmp_path / "cut.gguf").write_bytes(data[: last - 1 if length < 0 else length])
+    with pytest.raises(ExportError, match=r"cut\.gguf: damaged or cut short"):
+        read_gguf_header(tmp_path / "cut.gguf")
+
+
+def test_a_damaged_length_is_refused(tiny_gguf: Path, tmp_path: Path) -> None:
+    data = tiny_gguf.read_bytes()
+    name = b"tokenizer.ggml.scores"
+    at = data.index(name) + len(name) + 8  # after the kinds of the value and of its elements
+    (tmp_path / "cut.gguf").write_bytes(data[:at] + (1 << 60).to_bytes(8, "little") + data[at + 8 :])
     with pytest.raises(ExportError, match=r"cut\.gguf: damaged or cut short"):
         read_gguf_header(tmp_path / "cut.gguf")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.gguf.file import read_gguf_header
 from gemma_tune.exporting.gguf.quantize import quantize_gguf
+from gemma_tune.exporting.gguf.tokenizer import read_gguf_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
+from tests.exporting.gguf.tokenizing import TRICKY, Change, fuzz_strings, with_other_tokenizer
 
 pytest.importorskip("gguf")
 pytest.importorskip("llama_cpp")
@@ -28,27 +30,16 @@ pytest.importorskip("llama_cpp")
 Logits = np.ndarray[Any, np.dtype[np.float32]]
 
 SOURCES = ("gemma-tiny", "gemma", "gemma2", "gemma3")
+TRAINED = ("gemma-trained", "gemma2-trained", "gemma3-trained")
 DTYPES = ("f32", "bf16", "q8_0")
-NUM_POSITIONS, NUM_NEW = 200, 24
+NUM_POSITIONS, NUM_NEW, NUM_STEPS = 200, 24, 25
+# Where prompts begin in the text: no two have a token in common with the answer of another.
+PROMPTS = range(1, 400, 40)
 MESSAGES = [
     {"role": "user", "content": "  Where does Mara live?\n"},
     {"role": "assistant", "content": "In Ostel."},
     {"role": "user", "content": "And\n\nwho bakes  bread?"},
 ]
-TRICKY = (
-    "", " ", "  ", "   x", "x   ", "a  b", "\n", "\n\n", "\n\n\n\n x", " \n ", "\t", "\t\tx\t", "\r\n",
-    "a\u00a0b", "\u2003x", "Once upon a time a duck lived in Applewick.", "UPPER lower MiXeD",
-    "don't, it's; we'll!", "1234567890", "3.14159e-10", "€100 £5 ¥7", "naïve façade Ærøskøbing",
-    "Grüße aus Köln", "Привет, мир", "你好，世界", "こんにちは", "안녕하세요", "مرحبا", "שלום", "नमस्ते", "🙂",
-    "👩‍👩‍👧‍👦", "🇩🇪🇫🇷", "e\u0301 is é", "\u200b\u200d\ufeff", "\ufffd", "x\x01\x1f\x7f", "<eos>", "a<bos>b",
-    "<start_of_turn>user\n", "<end_of_turn>\n<end_of_turn>", "<start_of_turn", "<unk> <pad> <mask>",
-    "<unused7>x", "<0x41>", "<|im_end|>", "</s>", "[INST]", "def f(x):\n\treturn x ** 2  # square\n",
-    "    if a:\n        b()\n", '{"a": [1, 2, {"b": null}]}', "<table><tr><td>1</td></tr>",
-    "https://example.org/a?b=c&d=%20e", "C:\\dir\\file.txt", "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa", "." * 50,
-    " " * 70, "\n" * 70, "▁", "▁under", "a▁b", "ﬁ ﬀ ½ ²", "\U0010ffff", "-- — – ‑",
-    "“quotes” ‘single’ «guillemets»",
-)  # fmt: skip
-
 # In a process of its own: llama.cpp aborts instead of raising. The cache is float32, or its rounding would be measured.
 _PROGRAM = """
 import json, sys
@@ -82,24 +73,6 @@ json.dump(told, open(answer, "w"))
 """
 
 
-def fuzz_strings(num: int) -> list[str]:
-    """Strings of words, signs of many scripts, blanks and special tokens. A literal U+2581 is not among them: next to a
-    space llama.cpp cuts it in another way."""
-    generator = random.Random(20)
-    words = ["Mara", "baker", "Ostel", "the", "a", "needs", "and", "The", "lighthouse", "whale", "12", "7", "x"]
-    blanks = [" ", "  ", "   ", "\n", "\n\n", "\n\n\n", "\t", " \n", "\r\n", " " * 9]
-    special = ["<eos>", "<start_of_turn>", "<end_of_turn>", "<bos>", "<unused3>", "<end_of", "<0x0A>"]
-    signs = list("abcXYZ019.,;:!?-_()[]{}<>|/\\'\"@#$%^&*+=~`éßñøŁжשعह中あ한😀🏽\u200d\u0301€½")
-
-    def part() -> str:
-        kind = generator.random()
-        if kind < 0.1:
-            return chr(generator.choice([*range(0x20, 0x2580), *range(0x2590, 0xD800), *range(0xE000, 0x20000)]))
-        return generator.choice(words if kind < 0.4 else blanks if kind < 0.6 else special if kind < 0.65 else signs)
-
-    return ["".join(part() for _ in range(generator.randint(1, 30))) for _ in range(num)]
-
-
 def ask_llama(path: Path, work: Path, request: dict[str, Any]) -> tuple[dict[str, Any], Logits]:
     asked, answered = work / f"{path.stem}-request.json", work / f"{path.stem}-answer.json"
     asked.write_text(json.dumps(request), encoding="utf-8")
@@ -125,10 +98,35 @@ def ask_transformers(directory: Path, request: dict[str, Any]) -> tuple[dict[str
         "tokens": [tokenizer(text, add_special_tokens=False).input_ids for text in request["texts"]],
         "with_bos": tokenizer("some text").input_ids,
         "greedy": output.sequences[:, prompts.shape[1] :].tolist(),
-        "margins": (best_two[..., 0] - best_two[..., 1]).tolist(),
+        "leads": (best_two[..., 0] - best_two[..., 1]).tolist(),
         "chat": chat,
     }
     return told, model(input_ids=torch.tensor([request["ids"]])).logits[0].numpy()
+
+
+@functools.cache
+def some_ids() -> list[int]:
+    """Of plain text, the BOS first."""
+    rows = (TINY_MODEL_DIR.parent / "rows" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = "\n".join(row["context"] or row["response"] for row in map(json.loads, rows[:40]))
+    ids: list[int] = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)(texts).input_ids
+    return ids
+
+
+def learn(directory: Path, output: Path) -> Path:
+    """Train a model on what follows each prompt, until every token of it is likely by far."""
+    ids = some_ids()
+    rows = torch.tensor([ids[:1] + ids[begin : begin + 7 + NUM_NEW] for begin in PROMPTS])
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(NUM_STEPS):
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    shutil.copytree(directory, output)
+    model.save_pretrained(output)
+    return output
 
 
 class Comparison:
@@ -136,14 +134,11 @@ class Comparison:
 
     def __init__(self, source: Path, work: Path) -> None:
         self.work = work
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        rows = (TINY_MODEL_DIR.parent / "rows" / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-        texts = "\n".join(row["context"] or row["response"] for row in map(json.loads, rows[:40]))
-        ids = tokenizer(texts).input_ids[:NUM_POSITIONS]
+        ids = some_ids()
         self.request = {
-            "ids": ids,
+            "ids": ids[:NUM_POSITIONS],
             "texts": [],
-            "prompts": [ids[:1] + ids[begin : begin + 7] for begin in range(1, 160, 20)],
+            "prompts": [ids[:1] + ids[begin : begin + 7] for begin in PROMPTS],
             "num_new": NUM_NEW,
             "messages": MESSAGES,
         }
@@ -182,8 +177,11 @@ def compare(
 ) -> Callable[..., Comparison]:
     @functools.cache
     def make(name: str) -> Comparison:
-        source = TINY_MODEL_DIR if name == "gemma-tiny" else make_gguf_source(name)
-        return Comparison(source, tmp_path_factory.mktemp(name))
+        work = tmp_path_factory.mktemp(name)
+        if name == "gemma-tiny":
+            return Comparison(TINY_MODEL_DIR, work)
+        source = make_gguf_source(name.removesuffix("-trained"))
+        return Comparison(learn(source, work / "source") if name.endswith("-trained") else source, work)
 
     return make
 
@@ -222,22 +220,35 @@ def test_norms_without_their_one_do_not_pass(name: str, compare: Callable[..., C
     assert compared.top_1(logits) < 0.97
 
 
-@pytest.mark.parametrize("name", SOURCES)
-def test_greedy_text_is_that_of_transformers(name: str, compare: Callable[..., Comparison]) -> None:
-    """In f32 to the end; in a narrower type up to the first token whose lead is within twice the type's error: there
-    the second best may win."""
+@pytest.mark.parametrize("name", TRAINED)
+def test_greedy_text_of_a_trained_model_is_that_of_transformers(name: str, compare: Callable[..., Comparison]) -> None:
     compared = compare(name)
-    greedy, margins = compared.expected["greedy"], compared.expected["margins"]
+    greedy, leads = compared.expected["greedy"], compared.expected["leads"]
     for dtype in DTYPES:
         told, logits = compared.found[dtype]
-        decidable = 0.0 if dtype == "f32" else 2 * compared.max_difference(logits)
-        num_compared = 0
-        for expected, found, margin in zip(greedy, told["greedy"], margins, strict=True):
-            sure = next((step for step, lead in enumerate(margin) if lead < decidable), NUM_NEW)
-            assert found[:sure] == expected[:sure], dtype
-            num_compared += sure
-        print(name, dtype, num_compared, "of", len(greedy) * NUM_NEW, told["greedy"] == greedy)
-        assert num_compared >= (len(greedy) if dtype == "f32" else 1) * NUM_NEW
+        print(name, dtype, "difference", compared.max_difference(logits), "least lead", min(map(min, leads)))
+        assert told["greedy"] == greedy, dtype
+    ids = some_ids()
+    assert greedy == [ids[begin + 7 : begin + 7 + NUM_NEW] for begin in PROMPTS], "it has learned the text"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_greedy_text_parts_from_that_of_transformers_at_a_tie_only(
+    name: str, compare: Callable[..., Comparison]
+) -> None:
+    """Random weights leave ties. The first other token may come only where the lead of the best is less than twice the
+    largest error of a logit: one more for the best, one less for the second."""
+    compared = compare(name)
+    greedy, leads = compared.expected["greedy"], compared.expected["leads"]
+    for dtype in DTYPES:
+        told, logits = compared.found[dtype]
+        num_equal = 0
+        for expected, found, lead in zip(greedy, told["greedy"], leads, strict=True):
+            parted = next((step for step in range(NUM_NEW) if expected[step] != found[step]), None)
+            assert parted is None or lead[parted] < 2 * compared.max_difference(logits), dtype
+            num_equal += parted is None
+        print(name, dtype, num_equal, "of", len(greedy))
+        assert num_equal > 0
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -252,11 +263,42 @@ def test_the_embedded_chat_template_gives_the_prompt(name: str, compare: Callabl
 def test_texts_are_cut_into_the_tokens_of_transformers(compare: Callable[..., Comparison]) -> None:
     compared = compare("gemma-tiny")
     texts = [*TRICKY, *fuzz_strings(2000)]
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
+    expected = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)(texts, add_special_tokens=False).input_ids
     told, _ = ask_llama(compared.file("q8_0"), compared.work, compared.request | {"texts": texts, "prompts": []})
-    expected = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     differences = [(text, *ids) for text, *ids in zip(texts, expected, told["tokens"], strict=True) if ids[0] != ids[1]]
     assert not differences, differences[:3]
+
+
+def _whole(values: dict[str, Any], id_of: Callable[[str], int]) -> None:
+    for token in ("\n\n", "\n\n\n", "▁▁", "▁the", "he", "er"):
+        values["token_type"][id_of(token)] = 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values, id_of: None,
+        lambda values, id_of: values.update(add_space_prefix=True),
+        lambda values, id_of: values.update(scores=[0.0] * len(values["scores"])),
+        lambda values, id_of: values.update(scores=[float(index % 7) for index in range(len(values["scores"]))]),
+        _whole,
+    ],
+    ids=["as it is", "space in front", "scores equal", "scores with ties", "whole tokens"],
+)
+def test_our_reader_cuts_any_lists_as_llama_cpp_does(
+    change: Change, compare: Callable[..., Comparison], tmp_path: Path
+) -> None:
+    compared = compare("gemma-tiny")
+    path = with_other_tokenizer(compared.file("q8_0"), tmp_path / "other.gguf", change)
+    texts = [*TRICKY, *fuzz_strings(500)]
+    told, _ = ask_llama(path, tmp_path, compared.request | {"texts": texts, "prompts": []})
+    reader = replace(read_gguf_tokenizer(path), before=())
+    differences = [
+        (text, ours, theirs)
+        for text, ours, theirs in zip(texts, map(reader.tokenize, texts), told["tokens"], strict=True)
+        if ours != theirs
+    ]
+    assert not differences, (len(differences), differences[:3])
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, g
 from gemma_tune.exporting.gguf.file import read_gguf_header
 from gemma_tune.exporting.gguf.quantize import QUANTIZATIONS, quantize_gguf, require_gguf_packages
 from gemma_tune.paths import TINY_MODEL_DIR
+from tests.exporting.gguf.killing import num_partials_left
 
 gguf = pytest.importorskip("gguf")
 needs_llama_cpp = pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="no llama-cpp-python")
@@ -143,7 +146,7 @@ def test_what_llama_cpp_refuses_is_told_and_nothing_is_left(bf16: Path, tmp_path
     [
         ("import os; os.abort()", r"was ended by SIGABRT"),
         ("import sys; print('out of luck'); sys.exit(3)", r"gave up \(code 3\) while it made q4_k_m: out of luck"),
-        ("print('progress 1 2')", r"no such file"),
+        ("print('progress 1 2')", r"not a GGUF file"),
     ],
 )  # fmt: skip
 def test_a_worker_that_dies_leaves_nothing(
@@ -181,3 +184,40 @@ def test_an_existing_output_and_a_full_disk_are_refused(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with pytest.raises(ExportError, match=r"the q4_0 GGUF needs 0\.00 GB, 0\.00 GB are free"):
         quantize_gguf(bf16, tmp_path / "other.gguf", quantization="q4_0")
+
+
+_KILLED_PROGRAM = """
+import sys
+from pathlib import Path
+from gemma_tune.exporting.gguf.quantize import quantize_gguf
+import gguf
+source, output = map(Path, sys.argv[1:])
+print("ready", flush=True)
+number = 0
+while True:
+    number += 1
+    quantize_gguf(source, output / f"{number}.gguf", quantization="q4_k_m")
+"""
+
+
+@needs_llama_cpp
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL")
+def test_what_has_its_name_is_complete_after_a_kill(make_gguf_source: Callable[..., Path], tmp_path: Path) -> None:
+    source = make_gguf_source("gemma", hidden_size=512, intermediate_size=2048)
+    convert_to_gguf(source, tmp_path / "bf16.gguf", dtype="bf16", provenance=GgufProvenance(name="killed"))
+
+    def write(path: Path) -> object:
+        return quantize_gguf(tmp_path / "bf16.gguf", path, quantization="q4_k_m")
+
+    assert num_partials_left(_KILLED_PROGRAM, tmp_path / "bf16.gguf", tmp_path, write=write, longest_seconds=1.5) > 0
+
+
+@needs_llama_cpp
+def test_the_worker_ends_with_whoever_started_it(bf16: Path, tmp_path: Path) -> None:
+    """A closed stdin is what a killed process leaves."""
+    command = [sys.executable, "-m", "gemma_tune.exporting.gguf.quantize_worker", str(bf16), str(tmp_path / "q.gguf")]
+    with subprocess.Popen([*command, "15", "1", "1000000"], stdin=subprocess.PIPE) as worker:
+        assert worker.stdin is not None
+        worker.stdin.close()
+        assert worker.wait(20) == 1
+    assert not (tmp_path / "q.gguf").exists()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.gguf.vocabulary import GgufVocabulary, TokenType, read_vocabulary
+from gemma_tune.exporting.gguf.vocabulary import TokenType, read_vocabulary
 from gemma_tune.paths import TINY_MODEL_DIR
 
 NUM_ROWS = 2304
@@ -44,33 +43,6 @@ def add_token(tokenizer: dict[str, Any], content: str, index: int, **flags: Any)
     tokenizer["added_tokens"].append({"id": index, "content": content, **plain, **flags})
 
 
-def cut(vocabulary: GgufVocabulary, text: str) -> list[int]:
-    """llama.cpp's "llama" tokenizer in slow motion: whole special pieces first, then the best adjacent pair again and
-    again; a sign that is no piece becomes its bytes."""
-    id_of = {token: index for index, token in enumerate(vocabulary.tokens)}
-    whole = {token for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind in (2, 3, 4)}
-    ids: list[int] = []
-    while text:
-        found = [(text.find(token), -len(token), token) for token in whole if token in text]
-        begin, _, token = min(found, default=(len(text), 0, ""))
-        symbols = list(text[:begin].replace(" ", "▁"))
-        while True:
-            pairs = [
-                (-vocabulary.scores[id_of[left + right]], place)
-                for place, (left, right) in enumerate(pairwise(symbols))
-                if left + right in id_of
-            ]
-            if not pairs:
-                break
-            _, place = min(pairs)
-            symbols[place : place + 2] = [symbols[place] + symbols[place + 1]]
-        for symbol in symbols:
-            ids += [id_of[symbol]] if symbol in id_of else [id_of[f"<0x{byte:02X}>"] for byte in symbol.encode()]
-        ids += [id_of[token]] if token else []
-        text = text[begin + len(token) :]
-    return ids
-
-
 def test_types_are_those_of_the_gguf_package() -> None:
     gguf = pytest.importorskip("gguf")
     assert {kind.name: kind.value for kind in TokenType} == {kind.name: kind.value for kind in gguf.TokenType}
@@ -93,21 +65,6 @@ def test_lists_hold_every_token_at_its_row() -> None:
     assert found == (2, 1, 3, 0, 4)
     assert vocabulary.end_of_turn_id == 107
     assert vocabulary.chat_template == tokenizer.chat_template
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Once upon a time a duck lived in Applewick.", "  two  spaces   and    more", "\n\n\nlines\n \n", "tab\there",
-        "12 + 7 = 19", "naïve 你好 🙂 e\u0301", "<start_of_turn>user\nhi<end_of_turn>\n", "<eos><bos>a<unk>",
-        "zzzz qqq", "x" * 40,
-    ],
-)  # fmt: skip
-def test_scores_cut_texts_as_merges_do(text: str) -> None:
-    vocabulary = read_vocabulary(TINY_MODEL_DIR, num_rows=NUM_ROWS)
-    assert (
-        cut(vocabulary, text) == AutoTokenizer.from_pretrained(TINY_MODEL_DIR)(text, add_special_tokens=False).input_ids
-    )
 
 
 def test_merges_as_texts_are_merges(edited: Edited) -> None:
