@@ -190,10 +190,10 @@ def _print_figures(terminal: Terminal, outcome: ExportOutcome) -> None:
         rows.append(("base alone", None, *effect, _figure(parity.base_perplexity), None, None))
     for result in parity.exports:
         answers = None if result.answers_equal is None else f"{result.answers_equal}/{parity.num_prompts}"
-        counts = (f"{result.texts_equal}/{parity.num_texts}", answers)
-        was_run = result.method == "logits" and result.distance is not None
+        has_ids = result.distance is not None or result.method == "weights"
+        ids = f"{result.texts_equal}/{parity.num_texts}" if has_ids else None
         cells = (*_distance_cells(result.distance), _figure(result.perplexity))
-        rows.append((result.name, _verdict(result.passed), *cells, *(counts if was_run else (None, None))))
+        rows.append((result.name, _verdict(result.passed), *cells, ids, answers))
     terminal.result(f"\ncompared at {parity.num_positions} tokens of {parity.origin}; top-1 leaves near ties out")
     terminal.result(make_table(columns, rows, right=right))
     if parity.trained:
