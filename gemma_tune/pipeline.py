@@ -358,7 +358,7 @@ def _prepare(
         },
         world=world,
     )
-    _require_equal(lock, world=world)
+    _require_equal(recipe, lock, world=world)
     if resumption is not None:
         world.from_main(lambda: _go_on(run, loaded, lock, resumption, reporter=reporter))
     write_json(run.lock, asdict(lock))
@@ -459,16 +459,18 @@ def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
     )
 
 
-def _require_equal(lock: Lock, *, world: World) -> None:
-    """Refuse processes that would train on something else than process 0."""
-    locks = world.gather(asdict(lock))
-    for rank, other in enumerate(locks):
-        refused = lock_differences(locks[0], other).refused
+def _require_equal(recipe: Recipe, lock: Lock, *, world: World) -> None:
+    """Refuse processes that would train something else than process 0 does."""
+    (recipe_0, lock_0), *others = world.gather((recipe, asdict(lock)))
+    for rank, (recipe_r, lock_r) in enumerate(others, start=1):
+        settings = recipe_differences(recipe_0, recipe_r)
+        steps = [line for line in settings.allowed if line.startswith("training.")]  # else they would part midway
+        refused = [*settings.refused, *steps, *lock_differences(lock_0, lock_r).refused]
         if refused:
             raise RunError(
-                f"process {rank} would train on something else than process 0:\n"
+                f"process {rank} would train something else than process 0:\n"
                 + "\n".join(f"  {line}" for line in refused),
-                hint="give every machine the same files",
+                hint="give every machine the same recipe, overrides and files",
             )
 
 

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +18,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_tune import pipeline
+from gemma_tune.engines.world import World
 from gemma_tune.errors import ExportError, RunError, TrainingInterrupted
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.planning.cards import find_card
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, read_manifest, read_metrics
+from gemma_tune.runs.record import Lock, read_json, read_manifest, read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.runs.summary import read_summary
 
@@ -156,6 +160,39 @@ def test_another_recipe_is_not_resumed(run: RunDir) -> None:
     with pytest.raises(RunError, match=r"lora\.rank: 16 → 8") as caught:
         train(run.path.parent, "lora.rank=8", resume=True)
     assert "training.max_steps" not in caught.value.message
+
+
+@dataclass(frozen=True)
+class SecondOfTwo(World):
+    first: Any = None
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.first, value]
+
+
+@pytest.mark.parametrize(
+    ("override", "rows", "told"),
+    [
+        ("training.learning_rate=1e-3", "a", r"training\.learning_rate: 0\.003 → 0\.001"),
+        ("training.max_steps=7", "a", r"training\.max_steps: None → 7"),
+        ("lora.rank=4", "b", r"(?s)lora\.rank: 16 → 4.*data\.sha256: 'a' → 'b'"),
+        ("run.output_dir=elsewhere", "a", None),
+        ("data.source=other.jsonl", "a", None),  # the same rows in another place
+    ],
+)
+def test_processes_that_would_train_something_else_are_refused(override: str, rows: str, told: str | None) -> None:
+    def described(*overrides: str, rows: str) -> tuple[Recipe, Lock]:
+        lock = Lock("quickstart", [], {}, {"sha256": rows}, {}, {}, {}, seed=0, processes=2)
+        return load_recipe(Path("quickstart"), overrides).recipe, lock
+
+    recipe, lock = described(rows="a")
+    world = SecondOfTwo(rank=1, size=2, first=(recipe, asdict(lock)))
+    recipe, lock = described(override, rows=rows)
+    if told is None:
+        pipeline._require_equal(recipe, lock, world=world)
+    else:
+        with pytest.raises(RunError, match=told):
+            pipeline._require_equal(recipe, lock, world=world)
 
 
 def cli(*arguments: str, folder: Path) -> subprocess.Popen[str]:

@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import IO
 
-from gemma_tune.errors import EngineError, ProcessLost, TrainingInterrupted
+from gemma_tune.errors import EngineError, GemmaTuneError, ProcessLost, TrainingInterrupted
 
 PROGRAM = (sys.executable, "-m", "gemma_tune.cli.app")
 _LAUNCHED = "GEMMA_TUNE_LAUNCHED"  # set in a process that `run_processes` started
@@ -113,7 +113,7 @@ def run_processes(arguments: Sequence[str], *, per_machine: int, machines: Machi
             return code
         error = ProcessLost(
             f"process {first.rank} {_how_it_ended(code)}, and the others ended with it{_last_words(first)}",
-            hint="go on with --resume: the last checkpoint is whole",
+            hint="go on with --resume: the last checkpoint is whole" if code != GemmaTuneError.exit_code else None,
         )
         error.exit_code = max(code, ProcessLost.exit_code)
         raise error
