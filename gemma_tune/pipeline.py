@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gemma_tune.data.audit import AuditReport
 from gemma_tune.data.build import build_datasets
@@ -152,18 +152,16 @@ def _train_together(
     """The part of a run that all processes share."""
     started = time.monotonic()
     setting = world.in_turn(lambda: _decide(loaded.recipe))
-    begun = world.from_main(lambda: _run_to_continue(loaded, asked=resume or from_step is not None, reporter=reporter))
-    found = begun or world.from_main(
-        lambda: create_run(
-            Path(loaded.recipe.run.output_dir),
-            name=loaded.recipe.run.name,
-            recipe_name=loaded.name,
-            needed_bytes=_SMALL_FILES_BYTES,
-        )
+    found, state = world.from_main(
+        lambda: _find_or_make_run(loaded, asked=resume or from_step is not None, reporter=reporter)
     )
+    if state == "finished":
+        reporter.detail(f"{found.path} has finished: there is nothing left to train")
+        return found
+    begun = state == "begun"
     with _working_in(found, world=world) as run:
         try:
-            if begun is None or not world.is_main:
+            if not (begun and world.is_main):
                 _write_beginning(run, loaded, setting)
             resumption = (
                 world.from_main(lambda: _plan_resumption(run, loaded, from_step=from_step, reporter=reporter))
@@ -172,7 +170,7 @@ def _train_together(
             )
             prepared = _prepare(run, loaded, setting, resumption=resumption, reporter=reporter, world=world)
         except (GemmaTuneError, KeyboardInterrupt):
-            if begun is None:
+            if not begun:
                 discard_run(run)
             raise
         try:
@@ -248,6 +246,32 @@ def _decide(recipe: Recipe) -> Setting:
         choice=choose_engine(recipe.model, training=recipe.training, device=device),
         adapter=find_adapter(recipe.model.adapter, lora=recipe.lora) if recipe.model.adapter else None,
     )
+
+
+def _find_or_make_run(
+    loaded: LoadedRecipe, *, asked: bool, reporter: Reporter
+) -> tuple[RunDir, Literal["new", "begun", "finished"]]:
+    """The run of a recipe, and whether it is new, goes on, or has nothing left to train."""
+    section = loaded.recipe.run
+    begun = _run_to_continue(loaded, asked=asked, reporter=reporter)
+    if begun is not None:
+        return begun, "begun"
+    if not asked and section.resume == "auto" and section.name is not None:
+        named = RunDir(Path(section.output_dir) / section.name)
+        if _has_finished(named, loaded.recipe):
+            return named, "finished"
+    made = create_run(
+        Path(section.output_dir), name=section.name, recipe_name=loaded.name, needed_bytes=_SMALL_FILES_BYTES
+    )
+    return made, "new"
+
+
+def _has_finished(run: RunDir, recipe: Recipe) -> bool:
+    """Whether a run has trained all that a recipe asks for; a job that is started again finds it so."""
+    if not (run.manifest.is_file() and run.resolved_recipe.is_file()) or read_manifest(run).status != "finished":
+        return False
+    differences = recipe_differences(load_recipe(run.resolved_recipe).recipe, recipe)
+    return not differences.refused and not any(line.startswith("training.") for line in differences.allowed)
 
 
 def _run_to_continue(loaded: LoadedRecipe, *, asked: bool, reporter: Reporter) -> RunDir | None:

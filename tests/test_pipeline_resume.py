@@ -228,6 +228,18 @@ def test_a_finished_run_is_trained_on_with_more_steps(recipe: Path, whole: Path)
     assert found[1][-1] == longer[1][-1]
 
 
+def test_the_same_command_after_the_end_trains_nothing(recipe: Path, whole: Path) -> None:
+    """As a job does that its scheduler starts again; what was not exported yet is."""
+    shutil.copytree(whole / "runs", "runs")
+    before = outcome(Path())
+    run, told = train(recipe, "export.formats=[adapter]", "export.verify=false")
+    assert told.details[0].endswith("has finished: there is nothing left to train")
+    assert outcome(Path()) == before and (run.exports / "adapter").is_dir()
+    for override in ("training.max_steps=30", "lora.rank=2", "run.resume=never"):
+        with pytest.raises(RunError, match=r"exists already, and a run is never overwritten"):
+            train(recipe, override)
+
+
 def test_the_clock_saves_as_well(recipe: Path) -> None:
     run, _ = train(recipe, "training.max_steps=3", "training.save_every_steps=50", "training.save_every_minutes=1e-9")
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]

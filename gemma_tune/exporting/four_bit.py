@@ -39,7 +39,7 @@ from gemma_tune.exporting.tensor_io import (
     BLOCK_ELEMENTS,
     MAX_WORKERS,
     TORCH_DTYPE,
-    abs_max,
+    is_finite,
     one_thread_an_operation,
     read_elements,
     write_elements,
@@ -262,7 +262,7 @@ def _write_shards(
             for num_bytes in _write_shard(shard, directory / name, workers=workers):
                 done_bytes += num_bytes
                 on_progress(done_bytes)
-            keep_file(directory, name, {})
+            keep_file(directory, name)
 
 
 def _write_shard(shard: tuple[_Part, ...], path: Path, *, workers: Executor) -> Iterator[int]:
@@ -357,7 +357,7 @@ def _copy(source: StoredTensor, path: Path, *, offset_bytes: int) -> Iterator[in
 
 
 def _require_finite(values: torch.Tensor, source: StoredTensor) -> None:
-    if not float(abs_max(values)) < float("inf"):
+    if not is_finite(values):
         raise ExportError(f"{source.file}: NaN or infinity in {source.name}", hint="merge again; this one is damaged")
 
 

@@ -40,7 +40,7 @@ class PlannedTensor:
 
     Attributes:
         source: where its values come from: the base, or the adapter when it was trained as a whole.
-        base: the base's tensor of the same name and shape, to measure the change of one that was trained as a whole.
+        base: the base's tensor of the same name and shape.
         factors: the low-rank change to add.
         dtype: the dtype to write, in the format's name.
     """

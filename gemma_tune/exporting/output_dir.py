@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ def output_directory(output: Path, *, fingerprint: str | None = None) -> Iterato
     With a fingerprint, what a killed process with the same one finished is still there: see `finished_files`.
     """
     with _renamed_when_complete(output, is_directory=True) as partial_dir:
-        kept = finished_files(partial_dir) if fingerprint and _recorded_fingerprint(partial_dir) == fingerprint else {}
+        kept = (
+            finished_files(partial_dir) if fingerprint and _recorded_fingerprint(partial_dir) == fingerprint else set()
+        )
         _empty(partial_dir, all_but=kept)
         if fingerprint and not kept:
             write_json(partial_dir / _RECORD_FILE, {"fingerprint": fingerprint, "files": {}})
@@ -60,24 +62,24 @@ def fingerprint_of(sources: Iterable[Path], *facts: object) -> str:
     return hashlib.sha256(repr((stamps, facts)).encode("utf-8")).hexdigest()
 
 
-def keep_file(partial_dir: Path, name: str, facts: Mapping[str, Any]) -> None:
-    """Flush a finished file of an `output_directory` with a fingerprint and record it, with facts about it, as done.
+def keep_file(partial_dir: Path, name: str) -> None:
+    """Flush a finished file of an `output_directory` with a fingerprint, and record it as done.
 
     Files are recorded one after the other, by one thread.
     """
     sync_file(partial_dir / name)
     sync_directory(partial_dir)
     record = _read_record(partial_dir)
-    record["files"][name] = {"stamp": file_stamp(partial_dir / name), "facts": dict(facts)}
+    record["files"][name] = file_stamp(partial_dir / name)
     write_json(partial_dir / _RECORD_FILE, record)
 
 
-def finished_files(partial_dir: Path) -> dict[str, dict[str, Any]]:
-    """Name -> facts of each file that `keep_file` recorded and nobody has touched since."""
+def finished_files(partial_dir: Path) -> set[str]:
+    """The names of the files that `keep_file` recorded and nobody has touched since."""
     return {
-        name: entry["facts"]
-        for name, entry in _read_record(partial_dir)["files"].items()
-        if (partial_dir / name).is_file() and file_stamp(partial_dir / name) == entry["stamp"]
+        name
+        for name, stamp in _read_record(partial_dir)["files"].items()
+        if (partial_dir / name).is_file() and file_stamp(partial_dir / name) == stamp
     }
 
 
@@ -175,7 +177,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _empty(partial_dir: Path, *, all_but: Mapping[str, Any]) -> None:
+def _empty(partial_dir: Path, *, all_but: set[str]) -> None:
     """Remove what is in a directory, but for the files to keep and the record of them."""
     for child in partial_dir.iterdir():
         if not all_but or child.name not in (*all_but, _RECORD_FILE):
@@ -183,7 +185,7 @@ def _empty(partial_dir: Path, *, all_but: Mapping[str, Any]) -> None:
 
 
 def _read_record(partial_dir: Path) -> dict[str, Any]:
-    """{fingerprint, files: {name: {stamp, facts}}}; it is replaced atomically, so what is there is whole."""
+    """{fingerprint, files: {name: stamp}}; it is replaced atomically, so what is there is whole."""
     try:
         record: dict[str, Any] = json.loads((partial_dir / _RECORD_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -71,7 +71,6 @@ def write_merged(job: Job) -> dict[str, Any]:
         "tensors": report.tensors_total,
         "tensors_changed": report.tensors_merged + report.tensors_replaced,
         "weight_bytes": report.weight_bytes,
-        "max_abs_delta": report.max_abs_delta,
         "notes": list(report.notes),
     }
 

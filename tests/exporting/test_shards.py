@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
-from gemma_tune.exporting.shards import shard_names, write_index
+from gemma_tune.exporting.shards import set_length, shard_names, write_index
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -26,3 +28,15 @@ def test_names_and_index_are_those_of_the_hub(count: int, tmp_path: Path) -> Non
     if count > 1:
         written = json.loads(index.read_text(encoding="utf-8"))
         assert written["weight_map"] == plan.tensor_to_filename and written["metadata"]["total_size"] == 40 * count
+
+
+def test_a_file_gets_its_length_and_its_blocks(tmp_path: Path) -> None:
+    """The oracle of the blocks is util-linux's fallocate, where the file system knows them."""
+    path, other = tmp_path / "file", tmp_path / "other"
+    with path.open("wb") as file:
+        file.write(b"header")
+        set_length(file, 1_000_000)
+    assert path.read_bytes() == b"header" + bytes(999_994)
+    if shutil.which("fallocate"):
+        made = subprocess.run(["fallocate", "--length", "1000000", str(other)], capture_output=True, check=False)
+        assert made.returncode or path.stat().st_blocks == other.stat().st_blocks > 0
