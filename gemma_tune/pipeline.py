@@ -360,7 +360,7 @@ def _prepare(
     reporter.detail(f"{setting.choice.name}: {setting.choice.reason}")
     reporter.detail(f"{setting.precision.compute} on {setting.device.name}: {setting.precision.reason}")
     if setting.device.kind == "cuda":
-        _tell_plan(run, setting, reporter=reporter)
+        _tell_plan(run, setting, reporter=reporter, world=world)
     engine = start_engine(setting.choice.name)
 
     reporter.stage("data")
@@ -426,7 +426,7 @@ def _start_from(adapter: StartAdapter, attached: AttachedLora, *, base: LocalMod
         reporter.warn(f"it says that it was trained on {adapter.base}, and the base here is {base.name}")
 
 
-def _tell_plan(run: RunDir, setting: Setting, *, reporter: Reporter) -> None:
+def _tell_plan(run: RunDir, setting: Setting, *, reporter: Reporter, world: World) -> None:
     """Say whether the run fits its card before anything is loaded, and keep it beside what will be measured."""
     base = setting.base
     planned = plan_recipe(
@@ -435,6 +435,7 @@ def _tell_plan(run: RunDir, setting: Setting, *, reporter: Reporter) -> None:
         precision=setting.precision,
         engine=setting.choice.name,
         base=Base(base.name, base.config, base.model, True),
+        processes=world.size,
     )
     (reporter.detail if planned.verdict == "fits" else reporter.warn)(planned.line)
     for change in planned.changes:

@@ -40,6 +40,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
+    nproc: Annotated[int, typer.Option("--nproc", metavar="N", min=1, help="Cards that train together.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say before anything is downloaded whether a recipe fits on a card, how long it takes, and what would help.
@@ -59,7 +60,7 @@ def plan(
 
     # Without a card, bfloat16 as on any card since 2020.
     precision, engine = decide(card or CARDS["l4"])
-    planned = plan_recipe(loaded.recipe, card=card, precision=precision, engine=engine)
+    planned = plan_recipe(loaded.recipe, card=card, precision=precision, engine=engine, processes=nproc)
     cards = [] if card else [CARDS[name] for name in TABLE_CARDS if _can(loaded.recipe, CARDS[name])]
     lengths, rows = plan_table(loaded.recipe, cards or ([card] if card else []), decide=decide)
     if as_json:
@@ -74,7 +75,8 @@ def plan(
             }
         )
     else:
-        _print_plan(terminal, planned, recipe=loaded.recipe, name=loaded.name)
+        name = loaded.name if nproc == 1 else f"{loaded.name}, {nproc} cards,"
+        _print_plan(terminal, planned, recipe=loaded.recipe, name=name)
         if planned.verdict == "does not fit":
             _print_changes(terminal, planned.changes)
         _print_table(terminal, lengths, rows, recipe=loaded.recipe)

@@ -176,6 +176,7 @@ def plan_recipe(
     precision: PrecisionFacts,
     engine: str,
     base: Base | None = None,
+    processes: int = 1,
     suggest: bool = True,
 ) -> Plan:
     """Plan a recipe for a card, from facts alone: no weights, no GPU, no network.
@@ -187,6 +188,7 @@ def plan_recipe(
         precision: as `engines.precision.decide_precision` settles it for the card.
         engine: `unsloth` or `transformers`.
         base: the model, where it is known already.
+        processes: cards that train together, each as this one. A sharded model is counted whole, as it is loaded whole.
         suggest: look for changes that would fit where the recipe does not.
 
     Raises:
@@ -195,7 +197,7 @@ def plan_recipe(
     base = base or find_base(recipe.model.name)
     config = base.config
     setup = _set_up(recipe, config=config, precision=precision, engine=engine)
-    resident = _resident(recipe, base=base, setup=setup)
+    resident = _resident(recipe, base=base, setup=setup, processes=processes)
     free = None if card is None else card.usable_bytes - CONTEXT_BYTES - sum(part.bytes for part in resident)
     activations = memory.activations(
         config,
@@ -230,6 +232,7 @@ def plan_recipe(
             batch=setup.batch,
             packed=recipe.training.packing,
             accumulation=recipe.training.gradient_accumulation,
+            processes=processes,
             epochs=recipe.training.epochs,
             max_steps=recipe.training.max_steps,
             adapter=setup.adapter,
@@ -251,6 +254,7 @@ def plan_recipe(
             precision=precision,
             engine=engine,
             base=base if changed.model.name == recipe.model.name else None,
+            processes=processes,
             suggest=False,
         ),
         seconds=lambda changed: _row_seconds(changed, config=config, card=card, precision=precision, engine=engine),
@@ -355,7 +359,7 @@ def _checkpointing(asked: str, *, kernels: Kernels) -> Checkpointing:
     return "offload" if asked == "unsloth" and kernels == "unsloth" else "on"
 
 
-def _resident(recipe: Recipe, *, base: Base, setup: _Setup) -> tuple[Part, ...]:
+def _resident(recipe: Recipe, *, base: Base, setup: _Setup, processes: int) -> tuple[Part, ...]:
     config, bits, numerics = base.config, setup.bits, setup.numerics
     optimizer = recipe.training.optimizer
     quantized = memory.quantized_bytes(config, bits=bits)
@@ -380,6 +384,11 @@ def _resident(recipe: Recipe, *, base: Base, setup: _Setup) -> tuple[Part, ...]:
         ),
         Part("adapter", memory.adapter_bytes(config, setup.adapter), "r·(in + out) a target, float32"),
         Part("gradients", memory.gradient_bytes(config, setup.adapter), "float32, of the adapter alone"),
+        Part(
+            "buckets of gradients",
+            memory.gradient_bytes(config, setup.adapter) if processes > 1 else 0,
+            "DDP sums the gradients of all cards in a copy of them",
+        ),
         Part(
             f"{optimizer} state",
             0 if optimizer in memory.PAGED else state,

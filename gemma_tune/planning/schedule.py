@@ -177,6 +177,7 @@ def plan_schedule(
     batch: Batch,
     packed: bool,
     accumulation: int,
+    processes: int,
     epochs: float,
     max_steps: int | None,
     adapter: Adapter,
@@ -187,23 +188,25 @@ def plan_schedule(
 
     Args:
         held_out: rows that evaluation takes away from training.
+        processes: that share a step; what they say to each other is not counted.
     """
+    passes = accumulation * processes  # of a step, in all processes
     rows = None if counted.rows is None else max(counted.rows - held_out, 1)
     row_tokens = None if counted.mean_tokens is None else min(counted.mean_tokens, batch.tokens)
-    step_tokens = None if row_tokens is None else accumulation * batch.rows * (batch.tokens if packed else row_tokens)
+    step_tokens = None if row_tokens is None else passes * batch.rows * (batch.tokens if packed else row_tokens)
     steps = max_steps
     if steps is None and rows is not None:
         if packed:
             per_step = None if row_tokens is None else step_tokens / row_tokens if step_tokens else None
         else:
-            per_step = batch.rows * accumulation
+            per_step = batch.rows * passes
         steps = None if per_step is None else max(math.ceil(rows * epochs / per_step), 1)
     seconds = None
     if card is not None and step_tokens is not None and row_tokens is not None:
         seconds = pass_seconds(
             config,
             card=card,
-            tokens=step_tokens / accumulation,
+            tokens=step_tokens / passes,
             row_tokens=row_tokens,
             adapter=adapter,
             execution=execution,

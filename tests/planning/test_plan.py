@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -68,6 +69,17 @@ def test_a_card_without_room_is_told_in_a_line() -> None:
     assert "of the 23.7 GB of L4" in _plan(recipe, "l4").line
     none = plan_recipe(recipe, card=None, precision=_precision(recipe, CARDS["l4"]), engine="unsloth")
     assert none.verdict is None and none.line.startswith("plan: needs ")
+
+
+def test_cards_that_train_together_share_the_steps() -> None:
+    recipe = _recipe("gemma-7b-dolly")
+    one, four = (_plan(recipe, "l4", processes=count) for count in (1, 4))
+    assert one.schedule.steps and four.schedule.steps and four.schedule.tokens and one.schedule.tokens
+    assert four.schedule.steps == math.ceil(one.schedule.steps / 4)
+    assert four.schedule.seconds_per_step == one.schedule.seconds_per_step
+    assert four.schedule.tokens == pytest.approx(one.schedule.tokens, rel=0.01)
+    gradients = {part.name: part.bytes for part in four.resident}["gradients"]
+    assert four.resident_bytes - one.resident_bytes == gradients > 0
 
 
 def test_settings_move_the_parts_they_should() -> None:

@@ -92,6 +92,7 @@ def _schedule(**changes: object) -> object:
         "batch": Batch(4, 1024),
         "packed": False,
         "accumulation": 2,
+        "processes": 1,
         "epochs": 2.0,
         "max_steps": None,
         "adapter": Adapter(16, SEVEN),
