@@ -89,16 +89,18 @@ def _early_stop_evaluates(recipe: Recipe) -> list[Problem]:
 def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
     """What cannot be cut into shares, or put back into them (F48)."""
     training, model = recipe.training, recipe.model
-    if training.data_parallel != "fsdp":
+    if training.data_parallel == "ddp":
         return []
-    refused = (
-        (model.engine == "unsloth", "model.engine", "unsloth's kernels need whole weights", "model.engine=auto"),
-        (
-            model.load_in_8bit,
-            "model.load_in_8bit",
+    why_not_unsloth, why_not_int8 = {
+        "fsdp": (
+            "unsloth's kernels need whole weights",
             "int8 layers keep their scales apart from the weights, and cannot be sharded",
-            "model.load_in_8bit=false model.load_in_4bit=true",
         ),
+        "zero2": ("unsloth has not been tried with DeepSpeed", "int8 layers have not been tried with DeepSpeed"),
+    }[training.data_parallel]
+    refused = (
+        (model.engine == "unsloth", "model.engine", why_not_unsloth, "model.engine=auto"),
+        (model.load_in_8bit, "model.load_in_8bit", why_not_int8, "model.load_in_8bit=false model.load_in_4bit=true"),
         (
             "8bit" in training.optimizer or "paged" in training.optimizer or training.optimizer == "adafactor",
             "training.optimizer",
@@ -107,14 +109,14 @@ def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
             "training.optimizer=adamw",
         ),
         (
-            training.early_stop_patience is not None,
+            training.data_parallel == "fsdp" and training.early_stop_patience is not None,
             "training.early_stop_patience",
             "the best adapter is not put back into a sharded model",
             "training.early_stop_patience=null",
         ),
     )
     return [
-        Problem(path, f"{why}, and training.data_parallel is fsdp", fix=fix)
+        Problem(path, f"{why}, and training.data_parallel is {training.data_parallel}", fix=fix)
         for is_so, path, why, fix in refused
         if is_so
     ]

@@ -91,6 +91,11 @@ class RunDir:
         return self.path / "adapter"
 
     @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files, where the recipe names it."""
+        return self.path / "tensorboard"
+
+    @property
     def exports(self) -> Path:
         """A directory a format that the adapter was exported in."""
         return self.path / "export"

@@ -29,7 +29,9 @@ from gemma_tune.training.own_checkpoints import TRAINER_STATE
 from gemma_tune.training.rehearsal import rehearse
 from gemma_tune.training.row_attention import attending_by_row
 from gemma_tune.training.sharding import fsdp_settings
+from gemma_tune.training.trackers import tracking
 from gemma_tune.training.trainer import TokenWeightedTrainer, build_trainer, to_sft_config
+from gemma_tune.training.zero import zero_settings
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def train_adapter(
             written or read.
     """
     name_base(loaded.model, name=base_name, revision=base_revision)
-    with attending_by_row(loaded) if recipe.training.packing else nullcontext():
+    attending = attending_by_row(loaded) if recipe.training.packing else nullcontext()
+    with attending, tracking(recipe.logging.trackers, run=run):
         pack_tokens = _settle_packing(
             loaded,
             engine=engine,
@@ -223,7 +226,7 @@ def _build(
         run=run,
         on_cpu=loaded.model.device.type == "cpu",
         has_eval_rows=bool(datasets.eval),
-        sharding=fsdp_settings(loaded.model) if world.shards(recipe.training) else None,
+        sharding=_sharding(loaded, recipe=recipe, world=world),
     )
     return build_trainer(
         loaded,
@@ -236,6 +239,13 @@ def _build(
         run=run,
         world=world,
     )
+
+
+def _sharding(loaded: LoadedModel, *, recipe: Recipe, world: World) -> dict[str, Any] | None:
+    """Arguments of `TrainingArguments` that divide a training; None where every process holds all of it."""
+    if world.shards(recipe.training):
+        return fsdp_settings(loaded.model)
+    return zero_settings() if world.size > 1 and recipe.training.data_parallel == "zero2" else None
 
 
 def _closing_loss(trainer: TokenWeightedTrainer) -> float:

@@ -48,6 +48,8 @@ def whole(value: Any) -> Any:
 def shard_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """An optimizer's state with each tensor sharded as the weight it belongs to; the state itself where none is."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    if not any(map(is_sharded, weights)):
+        return state
     numbers = [number for group in state["param_groups"] for number in group["params"]]
     weight_of = dict(zip(numbers, weights, strict=True))
     return {

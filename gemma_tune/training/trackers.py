@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import netrc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from gemma_tune.errors import RunError
+from gemma_tune.runs.layout import RunDir
 
+_TENSORBOARD_DIR = "TENSORBOARD_LOGGING_DIR"  # transformers asks this variable alone
 # The packages of which one has to be there.
 _PACKAGES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
@@ -35,6 +38,31 @@ def require_trackers(names: Sequence[str]) -> None:
             "logging.trackers names wandb, and Weights & Biases knows no key on this machine",
             hint="run `wandb login` once, set WANDB_API_KEY, or set WANDB_MODE=offline",
         )
+
+
+@contextlib.contextmanager
+def tracking(names: Sequence[str], *, run: RunDir) -> Iterator[None]:
+    """Within the block trackers keep their files in the run where they can, and one that fails is told in a sentence.
+
+    Raises:
+        RunError: a named tracker raised one of its own exceptions.
+    """
+    is_ours = _TENSORBOARD_DIR not in os.environ
+    if is_ours:
+        os.environ[_TENSORBOARD_DIR] = str(run.tensorboard)
+    try:
+        yield
+    except Exception as error:
+        name = type(error).__module__.partition(".")[0]
+        if name not in names:
+            raise
+        raise RunError(
+            f"the tracker {name} failed: {error}",
+            hint="mend it, or leave it out of logging.trackers: metrics.jsonl has every step in any case",
+        ) from error
+    finally:
+        if is_ours:
+            del os.environ[_TENSORBOARD_DIR]
 
 
 def _wandb_has_key() -> bool:

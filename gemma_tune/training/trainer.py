@@ -27,6 +27,7 @@ from gemma_tune.training.own_checkpoints import OwnCheckpoints
 from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import EpochSampler, Group
 from gemma_tune.training.sharding import shard_on_processors
+from gemma_tune.training.zero import compile_nothing, take_over
 
 RowArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # token ids and supervised flags of one row
 
@@ -55,7 +56,11 @@ def to_sft_config(
     has_eval_rows: bool,
     sharding: dict[str, Any] | None = None,
 ) -> SFTConfig:
-    """Translate the recipe's sections into TRL's configuration; `sharding` comes from `fsdp_settings`."""
+    """Translate the recipe's sections into TRL's configuration.
+
+    Args:
+        sharding: what `fsdp_settings` or `zero_settings` returned.
+    """
     evaluates = has_eval_rows and evaluation.every_steps is not None
     # The best adapter can only be kept when every evaluation has its checkpoint.
     save_steps: float = section.save_every_steps or 0.1
@@ -103,8 +108,10 @@ def to_sft_config(
         dataloader_pin_memory=not on_cpu,
         **(sharding or {}),
     )
-    if sharding and on_cpu:
+    if on_cpu and config.fsdp:
         shard_on_processors(config)
+    if on_cpu and config.deepspeed:
+        compile_nothing()
     return config
 
 
@@ -261,6 +268,12 @@ class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
         # accelerate hands the epoch on through so many wrappers, and where several processes resume there is one more.
         self.row_order.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's, which it calls as soon as model and optimizer are wrapped."""
+        if self.is_deepspeed_enabled:
+            self.optimizer = take_over(self.accelerator, autocast=torch.bfloat16 if self.args.bf16 else None)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.num_real_tokens += inputs.pop("num_tokens")

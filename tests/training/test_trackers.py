@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -13,7 +14,7 @@ from gemma_tune.errors import RunError
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training import trackers
-from gemma_tune.training.trackers import require_trackers
+from gemma_tune.training.trackers import require_trackers, tracking
 from gemma_tune.training.trainer import to_sft_config
 
 
@@ -32,6 +33,20 @@ def test_a_missing_one_is_named_with_its_package(name: str, monkeypatch: pytest.
     with pytest.raises(RunError, match=rf"names {name}, which is not installed") as told:
         require_trackers((name,))
     assert f"pip install {name}" in (told.value.hint or "")
+
+
+def test_one_that_fails_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    unreachable = type("MlflowException", (Exception,), {"__module__": "mlflow.exceptions"})
+    with (
+        pytest.raises(RunError, match=r"the tracker mlflow failed: no route to it"),
+        tracking(("mlflow",), run=RunDir(tmp_path)),
+    ):
+        assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
+        raise unreachable("no route to it")
+    with pytest.raises(unreachable), tracking(("wandb",), run=RunDir(tmp_path)):
+        raise unreachable("not of a tracker that was named")
+    assert "TENSORBOARD_LOGGING_DIR" not in os.environ
 
 
 def test_wandb_without_a_key_never_asks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
