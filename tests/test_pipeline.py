@@ -74,7 +74,7 @@ def test_a_run_on_a_card_says_first_whether_it_fits(tmp_path: Path, monkeypatch:
     setting, run, told = pipeline._decide(loaded.recipe), RunDir(tmp_path), Told()
     for card, lines in (("GB=2", told.warnings), ("h100", told.details)):
         monkeypatch.setattr(pipeline, "detect_card", lambda card=card: find_card(card))
-        pipeline._tell_plan(run, setting, reporter=told)
+        pipeline._tell_plan(run, setting, reporter=told, world=World())
         assert "GB (±" in lines[-1]
         plan = read_json(tmp_path / "plan.json")
         assert plan["allocated_bytes"] > 0 and plan["uncertainty_bytes"] > 0
