@@ -22,6 +22,7 @@ from gemma_tune.cli.launch import launch
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
 from gemma_tune.cli.plan import plan
+from gemma_tune.cli.processes import end_process, is_one_of_several
 from gemma_tune.cli.push import push
 from gemma_tune.cli.recipes import recipes_app
 from gemma_tune.cli.report import report
@@ -66,21 +67,32 @@ app.add_typer(models_app, name="models")
 
 def main() -> None:
     """Run the command line; a user's mistake is told in a sentence, with its exit code and without a traceback."""
+    code = _run()
+    if is_one_of_several():
+        end_process(code)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Returns the exit code."""
     terminal = Terminal()
     try:
         app()
+        return 0
+    except SystemExit as end:  # how typer ends a command
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     except GemmaTuneError as error:
         terminal.error(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except KeyboardInterrupt:
         terminal.note("interrupted")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
     except Exception:  # a bug: all of it is told, but for credentials
         sys.stderr.write(mask_secrets(traceback.format_exc()))
-        sys.exit(1)
+        return 1
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM
@@ -18,8 +20,9 @@ from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_metrics, start_manifest
+from gemma_tune.runs.record import keep_metrics_until, read_metrics, start_manifest
 from gemma_tune.runs.reporter import Reporter, SilentReporter
+from gemma_tune.training.checkpoint import step_of
 from gemma_tune.training.run import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows
 
@@ -108,3 +111,38 @@ def weights(run: RunDir) -> dict[str, torch.Tensor]:
 
 def losses(run: RunDir) -> list[tuple[int, float]]:
     return [(row["step"], row["loss"]) for row in read_metrics(run) if "loss" in row]
+
+
+def cut_after(whole: RunDir, directory: Path, *, step: int) -> RunDir:
+    """A copy of a run as it was when it had saved a step."""
+    shutil.copytree(whole.path, directory)
+    run = RunDir(directory)
+    for checkpoint in run.checkpoints.iterdir():
+        if step_of(checkpoint) > step:
+            shutil.rmtree(checkpoint)
+    shutil.rmtree(run.adapter)
+    keep_metrics_until(run, step)
+    return run
+
+
+def require_equal_bits(found: RunDir, expected: RunDir) -> None:
+    """The weights, and every figure of metrics.jsonl that no clock and no machine decides."""
+    others = {"tokens_per_second", "eta_seconds", "memory_bytes", "seconds"}
+    of_found, of_expected = (
+        [{name: row[name] for name in row.keys() - others} for row in read_metrics(run)] for run in (found, expected)
+    )
+    assert of_found == of_expected
+    wanted = weights(expected)
+    assert weights(found).keys() == wanted.keys()
+    assert all(torch.equal(weight, wanted[name]) for name, weight in weights(found).items())
+
+
+def require_same_training(found: RunDir, expected: RunDir) -> None:
+    """Figures within 1e-5 and weights within 1e-4, of a training that has learned something."""
+    for one, two in zip(read_metrics(expected), read_metrics(found), strict=True):
+        for figure in one.keys() & {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "eval_loss"}:
+            assert two[figure] == pytest.approx(one[figure], abs=1e-5), (one["step"], figure)
+    wanted, got = weights(expected), weights(found)
+    assert got.keys() == wanted.keys()
+    assert max(float((got[name] - wanted[name]).abs().max()) for name in wanted) < 1e-4
+    assert max(float(weight.abs().max()) for weight in wanted.values()) > 1e-2

@@ -10,12 +10,18 @@ import pytest
 import torch
 
 from gemma_tune.errors import RunError
-from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import keep_metrics_until, read_metrics
+from gemma_tune.runs.record import read_metrics
 from gemma_tune.training.checkpoint import SEAL, last_complete_checkpoint, seal_checkpoint, step_of
 from gemma_tune.training.state_file import read_state, write_state
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import attach, recipe_of, train, weights
+from tests.training.small_runs import (
+    attach,
+    cut_after,
+    recipe_of,
+    require_equal_bits,
+    train,
+    weights,
+)
 
 
 @pytest.mark.parametrize("resumed_at", [5, 6])  # within an epoch, and at the border of two
@@ -38,26 +44,12 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     rows = Rows(make_rows(10, seed=7), make_rows(4, seed=8))
     recipe = recipe_of(**{"max_steps": 8, "save_every_steps": 1, "keep_checkpoints": 8, "eval_every": 3, **settings})
     whole, whole_result = train(base, tmp_path / "whole", rows=rows, recipe=recipe)
-    cut = RunDir(tmp_path / "cut")
-    shutil.copytree(whole.path, cut.path)
-    last = min(resumed_at, whole_result.steps)
-    for checkpoint in cut.checkpoints.iterdir():
-        if step_of(checkpoint) > last:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(cut.adapter)
-    keep_metrics_until(cut, last)
+    cut = cut_after(whole, tmp_path / "cut", step=min(resumed_at, whole_result.steps))
     torch.manual_seed(123)  # what a new process has
     resumed, result = train(base, cut.path, rows=rows, recipe=recipe, resume_from=last_complete_checkpoint(cut)[0])
-    assert [_figures(row) for row in read_metrics(resumed)] == [_figures(row) for row in read_metrics(whole)]
-    expected = weights(whole)
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights(resumed).items())
+    require_equal_bits(resumed, whole)
     assert (result.steps, result.num_tokens) == (whole_result.steps, whole_result.num_tokens)
     assert (result.train_loss, result.eval_loss_after) == (whole_result.train_loss, whole_result.eval_loss_after)
-
-
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    """A line of metrics.jsonl without what a clock or the machine decides."""
-    return {name: row[name] for name in row.keys() - {"tokens_per_second", "eta_seconds", "memory_bytes", "seconds"}}
 
 
 def test_early_stop_keeps_the_best_adapter(base: Path, tmp_path: Path) -> None:

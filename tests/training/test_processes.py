@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,16 @@ import torch
 from safetensors import safe_open
 
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import keep_metrics_until, read_manifest, read_metrics
-from gemma_tune.training.checkpoint import step_of
+from gemma_tune.runs.record import read_manifest
 from gemma_tune.training.state_file import read_state
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import recipe_of, train, weights
+from tests.training.small_runs import (
+    cut_after,
+    recipe_of,
+    require_equal_bits,
+    require_same_training,
+    train,
+)
 from tests.training.two_processes import Task, run_together
 
 # Of each process; one process has batches twice as large. 13 rows leave the second process short of some at the end of
@@ -62,35 +66,15 @@ def test_they_equal_one_process_with_batches_twice_as_large(base: Path, runs: Pa
     settings["batch_size"] *= 2
     rows = Rows(make_rows(NUM_ROWS, seed=7), make_rows(5, seed=8))
     alone, _ = train(base, tmp_path / "alone", rows=rows, recipe=recipe_of(**settings))
-    together = RunDir(runs / name)
-    expected, found = read_metrics(alone), read_metrics(together)
-    assert len(found) == len(expected)
-    for one, two in zip(expected, found, strict=True):
-        for figure in one.keys() & {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "eval_loss"}:
-            assert two[figure] == pytest.approx(one[figure], abs=1e-5), (one["step"], figure)
-    wanted = weights(alone)
-    assert weights(together).keys() == wanted.keys()
-    assert max(float((weights(together)[key] - wanted[key]).abs().max()) for key in wanted) < 1e-4
-    assert max(float(value.abs().max()) for value in wanted.values()) > 1e-2  # it has learned something
+    require_same_training(RunDir(runs / name), alone)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: Path, runs: Path, tmp_path: Path, name: str) -> None:
-    whole, cut = RunDir(runs / f"resumed {name}"), RunDir(tmp_path / "cut")
-    shutil.copytree(whole.path, cut.path)
-    for checkpoint in cut.checkpoints.iterdir():
-        if step_of(checkpoint) > CUT_AT:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(cut.adapter)
-    keep_metrics_until(cut, CUT_AT)
+    whole = RunDir(runs / f"resumed {name}")
+    cut = cut_after(whole, tmp_path / "cut", step=CUT_AT)
     run_together(base, tmp_path, [Task("cut", NUM_ROWS, _saving(RESUMED[name]), resume=f"checkpoint-{CUT_AT}")])
-    assert [_figures(row) for row in read_metrics(cut)] == [_figures(row) for row in read_metrics(whole)]
-    expected = weights(whole)
-    assert all(torch.equal(weight, expected[key]) for key, weight in weights(cut).items())
-
-
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in row.keys() - {"tokens_per_second", "eta_seconds", "memory_bytes", "seconds"}}
+    require_equal_bits(cut, whole)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,16 @@ from gemma_tune.errors import EngineError, TrainingStopped
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import keep_metrics_until, read_metrics
-from gemma_tune.training.checkpoint import step_of
 from gemma_tune.training.state_file import read_state
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import recipe_of, train, weights
+from tests.training.small_runs import (
+    cut_after,
+    recipe_of,
+    require_equal_bits,
+    require_same_training,
+    train,
+    weights,
+)
 from tests.training.two_processes import Task, run_together
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -56,16 +60,7 @@ def runs(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", EQUAL)
 def test_they_equal_one_process_with_batches_twice_as_large(base: Path, runs: Path, tmp_path: Path, name: str) -> None:
     alone = _train_alone(base, tmp_path / "alone", EQUAL[name])
-    together = RunDir(runs / name)
-    expected, found = read_metrics(alone), read_metrics(together)
-    assert len(found) == len(expected)
-    for one, two in zip(expected, found, strict=True):
-        for figure in one.keys() & {"step", "epoch", "loss", "grad_norm", "learning_rate", "num_tokens", "eval_loss"}:
-            assert two[figure] == pytest.approx(one[figure], abs=1e-5), (one["step"], figure)
-    wanted = weights(alone)
-    assert weights(together).keys() == wanted.keys()
-    assert max(float((weights(together)[key] - wanted[key]).abs().max()) for key in wanted) < 1e-4
-    assert max(float(value.abs().max()) for value in wanted.values()) > 1e-2  # it has learned something
+    require_same_training(RunDir(runs / name), alone)
 
 
 def _train_alone(base: Path, directory: Path, settings: dict[str, Any], **more: Any) -> RunDir:
@@ -92,22 +87,11 @@ def test_a_checkpoint_has_the_state_of_one_process(base: Path, runs: Path, tmp_p
 @needs_deepspeed
 @pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(base: Path, runs: Path, tmp_path: Path) -> None:
-    whole, cut = RunDir(runs / "resumed"), RunDir(tmp_path / "cut")
-    shutil.copytree(whole.path, cut.path)
-    for checkpoint in cut.checkpoints.iterdir():
-        if step_of(checkpoint) > CUT_AT:
-            shutil.rmtree(checkpoint)
-    shutil.rmtree(cut.adapter)
-    keep_metrics_until(cut, CUT_AT)
+    whole = RunDir(runs / "resumed")
+    cut = cut_after(whole, tmp_path / "cut", step=CUT_AT)
     saving = _zero(RESUMED, save_every_steps=1, keep_checkpoints=STEPS)
     run_together(base, tmp_path, [Task("cut", NUM_ROWS, saving, resume=f"checkpoint-{CUT_AT}")])
-    assert [_figures(row) for row in read_metrics(cut)] == [_figures(row) for row in read_metrics(whole)]
-    expected = weights(whole)
-    assert all(torch.equal(weight, expected[key]) for key, weight in weights(cut).items())
-
-
-def _figures(row: dict[str, Any]) -> dict[str, Any]:
-    return {name: row[name] for name in row.keys() - {"tokens_per_second", "eta_seconds", "memory_bytes", "seconds"}}
+    require_equal_bits(cut, whole)
 
 
 @needs_deepspeed

@@ -61,6 +61,7 @@ def run_together(base: Path, output: Path, tasks: Sequence[Task]) -> None:
 
 
 def main() -> None:
+    from gemma_tune.cli.processes import end_process
     from gemma_tune.engines.world import joined_processes, world_of
     from tests.training.random_rows import Rows, make_rows
     from tests.training.small_runs import recipe_of, train
@@ -76,6 +77,7 @@ def main() -> None:
                 folder = output / "elsewhere"
                 shutil.rmtree(folder, ignore_errors=True)
             train(base, folder, rows=rows, recipe=recipe_of(**task["settings"]), resume_from=checkpoint, world=world)
+    end_process(0)
 
 
 if __name__ == "__main__":
