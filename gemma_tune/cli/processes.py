@@ -186,7 +186,9 @@ def _wait(workers: Sequence[_Worker]) -> _Worker | None:
     while True:
         codes = [worker.process.poll() for worker in workers]
         if first is None:
-            first = next((w for w, code in zip(workers, codes, strict=True) if code), None)
+            failed = [worker for worker, code in zip(workers, codes, strict=True) if code]
+            # Of several at once, one that only lost the others is not the cause.
+            first = min(failed, key=lambda worker: worker.process.returncode == ProcessLost.exit_code, default=None)
             failed_at = time.monotonic()
         if None not in codes:
             return first

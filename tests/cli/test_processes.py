@@ -41,11 +41,11 @@ end_with_the_starter()
 """
 
 
-def start(tmp_path: Path, worker: str, machines: str = "()") -> subprocess.Popen[str]:
+def start(tmp_path: Path, worker: str, machines: str = "()", *, starter: str = _STARTER) -> subprocess.Popen[str]:
     program = tmp_path / "worker.py"
     program.write_text(_WORKER_BEGINS.format(root=str(ROOT)) + textwrap.dedent(worker), encoding="utf-8")
     return subprocess.Popen(
-        [sys.executable, "-c", _STARTER, str(program), machines],
+        [sys.executable, "-c", starter, str(program), machines],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -170,3 +170,12 @@ def test_the_processes_end_with_a_starter_that_is_killed(tmp_path: Path) -> None
 def test_machines_that_cannot_meet(machines: Machines, told: str) -> None:
     with pytest.raises(EngineError, match=told):
         machines.address()
+
+
+def test_of_two_that_end_at_once_the_one_that_lost_the_other_is_not_named(tmp_path: Path) -> None:
+    # Both have ended before the starter looks for the first time.
+    slow = _STARTER.replace("processes._SECONDS_TO_END", "processes._POLL_SECONDS = 3.0; processes._SECONDS_TO_END", 1)
+    worker = "time.sleep(1)\nsys.exit(1) if rank == 0 else os.kill(os.getpid(), signal.SIGKILL)"
+    starter = start(tmp_path, worker, starter=slow)
+    _, told = starter.communicate(timeout=60)
+    assert starter.returncode == 1 and "process 1 was ended by SIGKILL" in told
