@@ -21,7 +21,7 @@ Value = TypeVar("Value")
 class World:
     """This process among all of them.
 
-    `from_main`, `gather`, `sum`, `any`, `in_turn` and `joined` are collective: all processes call them, in the same
+    `from_main`, `gather`, `sum`, `in_turn` and `joined` are collective: all processes call them, in the same
     order. With one process they come back at once.
 
     Attributes:
@@ -79,10 +79,6 @@ class World:
         total = torch.tensor(values, dtype=torch.float64)
         torch.distributed.all_reduce(total)
         return tuple(total.tolist())
-
-    def any(self, is_so: bool) -> bool:
-        """Whether it is so in any process."""
-        return self.sum(float(is_so))[0] > 0
 
     def in_turn(self, compute: Callable[[], Value]) -> Value:
         """What each process computes for itself, process 0 first, as the others then find what it left on the disk."""
