@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 # A process a core and one thread each: the models of the tests are too small for more, and waiting threads spin.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test test-quick lint format bench set-up clean force
+.PHONY: tree help demo test test-quick lint format bench set-up clean force
 .DEFAULT_GOAL := help
 
 help:
@@ -42,6 +42,10 @@ lint: $(READY)
 format: $(READY)
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format .
+
+# The rooms and files in docs/architecture.md.
+tree: $(READY)
+	@$(BIN)/python scripts/tree.py
 
 # pytest comes last, so that its summary is the last line.
 test: lint

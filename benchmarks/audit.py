@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 
-from gemma_tune.data.audit import AuditRow, audit_rows
+from gemma_tune.data.look.audit import AuditRow, audit_rows
 
 # Words of dolly: the instruction, the context (of 30 % of the rows), the response.
 _INSTRUCTION, _CONTEXT, _RESPONSE = 12, 220, 60

@@ -84,8 +84,8 @@ def fork_command(arguments: Sequence[str]) -> Start:
     import peft  # noqa: F401
     import torch
 
-    import gemma_tune.pipeline
-    import gemma_tune.training.run  # noqa: F401
+    import gemma_tune.flows.train
+    import gemma_tune.training.train_adapter  # noqa: F401
     from gemma_tune.cli.app import main
 
     def start(folder: Path) -> int:

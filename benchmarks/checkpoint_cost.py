@@ -51,9 +51,9 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from gemma_tune import pipeline
-    from gemma_tune.engines.precision import detect_device
     from gemma_tune.engines.table import choose_engine, start_engine
+    from gemma_tune.flows import train as flow
+    from gemma_tune.machine.precision import detect_device
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.reporter import SilentReporter
     from gemma_tune.runs.summary import read_summary
@@ -70,9 +70,9 @@ def main() -> None:
         loaded = load_recipe(Path(arguments.recipe), [*settings, *arguments.overrides])
         recipe = loaded.recipe
         start_engine(choose_engine(recipe.model, training=recipe.training, device=detect_device()).name)
-        from gemma_tune.training import run as training_run
+        from gemma_tune.training import train_adapter as training_run
         from gemma_tune.training.guards import GuardCallback
-        from gemma_tune.training.trainer import TokenWeightedTrainer
+        from gemma_tune.training.loop import TokenWeightedTrainer
 
         saves, guards, rehearsals = Stopwatch(), Stopwatch(), Stopwatch()
         places: tuple[tuple[Any, str, Stopwatch], ...] = (
@@ -82,7 +82,7 @@ def main() -> None:
         )
         for owner, name, stopwatch in places:
             setattr(owner, name, stopwatch.around(getattr(owner, name)))
-        summary = read_summary(pipeline.train(loaded, reporter=SilentReporter()))
+        summary = read_summary(flow.train(loaded, reporter=SilentReporter()))
 
     steps = summary.training_seconds - saves.seconds - guards.seconds
     table = Table(title=f"{summary.model} · {summary.engine} · {summary.steps} steps of {steps / summary.steps:.3f} s")

@@ -102,11 +102,11 @@ def trl(rows: Path, cache: Path) -> Measurement:
 
 
 def ours(rows: Path, cache: Path, *, cached: bool = False) -> Measurement:
-    from gemma_tune.data.build import build_datasets
+    from gemma_tune.data.encode.encoder import Encoder
+    from gemma_tune.data.encode.pack import pack_rows
     from gemma_tune.data.inputs import open_inputs
-    from gemma_tune.data.pack import pack_rows
-    from gemma_tune.data.tokenize import Encoder
-    from gemma_tune.models.files import tokenizer_hashes
+    from gemma_tune.data.open import build_datasets
+    from gemma_tune.models.safetensors import tokenizer_hashes
     from gemma_tune.models.tokenizer import load_tokenizer
     from gemma_tune.recipe.schema import DataSection
 

@@ -41,12 +41,12 @@ SHAPE = {
 # Each way is a program of its own; it says when it begins, so that no kill is wasted on imports.
 _PROGRAMS = {
     "merge": """
-from gemma_tune.exporting.merge import merge_adapter
+from gemma_tune.exporting.merge.write import merge_adapter
 begin()
 merge_adapter(base, adapter, output, max_shard_bytes=30_000_000)
 """,
     "merged-4bit": """
-from gemma_tune.exporting.four_bit import quantize_merged
+from gemma_tune.exporting.formats.nf4 import quantize_merged
 begin()
 quantize_merged(merged, output, max_shard_bytes=10_000_000)
 """,

@@ -2,7 +2,7 @@
 
     python benchmarks/flagship.py [--shape 7b|2b|tiny] [--steps 20] [--json FILE] [section.field=value ...]
 
-Runs `recipes/gemma-7b-dolly.yaml` through `gemma_tune.pipeline.train` with the engine unsloth; only the model's
+Runs `recipes/gemma-7b-dolly.yaml` through `gemma_tune.flow.train` with the engine unsloth; only the model's
 directory, the rows' file, the number of steps and the evaluation (off) differ from the recipe. Speed and memory do not
 depend on the values of the weights; what the model learns does, so the loss says no more than that the
 steps ran. `--shape tiny` runs the same code on any machine; the other shapes end with exit code 2 where there is no
@@ -33,12 +33,12 @@ from rich.table import Table
 # A script's own folder is what Python puts first on its path, and the package may not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma_tune.data.render import render_example
-from gemma_tune.data.rows import SourceRow
-from gemma_tune.data.template import load_template
+from gemma_tune.data.rows.render import render_example
+from gemma_tune.data.rows.template import load_template
+from gemma_tune.data.sources.items import SourceRow
+from gemma_tune.models.catalogue import ARCHITECTURES
 from gemma_tune.models.config import TextConfig, check_config, read_config
-from gemma_tune.models.registry import ARCHITECTURES
-from gemma_tune.models.summary import count_lora_params, count_params, count_weight_bytes
+from gemma_tune.models.describe import count_lora_params, count_params, count_weight_bytes
 from gemma_tune.paths import RECIPES_DIR, TINY_MODEL_DIR
 from gemma_tune.runs.reporter import SilentReporter, StepProgress
 
@@ -394,8 +394,8 @@ def run_in_process_of_its_own(target: Any, *args: Any, **kwargs: Any) -> None:
 
 def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[str], tokenizer_dir: Path) -> Flagship:
     """Make the inputs in `folder` and run the recipe on them. One call a process, as with every engine."""
-    from gemma_tune import pipeline
-    from gemma_tune.engines.precision import detect_device
+    from gemma_tune.flows import train as flow
+    from gemma_tune.machine.precision import detect_device
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.record import RECORDED_PACKAGES, installed_version, read_metrics
     from gemma_tune.runs.summary import read_summary
@@ -424,7 +424,7 @@ def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[st
         num_longest=training.batch_size,
         tokenizer_dir=tokenizer_dir,
     )
-    run = pipeline.train(loaded, reporter=_Progress())
+    run = flow.train(loaded, reporter=_Progress())
 
     import torch
 

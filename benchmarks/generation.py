@@ -17,13 +17,13 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a shared machine's times worthless
 
-from gemma_tune.cli.console import Terminal, make_table
-from gemma_tune.data.sources import open_source, read_whole
-from gemma_tune.engines.quiet import libraries_to
+from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.generate import Completion
 from gemma_tune.inference.load import load_target
 from gemma_tune.inference.target import find_target
+from gemma_tune.machine.quiet import libraries_to
+from gemma_tune.terminal import Terminal, make_table
 
 MAX_NEW_TOKENS = 32
 

@@ -108,7 +108,7 @@ def make_adapter(directory: Path, base_dir: Path, *, rank: int) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from gemma_tune.models.files import stored_tensors
+    from gemma_tune.models.safetensors import stored_tensors
 
     directory.mkdir(parents=True)
     generator = torch.Generator().manual_seed(1)
@@ -157,7 +157,7 @@ _PROGRAMS = {
         who="resource.RUSAGE_CHILDREN",
     ),
     "gemma-tune": _PROGRAM.format(
-        imports="from gemma_tune.exporting.merge import merge_adapter",
+        imports="from gemma_tune.exporting.merge.write import merge_adapter",
         work="merge_adapter(base, adapter, output, dtype='auto', max_shard_bytes=2_000_000_000)",
         who="resource.RUSAGE_SELF",
     ),

@@ -30,10 +30,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flagship import SHAPES, write_dolly_like_rows, write_random_gemma
-from gemma_tune.engines.precision import Precision, detect_device
+from gemma_tune.machine.cards import detect_card
+from gemma_tune.machine.precision import Precision, detect_device
 from gemma_tune.models.config import read_config
 from gemma_tune.paths import TINY_MODEL_DIR
-from gemma_tune.planning.cards import detect_card
 from gemma_tune.planning.memory import Adapter, Batch, Execution, Numerics, activations
 from gemma_tune.planning.plan import Plan, plan_recipe
 from gemma_tune.recipe.load import load_recipe
@@ -80,7 +80,7 @@ def _cpu_point(
     import torch
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-    from gemma_tune.engines.transformers_engine import TransformersEngine
+    from gemma_tune.engines.transformers import TransformersEngine
     from gemma_tune.planning.measure import peak_bytes, saved_bytes
 
     classes = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
@@ -171,7 +171,7 @@ def gpu_points(shapes: Sequence[str]) -> Iterator[Point]:
 
 
 def _plan(overrides: Sequence[str]) -> Plan:
-    from gemma_tune.engines.precision import decide_precision
+    from gemma_tune.machine.precision import decide_precision
 
     recipe = load_recipe(Path("gemma-7b-dolly"), overrides).recipe
     precision = decide_precision(recipe.model.dtype, device=detect_device())
@@ -189,11 +189,11 @@ def _train(overrides: Sequence[str]) -> int | None:
 
 
 def _train_here(overrides: list[str], results: Any) -> None:
-    from gemma_tune import pipeline
+    from gemma_tune.flows import train as flow
     from gemma_tune.runs.reporter import SilentReporter
     from gemma_tune.runs.summary import read_summary
 
-    run = pipeline.train(load_recipe(Path("gemma-7b-dolly"), overrides), reporter=SilentReporter())
+    run = flow.train(load_recipe(Path("gemma-7b-dolly"), overrides), reporter=SilentReporter())
     results.put(read_summary(run).peak_memory_bytes)
 
 

@@ -51,10 +51,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flagship import SHAPES, run_in_process_of_its_own, write_dolly_like_rows, write_random_gemma
-from gemma_tune.data.render import Example, render_example
-from gemma_tune.data.rows import SourceRow
-from gemma_tune.data.template import load_template
-from gemma_tune.engines.precision import Precision, decide_precision, detect_device
+from gemma_tune.data.rows.render import Example, render_example
+from gemma_tune.data.rows.template import load_template
+from gemma_tune.data.sources.items import SourceRow
+from gemma_tune.machine.precision import Precision, decide_precision, detect_device
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import LORA_PROJECTIONS, TrainingSection
 from gemma_tune.runs.record import installed_version
@@ -214,8 +214,8 @@ def run_trl_and_peft(job: Job) -> Measurement:
 
 def in_training_order(job: Job) -> list[Example]:
     """The rows as gemma-tune shuffles them once, so that one number is one row for every way."""
-    from gemma_tune.data.build import read_examples
     from gemma_tune.data.inputs import open_inputs
+    from gemma_tune.data.open import read_examples
     from gemma_tune.recipe.schema import Recipe
 
     section = Recipe.model_validate(to_recipe(job, engine="auto")).data
@@ -330,14 +330,14 @@ def to_recipe(job: Job, *, engine: str) -> dict[str, Any]:
 
 def run_gemma_tune(job: Job, *, engine: str) -> Measurement:
     """`gemma-tune train`, as the command line calls it."""
-    from gemma_tune import pipeline
+    from gemma_tune.flows import train as flow
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.record import read_metrics
 
     recipe_file = Path(job.folder) / "recipe.yaml"
     recipe_file.write_text(json.dumps(to_recipe(job, engine=engine)), encoding="utf-8")  # JSON is YAML
     clock = Clock(clock_of(job))
-    run = pipeline.train(load_recipe(recipe_file), reporter=clock)
+    run = flow.train(load_recipe(recipe_file), reporter=clock)
     num_rows = len(read_rows(Path(job.rows_file)))
     step_seconds = of_last_epoch(clock.ends)
     tokens = [row["num_tokens"] for row in read_metrics(run) if "num_tokens" in row]

@@ -12,12 +12,12 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.recipe import load as recipes
 from gemma_tune.recipe.load import LoadedRecipe
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
-    from gemma_tune.exporting.run import ExportOutcome
+    from gemma_tune.exporting.export import ExportOutcome
     from gemma_tune.inference.score import TextScore
     from gemma_tune.planning.plan import Plan
     from gemma_tune.runs.layout import RunDir
@@ -51,7 +51,7 @@ def plan(recipe: AnyPath | LoadedRecipe, overrides: Sequence[str] = (), *, gpu: 
         EngineError: no such card, or it cannot compute what the recipe asks.
     """
     from gemma_tune.engines.settle import settle
-    from gemma_tune.planning.cards import CARDS, detect_card, find_card
+    from gemma_tune.machine.cards import CARDS, detect_card, find_card
     from gemma_tune.planning.plan import plan_recipe
 
     loaded = _loaded(recipe, overrides)
@@ -82,11 +82,11 @@ def train(
     Raises:
         TrainingInterrupted: stopped by the user or by training.max_minutes; what was trained is saved.
     """
-    from gemma_tune import pipeline
+    from gemma_tune.flows import train as flow
 
     loaded = _loaded(recipe, overrides)
     with _reporting(reporter) as told:
-        return pipeline.train(loaded, reporter=told, resume=resume, from_step=from_checkpoint)
+        return flow.train(loaded, reporter=told, resume=resume, from_step=from_checkpoint)
 
 
 def export(
@@ -114,11 +114,11 @@ def export(
         CheckFailed: an export was written and does not compare as it should.
         ExportError: it cannot be made.
     """
-    from gemma_tune import pipeline
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.flows.export import export_model
+    from gemma_tune.machine.quiet import libraries_to
 
     with _reporting(reporter) as told, libraries_to(None):
-        outcome = pipeline.export_model(
+        outcome = export_model(
             Path(source),
             [formats] if isinstance(formats, str) else formats,
             output=None if output is None else Path(output),

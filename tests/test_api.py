@@ -14,7 +14,7 @@ import pytest
 import gemma_tune
 from gemma_tune import api
 from gemma_tune.errors import EngineError, RecipeError
-from gemma_tune.planning.cards import CARDS
+from gemma_tune.machine.cards import CARDS
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "datasets", "numpy", "pydantic", "rich", "typer", "ruamel"}
@@ -62,14 +62,14 @@ def test_the_stub_the_names_and_the_functions_agree() -> None:
 
 
 def test_export_stays_the_function_when_the_subpackage_is_imported() -> None:
-    import gemma_tune.exporting.formats
+    import gemma_tune.exporting.formats.table
     from gemma_tune import export
-    from gemma_tune.exporting import formats
+    from gemma_tune.exporting.formats import table as formats
 
     assert export is api.export
     assert gemma_tune.export is api.export
     assert "merged-16bit" in formats.FORMATS
-    assert sys.modules["gemma_tune.exporting.formats"] is formats
+    assert sys.modules["gemma_tune.exporting.formats.table"] is formats
 
 
 def test_a_plan_is_that_of_the_command(tmp_path: Path) -> None:

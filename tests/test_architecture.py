@@ -14,22 +14,30 @@ from pathlib import Path
 
 import pytest
 
+from scripts import tree
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gemma_tune"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A package imports itself and what stands in an earlier row; the packages of one row do not know each other.
 ROWS = (
-    {"errors", "paths"},
+    {"errors", "paths", "text"},
+    {"disk", "identity", "secrets", "yaml_io"},
+    {"machine"},
     {"models"},
     {"recipe"},
     {"runs"},
-    {"data", "engines", "planning", "reporting"},
-    {"training", "inference", "exporting", "launching"},
-    {"evaluation", "doctor"},
-    {"pipeline"},
-    {"cli"},
+    {"data", "engines"},
+    {"planning"},
+    {"training", "inference"},
+    {"reporting"},
+    {"exporting"},
+    {"evaluation", "launching", "doctor"},
+    {"flows"},
+    {"terminal"},
     {"api"},
+    {"cli"},
 )
 ROW_OF = {package: number for number, packages in enumerate(ROWS) for package in packages}
 HEAVY = {"torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "datasets", "accelerate", "bitsandbytes"}
@@ -156,7 +164,7 @@ def test_ruff_lets_only_leafs_import_heavy_libraries() -> None:
 
 @pytest.mark.parametrize(
     ("library", "owner"),
-    [("unsloth", "gemma_tune.engines.unsloth_engine"), ("trl", "gemma_tune.training.trainer")],
+    [("unsloth", "gemma_tune.engines.unsloth"), ("trl", "gemma_tune.training.loop")],
 )
 def test_one_file_knows_the_library(library: str, owner: str) -> None:
     users = {module for module, items in IMPORTS.items() if any(item.module.split(".")[0] == library for item in items)}
@@ -164,12 +172,11 @@ def test_one_file_knows_the_library(library: str, owner: str) -> None:
 
 
 def test_only_the_console_prints() -> None:
-    """Programs of their own, such as the one that makes the embedded model, print as they like."""
     printing = []
     for path in FILES:
         tree = _parse(path)
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"]
-        if calls and not _module(path).startswith(("gemma_tune.cli.console", "gemma_tune.models.tiny.")):
+        if calls and not _module(path).startswith(("gemma_tune.terminal", "tools.tiny.")):
             printing.append(f"{_module(path)} line {calls[0].lineno}")
     assert not printing
 
@@ -242,13 +249,6 @@ def test_start_up_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> N
     assert not slow & set(told["modules"])
 
 
-def test_readme_tree_names_every_file() -> None:
-    """A line a file: its name, blanks, and a phrase. Below a folder's line the names may stand without the folder."""
-    lines = [line.split() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
-    named = {words[0].rsplit("/", 1)[-1] for words in lines if len(words) > 1 and words[0].endswith(".py")}
-    missing = {path.name for path in FILES if path.name != "__init__.py"} - named
-    assert not missing, f"the tree in README.md lacks {sorted(missing)}"
-    gone = named - {
-        path.name for folder in ("gemma_tune", "tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")
-    }
-    assert not gone, f"the tree in README.md names files that are gone: {sorted(gone)}"
+def test_document_lists_every_room_and_file() -> None:
+    text = tree.DOCUMENT.read_text(encoding="utf-8")
+    assert text == tree.updated(text), "run: make tree"

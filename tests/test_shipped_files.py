@@ -11,8 +11,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from gemma_tune.data.inputs import detect_template
-from gemma_tune.data.template import load_template
-from gemma_tune.models.registry import find_model
+from gemma_tune.data.rows.template import load_template
+from gemma_tune.models.catalogue import find_model
 from gemma_tune.paths import DATA_TEMPLATES_DIR, RECIPES_DIR
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe

@@ -11,7 +11,6 @@ import typer
 from gemma_tune.cli.benchmark import benchmark
 from gemma_tune.cli.chat import chat
 from gemma_tune.cli.compare import compare
-from gemma_tune.cli.console import Terminal
 from gemma_tune.cli.data import data_app
 from gemma_tune.cli.doctor import doctor
 from gemma_tune.cli.evaluate import evaluate
@@ -32,7 +31,8 @@ from gemma_tune.cli.train import train
 from gemma_tune.cli.validate import validate
 from gemma_tune.cli.verify import verify
 from gemma_tune.errors import GemmaTuneError
-from gemma_tune.runs.secrets import mask_secrets
+from gemma_tune.secrets import mask_secrets
+from gemma_tune.terminal import Terminal
 
 app = typer.Typer(
     name="gemma-tune",

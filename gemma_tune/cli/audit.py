@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from gemma_tune.cli.console import Terminal, make_table
 from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.terminal import Terminal, make_table
 
 if TYPE_CHECKING:
-    from gemma_tune.data.audit import AuditReport
+    from gemma_tune.data.look.audit import AuditReport
 
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 _BAR_CHARS = 40
@@ -71,7 +71,7 @@ def parse_threshold(text: str) -> Threshold:
     Raises:
         DataError: the text is none of these.
     """
-    from gemma_tune.data.audit import FINDING_KINDS
+    from gemma_tune.data.look.audit import FINDING_KINDS
 
     if text == "error":
         return Threshold(severities=("error",))

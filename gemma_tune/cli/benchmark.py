@@ -12,9 +12,9 @@ from rich.text import Text
 
 from gemma_tune.cli.answering import TargetName
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, PUBLISHED_MODELS, PUBLISHED_SOURCE
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.benchmarks import BenchmarkResult
@@ -70,9 +70,9 @@ def benchmark(
 
     A run or an adapter is measured with its base. A run keeps its results, and makes again only what has changed.
     """
-    from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.evaluation.benchmarks import BenchmarkSettings, choose_tasks, require_harness, run_benchmarks
     from gemma_tune.inference.target import find_target
+    from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.runs.layout import open_run
 
     terminal = Terminal()

@@ -28,8 +28,8 @@ from gemma_tune.cli.answering import (
     TopK,
     TopP,
 )
-from gemma_tune.cli.console import Terminal
 from gemma_tune.errors import DataError, GemmaTuneError, did_you_mean
+from gemma_tune.terminal import Terminal
 
 if TYPE_CHECKING:
     from gemma_tune.inference.chat import Talk
@@ -62,11 +62,11 @@ def chat(
     stop: StopStrings = None,
 ) -> None:
     """Talk with a model that knows chat turns. In a pipe, every line of stdin is a message."""
-    from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.inference.ask import AnswerSettings
     from gemma_tune.inference.chat import Talk, require_turns
     from gemma_tune.inference.sampling import choose_sampling
     from gemma_tune.inference.target import find_target
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     settings = AnswerSettings(

@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.errors import DataError
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.comparison import Comparison
@@ -91,10 +91,10 @@ def compare(
 
     A judge model sees every pair in both orders; its key, if it needs one, comes from GEMMA_TUNE_JUDGE_API_KEY.
     """
-    from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.evaluation.compare import compare_models, find_contenders
     from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
     from gemma_tune.inference.ask import AnswerSettings
+    from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.reporting.compare_page import write_compare_page
 
     terminal = Terminal()

@@ -10,9 +10,9 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.reporting.numbers import format_bytes
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 data_app = typer.Typer(help="What is trained: look at it, audit it.", no_args_is_help=True)
 RowsOrRecipe = Annotated[
@@ -37,16 +37,16 @@ def preview(
     as_json: AsJson = False,
 ) -> None:
     """Show rows as the model will see them, token by token, with what is trained marked; and the counts of all rows."""
-    from gemma_tune import pipeline
-    from gemma_tune.data.preview import preview_rows
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.data.look.preview import preview_rows
+    from gemma_tune.data.open import load_data, open_data
+    from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.recipe.load import load_recipe_or_rows
 
     terminal = Terminal()
     loaded = load_recipe_or_rows(recipe, overrides or ()).recipe
     with libraries_to(None):
-        base, inputs = pipeline.open_data(loaded)
-        tokenizer, encoder, datasets = pipeline.load_data(loaded, base=base, inputs=inputs)
+        base, inputs = open_data(loaded)
+        tokenizer, encoder, datasets = load_data(loaded, base=base, inputs=inputs)
     rows = preview_rows(datasets, tokenizer, control_ids=encoder.control_ids, side=side, count=num_rows, at=at)
     if as_json:
         terminal.json({"report": asdict(datasets.report), "rows": [asdict(row) for row in rows]})
@@ -83,16 +83,16 @@ def audit(
     as_json: AsJson = False,
 ) -> None:
     """Look for what ruins a fine-tune: duplicates, leaks, damage, personal data, rows that do not fit."""
-    from gemma_tune import pipeline
     from gemma_tune.cli.audit import parse_threshold, print_audit, threshold_passed
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.data.look.survey import audit_data
+    from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.recipe.load import load_recipe_or_rows
 
     terminal = Terminal()
     loaded = load_recipe_or_rows(recipe, overrides or ())
     threshold = parse_threshold(fail_on) if fail_on else None
     with libraries_to(None), TerminalReporter(terminal) as reporter:
-        report = pipeline.audit_data(loaded.recipe, reporter=reporter)
+        report = audit_data(loaded.recipe, reporter=reporter)
     if html is not None:
         from gemma_tune.reporting.audit_page import write_audit_page
 
@@ -113,8 +113,8 @@ def audit(
 @data_app.command("clear-cache")
 def clear_cache() -> None:
     """Remove the token cache; the next training encodes its rows again."""
-    from gemma_tune.data.cache import cache_dir
-    from gemma_tune.data.cache import clear_cache as clear
+    from gemma_tune.data.encode.cache import cache_dir
+    from gemma_tune.data.encode.cache import clear_cache as clear
 
     num_entries, num_bytes = clear()
     Terminal().note(f"[green]✓[/] removed {num_entries} entries, {format_bytes(num_bytes)}, of {cache_dir()}")

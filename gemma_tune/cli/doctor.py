@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides
-from gemma_tune.cli.console import Terminal, TerminalReporter
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.doctor.finding import Finding

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, RunPath
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.runs.evaluation import (
     METRICS,
     Evaluation,
@@ -22,6 +21,7 @@ from gemma_tune.runs.evaluation import (
     read_evaluation,
 )
 from gemma_tune.runs.layout import RunDir, open_run
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 _STYLES = {"better": "green", "worse": "red", None: ""}
 # What is shown of each category; --json has all of it.
@@ -63,8 +63,8 @@ def evaluate(
 
     Every figure has its 95 % interval. The figures stay in the run and are measured again only when something changed.
     """
-    from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.evaluation.evaluate import EvaluateSettings, evaluate_run, parse_sides
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     opened = open_run(run)

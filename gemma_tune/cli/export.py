@@ -11,15 +11,15 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.errors import ExportError
 from gemma_tune.reporting.numbers import format_bytes
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
-    from gemma_tune.exporting.combine import CombineMethod
-    from gemma_tune.exporting.parity import Distance
-    from gemma_tune.exporting.run import Exported, ExportOutcome
+    from gemma_tune.exporting.export import Exported, ExportOutcome
+    from gemma_tune.exporting.merge.combine import CombineMethod
     from gemma_tune.exporting.source import Combination
+    from gemma_tune.exporting.verify.parity import Distance
 
 SourcePath = Annotated[
     Path,
@@ -138,12 +138,12 @@ def run_export(
     combination: Combination | None = None,
 ) -> None:
     """What `export` and `merge` do."""
-    from gemma_tune import pipeline
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.flows.export import export_model
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     with TerminalReporter(terminal) as reporter, libraries_to(None):
-        outcome = pipeline.export_model(
+        outcome = export_model(
             source,
             formats,
             output=output,

@@ -26,8 +26,8 @@ from gemma_tune.cli.answering import (
     TopP,
 )
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.errors import DataError
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.inference.ask import Answered
@@ -73,11 +73,11 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Ask a model, with the template it was trained with. A single answer appears as it is written."""
-    from gemma_tune.engines.quiet import libraries_to
     from gemma_tune.inference.ask import AnswerSettings, answer_questions, open_answer_file
     from gemma_tune.inference.questions import questions_of, read_questions, read_stdin_question
     from gemma_tune.inference.sampling import choose_sampling
     from gemma_tune.inference.target import find_target
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     if prompt and file is not None:

@@ -14,14 +14,14 @@ from rich.markup import escape
 from rich.prompt import Prompt
 from rich.text import Text
 
-from gemma_tune.cli.console import Terminal, make_table
 from gemma_tune.errors import DataError, EngineError, GemmaTuneError, ModelError, RecipeError
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
+from gemma_tune.terminal import Terminal, make_table
 
 if TYPE_CHECKING:
-    from gemma_tune.data.glance import Goal
     from gemma_tune.data.inputs import Inputs
-    from gemma_tune.planning.cards import Card
+    from gemma_tune.data.look.glance import Goal
+    from gemma_tune.machine.cards import Card
     from gemma_tune.planning.propose import Proposal
 
 _NO_CARD = "none"
@@ -74,7 +74,7 @@ def init(
 
     It asks for what is not given; where nobody can be asked, it says what is missing.
     """
-    from gemma_tune.data.glance import open_rows, read_columns
+    from gemma_tune.data.look.glance import open_rows, read_columns
     from gemma_tune.recipe.commented import format_recipe, write_new
 
     terminal = Terminal()
@@ -123,7 +123,7 @@ def _parse_columns(given: Sequence[str]) -> dict[str, str]:
 
 def _require_flags(*, goal: str | None, gpu: str | None) -> None:
     """Refuse to guess silently where nobody can be asked."""
-    from gemma_tune.planning.cards import detect_card
+    from gemma_tune.machine.cards import detect_card
 
     missing = [] if goal else ["--goal chat, instruct or complete"]
     if gpu is None and detect_card() is None:
@@ -163,7 +163,7 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
 
 
 def _settle_goal(terminal: Terminal, columns: Sequence[str], *, model: str | None, asks: bool) -> Goal:
-    from gemma_tune.data.glance import GOALS, likely_goal
+    from gemma_tune.data.look.glance import GOALS, likely_goal
 
     likely: Goal = "chat" if _is_tuned(model) else likely_goal(columns)
     if not asks:
@@ -175,7 +175,7 @@ def _settle_goal(terminal: Terminal, columns: Sequence[str], *, model: str | Non
 
 def _is_tuned(model: str | None) -> bool | None:
     """None: not known, or no matter, as the embedded model knows chat turns without having learned them."""
-    from gemma_tune.models.registry import TINY, resolve_model
+    from gemma_tune.models.catalogue import TINY, resolve_model
 
     row = None if model is None else resolve_model(model).model
     return None if row is None or row.name == TINY else row.is_instruction_tuned
@@ -204,7 +204,7 @@ def _settle_template(
     guesses: bool,
 ) -> tuple[str, dict[str, str]]:
     """The template, and field → column where rows have names of their own."""
-    from gemma_tune.data.glance import GOALS, find_template, guess_columns, likely_goal
+    from gemma_tune.data.look.glance import GOALS, find_template, guess_columns, likely_goal
 
     template = find_template(columns, mapped, goal=goal)
     if template is not None:
@@ -231,7 +231,7 @@ def _settle_template(
 
 
 def _settle_card(terminal: Terminal, gpu: str | None, *, asks: bool) -> Card | None:
-    from gemma_tune.planning.cards import detect_card, find_card
+    from gemma_tune.machine.cards import detect_card, find_card
 
     def read(answer: str) -> Card | None:
         return None if answer.lower() == _NO_CARD else find_card(answer)
@@ -255,9 +255,9 @@ def _proposer(
     source: str, inputs: Inputs, *, template: str, columns: dict[str, str], card: Card | None
 ) -> Callable[[str], Proposal | None]:
     """What proposes a recipe for a model; rows are measured once for each tokenizer that is here."""
-    from gemma_tune.data.glance import measure_rows
-    from gemma_tune.engines.precision import Precision
+    from gemma_tune.data.look.glance import measure_rows
     from gemma_tune.engines.settle import settle
+    from gemma_tune.machine.precision import Precision
     from gemma_tune.planning.propose import RowFacts, propose
     from gemma_tune.recipe.schema import DataSection, Recipe
 
@@ -275,7 +275,7 @@ def _proposer(
 
 def _tokenizer_of(model: str) -> Path | None:
     """Its tokenizer.json, where the model is a directory on this machine."""
-    from gemma_tune.models.registry import resolve_model
+    from gemma_tune.models.catalogue import resolve_model
 
     path = Path(resolve_model(model).location) / "tokenizer.json"
     return path if path.is_file() else None
@@ -333,8 +333,8 @@ def _figures(proposal: Proposal) -> tuple[str | None, ...]:
 
 def _header(proposal: Proposal, *, source: str, goal: Goal, output: Path) -> dict[str, str]:
     """The comments at the top, as shipped recipes have them."""
-    from gemma_tune.data.glance import GOALS
-    from gemma_tune.models.registry import resolve_model
+    from gemma_tune.data.look.glance import GOALS
+    from gemma_tune.models.catalogue import resolve_model
 
     plan, command = proposal.plan, f"gemma-tune train {shlex.quote(str(output))}"
     header = {"Goal": f"{GOALS[goal].about}, on the rows of {source}."}

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal
+from gemma_tune.terminal import Terminal
 
 
 def _option(panel: str, text: str, *, metavar: str | None = None, min: int | None = None) -> Any:

@@ -13,7 +13,7 @@ from gemma_tune.cli.export import (
     Verify,
     run_export,
 )
-from gemma_tune.exporting.formats import MERGED
+from gemma_tune.exporting.formats.table import MERGED
 
 
 def merge(

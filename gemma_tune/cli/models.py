@@ -11,11 +11,11 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
-    from gemma_tune.models.registry import GemmaModel
+    from gemma_tune.models.catalogue import GemmaModel
 
 models_app = typer.Typer(help="The Gemma models that gemma-tune knows.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ models_app = typer.Typer(help="The Gemma models that gemma-tune knows.", no_args
 @models_app.command("list")
 def list_models(as_json: AsJson = False) -> None:
     """List the known models."""
-    from gemma_tune.models.registry import MODELS
+    from gemma_tune.models.catalogue import MODELS
 
     terminal = Terminal()
     if as_json:
@@ -73,9 +73,9 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's facts and its layer table with parameter counts."""
+    from gemma_tune.models.catalogue import describe_config, describe_model, resolve_model
+    from gemma_tune.models.describe import count_lora_params, count_weight_bytes, summarize
     from gemma_tune.models.fetch import fetch_config
-    from gemma_tune.models.registry import describe_config, describe_model, resolve_model
-    from gemma_tune.models.summary import count_lora_params, count_weight_bytes, summarize
 
     terminal = Terminal()
     source = resolve_model(name)
@@ -121,8 +121,8 @@ def download(
 ) -> None:
     """Download a model before it is needed; an interrupted download goes on where it stopped."""
     from gemma_tune.models.fetch import fetch_model
-    from gemma_tune.models.files import directory_bytes
-    from gemma_tune.models.kaggle import fetch_kaggle_model, is_kaggle_handle
+    from gemma_tune.models.hub.kaggle import fetch_kaggle_model, is_kaggle_handle
+    from gemma_tune.models.safetensors import directory_bytes
 
     terminal = Terminal()
     if is_kaggle_handle(name):

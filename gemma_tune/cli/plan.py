@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal
 from gemma_tune.reporting.numbers import format_seconds
+from gemma_tune.terminal import Terminal
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from gemma_tune.engines.precision import Precision
-    from gemma_tune.planning.cards import Card
+    from gemma_tune.machine.cards import Card
+    from gemma_tune.machine.precision import Precision
     from gemma_tune.planning.changes import Change
     from gemma_tune.planning.plan import Part, Plan
     from gemma_tune.recipe.schema import Recipe
@@ -47,7 +47,7 @@ def plan(
 
     Exit code 0: it fits; 1: it does not.
     """
-    from gemma_tune.planning.cards import CARDS, TABLE_CARDS, detect_card, find_card
+    from gemma_tune.machine.cards import CARDS, TABLE_CARDS, detect_card, find_card
     from gemma_tune.planning.plan import plan_recipe, plan_table
     from gemma_tune.recipe.load import load_recipe
 

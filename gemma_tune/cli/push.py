@@ -10,9 +10,9 @@ import typer
 from rich.markup import escape
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.errors import counted
 from gemma_tune.reporting.numbers import format_bytes
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 
 def push(
@@ -34,9 +34,9 @@ def push(
     as_json: AsJson = False,
 ) -> None:
     """Push a finished export to the Hugging Face Hub, with the token of `hf auth login` or HF_TOKEN."""
-    from gemma_tune.engines.quiet import libraries_to
-    from gemma_tune.exporting import hub
-    from gemma_tune.reporting.model_card import CARD_FILE
+    from gemma_tune.exporting import push as hub
+    from gemma_tune.machine.quiet import libraries_to
+    from gemma_tune.reporting.card import CARD_FILE
 
     terminal = Terminal()
     directory = hub.find_export(path)

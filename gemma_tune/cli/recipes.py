@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, make_table
 from gemma_tune.paths import RECIPES_DIR
+from gemma_tune.terminal import Terminal, make_table
 
 recipes_app = typer.Typer(help="The recipes that ship with gemma-tune.", no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)]

@@ -12,17 +12,17 @@ from rich.markup import escape
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, make_table
 from gemma_tune.cli.evaluate import print_stored_evaluation
 from gemma_tune.cli.export import print_exports
 from gemma_tune.errors import RunError
+from gemma_tune.reporting.facts import differing_settings, gather_facts, results_side_by_side
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
-from gemma_tune.reporting.report import HTML_FILE, write_report, write_reports
-from gemma_tune.reporting.run_facts import differing_settings, gather_facts, results_side_by_side
+from gemma_tune.reporting.write_report import HTML_FILE, write_report, write_reports
 from gemma_tune.runs.evaluation import read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.record import read_manifest
 from gemma_tune.runs.summary import RunSummary, read_summary
+from gemma_tune.terminal import Terminal, make_table
 
 
 def report(
@@ -137,7 +137,7 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
     terminal.result(make_table(("file", "where"), files))
     exports = _exports(run)
     if exports:
-        from gemma_tune.exporting.run import outcome_of
+        from gemma_tune.exporting.export import outcome_of
 
         print_exports(terminal, outcome_of(exports, None))
     terminal.result("")

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson, RunPath
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.runs.layout import open_run
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 
 def reproduce(
@@ -22,11 +22,11 @@ def reproduce(
 
     With --check: exit code 1 when something differs from what the run was trained with.
     """
-    from gemma_tune import pipeline
+    from gemma_tune.flows.reproduce import reproduce_run
 
     terminal = Terminal()
     with TerminalReporter(terminal) as reporter:
-        found = pipeline.reproduce_run(open_run(run), reporter=reporter, check_only=check)
+        found = reproduce_run(open_run(run), reporter=reporter, check_only=check)
     if as_json:
         new_run = str(found.run.path) if found.run is not None else None
         terminal.json({"differences": found.differences, "run": new_run, "equal": None if check else found.is_equal})

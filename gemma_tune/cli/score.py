@@ -10,8 +10,8 @@ import typer
 
 from gemma_tune.cli.answering import Base, TargetName, TemplateName
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter, make_table
 from gemma_tune.errors import DataError
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.inference.score import TextScore
@@ -41,10 +41,10 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Tell how likely a model finds answers: log-likelihood and perplexity, a single one token by token."""
-    from gemma_tune.data.sources import open_source, read_whole
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.data.sources.source import open_source, read_whole
     from gemma_tune.inference.questions import questions_of
     from gemma_tune.inference.target import find_target
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     if (file is None) == (prompt is None and response is None) or (prompt is None) != (response is None):

@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.cli.processes import Machines, end_with_the_starter, run_processes
 from gemma_tune.cli.report import print_report
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 
 def train(
@@ -49,8 +49,9 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a Gemma: check, load, answer, train, answer again, and say what came out."""
-    from gemma_tune import pipeline
-    from gemma_tune.engines.world import world_of
+    from gemma_tune.flows import train as flow
+    from gemma_tune.flows.export import exports_of
+    from gemma_tune.machine.world import world_of
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.reporter import SilentReporter
 
@@ -63,10 +64,10 @@ def train(
         raise typer.Exit(code)
     end_with_the_starter()
     if not world.is_main:
-        pipeline.train(loaded, reporter=SilentReporter(), resume=resume, from_step=from_checkpoint, world=world)
+        flow.train(loaded, reporter=SilentReporter(), resume=resume, from_step=from_checkpoint, world=world)
         return
     with TerminalReporter(terminal) as reporter:
-        run = pipeline.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint, world=world)
+        run = flow.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint, world=world)
     print_report(terminal, run, as_json=as_json)
     if loaded.recipe.export.formats:
-        pipeline.exports_of(run).require_passed()
+        exports_of(run).require_passed()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.console import Terminal
+from gemma_tune.terminal import Terminal
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe without loading a model: keys, values, model name and data template."""
-    from gemma_tune.data.template import check_named
-    from gemma_tune.models.registry import resolve_model
+    from gemma_tune.data.rows.template import check_named
+    from gemma_tune.models.catalogue import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
 
     terminal = Terminal()

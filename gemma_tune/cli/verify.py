@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.cli.console import Terminal, TerminalReporter
 from gemma_tune.cli.export import BaseName, Positions, print_outcome
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 
 def verify(
@@ -28,10 +28,10 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Run exports again and compare them with base + adapter. Exit code 1: one did not pass."""
-    from gemma_tune import pipeline
-    from gemma_tune.engines.quiet import libraries_to
+    from gemma_tune.flows.export import verify_model
+    from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     with TerminalReporter(terminal) as reporter, libraries_to(None):
-        outcome = pipeline.verify_model(path, of=of, base=base, num_positions=positions, reporter=reporter)
+        outcome = verify_model(path, of=of, base=base, num_positions=positions, reporter=reporter)
     print_outcome(terminal, outcome, as_json=as_json)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma_tune.data.sources import TINY_WORLD, Source, open_source, read_whole
-from gemma_tune.data.template import DataTemplate, list_templates, load_template
+from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
+from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole
 from gemma_tune.errors import DataError, did_you_mean
 from gemma_tune.recipe.schema import DataSection, MixSection
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
-from gemma_tune.doctor.probe import Probed
+from gemma_tune.machine.child import Probed
 from gemma_tune.runs.record import installed_version
 
 # Relative; the layer computes in float32, or in the card's TF32.

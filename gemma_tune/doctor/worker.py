@@ -52,7 +52,7 @@ def probe_torch(tell: Teller, arguments: Mapping[str, Any]) -> None:
 
     tell.facts(version=torch.__version__, built_for=torch.version.cuda)
     tell.step("starting CUDA")
-    from gemma_tune.engines.precision import detect_device
+    from gemma_tune.machine.precision import detect_device
 
     if torch.version.cuda is not None:
         try:
@@ -111,7 +111,7 @@ def probe_engine(tell: Teller, arguments: Mapping[str, Any]) -> None:
     start_engine(engine)
     tell.facts(engine=engine)
     tell.step("importing trl")
-    importlib.import_module("gemma_tune.training.trainer")
+    importlib.import_module("gemma_tune.training.loop")
     tell.facts(trainer="trl")
 
 
@@ -120,7 +120,7 @@ def probe_places(tell: Teller, arguments: Mapping[str, Any]) -> None:
     tell.step("importing huggingface_hub")
     from huggingface_hub import constants
 
-    from gemma_tune.data.cache import cache_dir
+    from gemma_tune.data.encode.cache import cache_dir
 
     tell.facts(hub_cache=str(constants.HF_HUB_CACHE), token_cache=str(cache_dir()))
 
@@ -131,7 +131,7 @@ def probe_hub(tell: Teller, arguments: Mapping[str, Any]) -> None:
     import httpx
     from huggingface_hub import constants, get_session, get_token
 
-    from gemma_tune.models.hub_access import reason_of
+    from gemma_tune.models.hub.access import reason_of
 
     tell.facts(is_offline=constants.HF_HUB_OFFLINE)
     token = get_token()
@@ -154,9 +154,9 @@ def probe_hub(tell: Teller, arguments: Mapping[str, Any]) -> None:
 def probe_model(tell: Teller, arguments: Mapping[str, Any]) -> None:
     """Whether the model of a recipe is here, or the hub would give it."""
     from gemma_tune.errors import ModelError
-    from gemma_tune.models.download import wanted_files
-    from gemma_tune.models.hub_access import ask_hub, cached_directory
-    from gemma_tune.models.registry import resolve_model
+    from gemma_tune.models.catalogue import resolve_model
+    from gemma_tune.models.hub.access import ask_hub, cached_directory
+    from gemma_tune.models.hub.download import wanted_files
 
     tell.step("looking for the model")
     try:
@@ -177,7 +177,7 @@ def probe_data(tell: Teller, arguments: Mapping[str, Any]) -> None:
     """Open every source of a recipe and read its first rows."""
     from gemma_tune.data.inputs import open_inputs
     from gemma_tune.errors import GemmaTuneError
-    from gemma_tune.models.registry import resolve_model
+    from gemma_tune.models.catalogue import resolve_model
     from gemma_tune.recipe.schema import DataSection
 
     tell.step("reading the rows")

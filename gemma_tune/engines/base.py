@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma_tune.engines.precision import Precision
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
 

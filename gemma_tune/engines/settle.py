@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gemma_tune.engines.precision import Device, Precision, decide_precision
 from gemma_tune.engines.table import choose_engine
+from gemma_tune.machine.precision import Device, Precision, decide_precision
 from gemma_tune.recipe.schema import Recipe
 
 

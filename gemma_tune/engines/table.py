@@ -7,13 +7,13 @@ import importlib.util
 from dataclasses import dataclass
 
 from gemma_tune.engines.base import Engine
-from gemma_tune.engines.precision import Device, decide_precision
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.precision import Device, decide_precision
 from gemma_tune.recipe.schema import ModelSection, TrainingSection
 
 ENGINES = {
-    "unsloth": "gemma_tune.engines.unsloth_engine:UnslothEngine",
-    "transformers": "gemma_tune.engines.transformers_engine:TransformersEngine",
+    "unsloth": "gemma_tune.engines.unsloth:UnslothEngine",
+    "transformers": "gemma_tune.engines.transformers:TransformersEngine",
 }
 
 

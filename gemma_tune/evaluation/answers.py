@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from gemma_tune.data.render import Example
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.data.rows.render import Example
 from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.evaluation.metrics import is_exact_match
 from gemma_tune.inference.generate import Completion, generate_completions

@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemma_tune.data.sources import open_source, read_whole
+from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError, EngineError, ModelError, did_you_mean
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchmark
 from gemma_tune.evaluation.identity import target_identity
 from gemma_tune.evaluation.intervals import share_estimate
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.models.files import file_sha256
+from gemma_tune.models.safetensors import file_sha256
 from gemma_tune.runs.evaluation import Estimate
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import installed_version, read_json, utc_now, write_json

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.data.encoded import EncodedRows
+from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.errors import DataError, ModelError, did_you_mean
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, judge_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
 from gemma_tune.inference.target import Target, find_target
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.files import file_hashes, file_sha256
+from gemma_tune.models.safetensors import file_hashes, file_sha256
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import (

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from gemma_tune.data.encoded import EncodedRows
-from gemma_tune.data.segments import Segment
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.encode.arrays import EncodedRows
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.data.rows.segments import Segment
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.tiny.documents import iter_documents
-from gemma_tune.models.tiny.world import build_world
+from tools.tiny.documents import iter_documents
+from tools.tiny.world import build_world
 
 _FILE = Path(__file__).with_name("general.jsonl")
 _TINY = "gemma-tiny"

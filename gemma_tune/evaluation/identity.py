@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.models.files import file_sha256, file_stamp
+from gemma_tune.models.safetensors import file_sha256, file_stamp
 
 
 def target_identity(target: Target | GgufTarget) -> dict[str, Any]:

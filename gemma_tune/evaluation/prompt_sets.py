@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.sources import open_source, read_whole
+from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError, did_you_mean
 from gemma_tune.evaluation.answer_rules import check_rules
 

@@ -6,20 +6,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.data.build import build_datasets
-from gemma_tune.data.cache import cache_key
-from gemma_tune.data.chat import ChatRenderer
-from gemma_tune.data.encoded import EncodedRows
+from gemma_tune.data.encode.arrays import EncodedRows
+from gemma_tune.data.encode.cache import cache_key
+from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.render import Example, render_example
-from gemma_tune.data.rows import told
-from gemma_tune.data.segments import RowError
-from gemma_tune.data.sources import open_source, read_whole
-from gemma_tune.data.template import DataTemplate
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.open import build_datasets
+from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.render import Example, render_example
+from gemma_tune.data.rows.segments import RowError
+from gemma_tune.data.rows.template import DataTemplate
+from gemma_tune.data.sources.items import told
+from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.files import tokenizer_hashes
+from gemma_tune.models.safetensors import tokenizer_hashes
 from gemma_tune.recipe.schema import DataSection
 
 

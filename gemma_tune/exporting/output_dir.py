@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ExportError
-from gemma_tune.models.files import file_stamp
+from gemma_tune.models.safetensors import file_stamp
 from gemma_tune.runs.record import sync_directory, sync_file, take_lock, write_json
 
 _FREE_SLACK_BYTES = 64 << 20

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.errors import ExportError, RunError
-from gemma_tune.exporting.adapter import public_name
-from gemma_tune.exporting.lora_adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
+from gemma_tune.exporting.formats.adapter import public_name
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.files import file_hashes, file_sha256
+from gemma_tune.models.safetensors import file_hashes, file_sha256
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.record import read_json
 
 if TYPE_CHECKING:
-    from gemma_tune.exporting.combine import CombineMethod
+    from gemma_tune.exporting.merge.combine import CombineMethod
 
 TEMPLATE_FILE = "template.yaml"
 
@@ -88,7 +88,7 @@ def combine_sources(source: ExportSource, combination: Combination, *, directory
 
     The result is of no run, so nothing is known of its training.
     """
-    from gemma_tune.exporting.combine import combine_adapters
+    from gemma_tune.exporting.merge.combine import combine_adapters
 
     opened = [source, *(open_source(path) for path in combination.others)]
     decided = {**asdict(combination), "others": [each.adapter_hashes() for each in opened]}

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.models.files import (
+from gemma_tune.models.catalogue import GEMMA_TERMS, GemmaModel
+from gemma_tune.models.safetensors import (
     CHAT_TEMPLATE_FILES,
     GENERATION_CONFIG_FILE,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
 )
-from gemma_tune.models.registry import GEMMA_TERMS, GemmaModel
 from gemma_tune.runs.record import write_text
 
 NOTICE_FILE = "NOTICE"

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tune.data.render import render_prompt
-from gemma_tune.data.segments import RowError
+from gemma_tune.data.rows.render import render_prompt
+from gemma_tune.data.rows.segments import RowError
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_file import AnswerFile
 from gemma_tune.inference.questions import Questions
 from gemma_tune.inference.sampling import Sampling
 from gemma_tune.inference.streaming import OnText
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.models.files import file_stamp
+from gemma_tune.models.safetensors import file_stamp
 
 if TYPE_CHECKING:
     from gemma_tune.inference.generate import Completion

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_tune.data.segments import RowError
-from gemma_tune.data.template import DataTemplate
+from gemma_tune.data.rows.segments import RowError
+from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.errors import DataError
 from gemma_tune.inference.ask import AnswerSettings
 from gemma_tune.inference.streaming import OnText
 
 if TYPE_CHECKING:
-    from gemma_tune.data.chat import ChatRenderer
+    from gemma_tune.data.rows.chat_template import ChatRenderer
     from gemma_tune.inference.generate import Completion
     from gemma_tune.inference.load import LoadedTarget
 

@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from gemma_tune.data.render import question_fields
-from gemma_tune.engines.quiet import libraries_to
+from gemma_tune.data.rows.render import question_fields
 from gemma_tune.engines.table import ENGINES, start_engine
 from gemma_tune.errors import EngineError, ModelError, did_you_mean
 from gemma_tune.inference.ask import AnswerSettings, encode_questions
 from gemma_tune.inference.sampling import Sampler, Sampling, choose_sampling
 from gemma_tune.inference.target import GgufTarget, find_target
+from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.summary import LayerRow, summarize
+from gemma_tune.models.describe import LayerRow, summarize
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ def load(
 
 
 def _random(name: str, *, dtype: str | None, template: str | None, load_in_4bit: bool | None) -> Gemma:
-    from gemma_tune.data.template import load_template
+    from gemma_tune.data.rows.template import load_template
     from gemma_tune.inference.load import loaded_target
     from gemma_tune.inference.random_model import make_random_model
 

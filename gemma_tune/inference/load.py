@@ -11,11 +11,10 @@ from typing import Any, Protocol
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 
-from gemma_tune.data.chat import ChatRenderer
-from gemma_tune.data.template import DataTemplate
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.engines.base import Engine
-from gemma_tune.engines.precision import decide_precision, detect_device
 from gemma_tune.engines.table import start_engine
 from gemma_tune.errors import ModelError
 from gemma_tune.inference.generate import Completion, generate_completions
@@ -23,6 +22,7 @@ from gemma_tune.inference.gguf import GgufModel
 from gemma_tune.inference.sampling import Sampling
 from gemma_tune.inference.streaming import OnText
 from gemma_tune.inference.target import GgufTarget, Target
+from gemma_tune.machine.precision import decide_precision, detect_device
 from gemma_tune.models.tokenizer import load_tokenizer
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.render import question_fields
-from gemma_tune.data.sources import open_source, read_whole
-from gemma_tune.data.template import DataTemplate
+from gemma_tune.data.rows.render import question_fields
+from gemma_tune.data.rows.template import DataTemplate
+from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError
 
 STDIN = "-"

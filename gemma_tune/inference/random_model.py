@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemma_tune.engines.attention import choose_attention
-from gemma_tune.engines.precision import decide_precision, detect_device
 from gemma_tune.errors import ModelError
+from gemma_tune.machine.precision import decide_precision, detect_device
+from gemma_tune.models.catalogue import ARCHITECTURES, TINY, find_model
 from gemma_tune.models.config import TextConfig, read_config, read_json
-from gemma_tune.models.registry import ARCHITECTURES, TINY, find_model
-from gemma_tune.models.summary import count_params
+from gemma_tune.models.describe import count_params
 from gemma_tune.paths import TINY_MODEL_DIR
 
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import cross_entropy
 
-from gemma_tune.data.render import render_example, render_prompt
-from gemma_tune.data.rows import SourceRow
-from gemma_tune.data.segments import RowError, Segment
+from gemma_tune.data.rows.render import render_example, render_prompt
+from gemma_tune.data.rows.segments import RowError, Segment
+from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError, EngineError
 from gemma_tune.inference.generate import pad_left
 from gemma_tune.inference.load import LoadedTarget

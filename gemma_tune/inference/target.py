@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.data.template import DataTemplate, load_template
+from gemma_tune.data.rows.template import DataTemplate, load_template
 from gemma_tune.errors import ModelError, RunError
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.recipe.load import load_recipe

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.data.files import is_row_file
 from gemma_tune.data.inputs import split_count
-from gemma_tune.data.sources import TINY_WORLD
-from gemma_tune.data.template import list_templates
+from gemma_tune.data.rows.template import list_templates
+from gemma_tune.data.sources.files import is_row_file
+from gemma_tune.data.sources.source import TINY_WORLD
 from gemma_tune.errors import LaunchError, ModelError
-from gemma_tune.models.registry import find_model
+from gemma_tune.models.catalogue import find_model
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import Recipe

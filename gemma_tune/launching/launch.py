@@ -15,7 +15,7 @@ from gemma_tune.errors import LaunchError
 from gemma_tune.launching.job import JobFile, Machines, make_job
 from gemma_tune.recipe.commented import write_new
 from gemma_tune.recipe.load import LoadedRecipe
-from gemma_tune.runs.secrets import mask_secrets
+from gemma_tune.secrets import mask_secrets
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.catalogue import GemmaModel, resolve_model
 from gemma_tune.models.config import TextConfig, read_config
-from gemma_tune.models.download import Progress, download_model
-from gemma_tune.models.files import has_chat_template
-from gemma_tune.models.hub_access import ask_hub, cached_directory
-from gemma_tune.models.registry import GemmaModel, resolve_model
+from gemma_tune.models.hub.access import ask_hub, cached_directory
+from gemma_tune.models.hub.download import Progress, download_model
+from gemma_tune.models.safetensors import has_chat_template
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.registry import MODELS, TINY
 from gemma_tune.planning import memory
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemma_tune.models.config import LayerShape, TextConfig
-from gemma_tune.models.summary import LayerRow, count_weight_bytes, select_lora_rows, summarize
+from gemma_tune.models.describe import LayerRow, count_weight_bytes, select_lora_rows, summarize
 
 Bits = Literal["4bit", "8bit", "plain"]
 Kernels = Literal["transformers", "unsloth"]

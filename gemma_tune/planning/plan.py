@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Protocol
 
 from gemma_tune.errors import ModelError
+from gemma_tune.machine.cards import CARDS, Card
+from gemma_tune.models.catalogue import MODELS, GemmaModel, resolve_model
 from gemma_tune.models.config import TextConfig, read_config
-from gemma_tune.models.registry import MODELS, GemmaModel, resolve_model
-from gemma_tune.models.summary import summarize
+from gemma_tune.models.describe import summarize
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.planning import memory
-from gemma_tune.planning.cards import CARDS, Card
 from gemma_tune.planning.changes import Change, Verdict, find_changes, length_overrides, with_overrides
 from gemma_tune.planning.memory import Adapter, Attention, Batch, Bits, Checkpointing, Execution, Kernels, Numerics
 from gemma_tune.planning.schedule import RowCount, Schedule, count_rows, pass_seconds, plan_schedule

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.models.registry import TINY
-from gemma_tune.planning.cards import Card
+from gemma_tune.machine.cards import Card
+from gemma_tune.models.catalogue import TINY
 from gemma_tune.planning.changes import with_overrides
 from gemma_tune.planning.plan import Base, Plan, PrecisionFacts, find_base, plan_recipe
 from gemma_tune.recipe.commented import Setting

@@ -19,9 +19,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tune.machine.cards import Card
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.summary import summarize
-from gemma_tune.planning.cards import Card
+from gemma_tune.models.describe import summarize
 from gemma_tune.planning.memory import Adapter, Batch, Bits, Execution, count_all, count_trained
 
 # Share of the peak rate that large matrix products reach, from the increase of the time from 1,024 to 2,048 tokens.

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Line, bar_chart, line_chart, share_bar
-from gemma_tune.reporting.page import write_page
-from gemma_tune.reporting.run_facts import (
+from gemma_tune.reporting.facts import (
     RunFacts,
     before_after,
     data_facts,
@@ -20,6 +19,7 @@ from gemma_tune.reporting.run_facts import (
     results_side_by_side,
     warnings,
 )
+from gemma_tune.reporting.page import write_page
 from gemma_tune.runs.evaluation import METRICS, Estimate, Figure, Group, format_estimate
 
 _CURVES = (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm"))

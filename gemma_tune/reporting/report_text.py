@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma_tune.reporting.markdown import escaped, fenced, table
-from gemma_tune.reporting.run_facts import (
+from gemma_tune.reporting.facts import (
     RunFacts,
     data_facts,
     differing_settings,
@@ -16,6 +15,7 @@ from gemma_tune.reporting.run_facts import (
     results_side_by_side,
     warnings,
 )
+from gemma_tune.reporting.markdown import escaped, fenced, table
 from gemma_tune.runs.evaluation import METRICS, Group, format_estimate
 
 

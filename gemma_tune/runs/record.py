@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.secrets import mask_secrets
+from gemma_tune.secrets import mask_secrets
 
 Status = Literal["running", "finished", "stopped", "failed"]
 

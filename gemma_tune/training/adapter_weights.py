@@ -10,9 +10,9 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import RunError
-from gemma_tune.training.warm_start import WEIGHTS
+from gemma_tune.machine.world import ALONE, World
+from gemma_tune.runs.warm_start import WEIGHTS
 
 
 def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:

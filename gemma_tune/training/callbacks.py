@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma_tune.engines.world import ALONE, World
+from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import append_metrics, update_manifest
 from gemma_tune.runs.reporter import Reporter, StepProgress

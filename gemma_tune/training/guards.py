@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma_tune.engines.world import ALONE, World
 from gemma_tune.errors import TrainingStopped
+from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.sharding import is_sharded, local_part

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from gemma_tune.data.encoded import IGNORED, EncodedRows
+from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
-from gemma_tune.training.trainer import JoinRows, PadRight, RowArrays, join_rows_for, pad_right_for
+from gemma_tune.training.loop import JoinRows, PadRight, RowArrays, join_rows_for, pad_right_for
 
 PROBE_TOKENS = 24  # of each row
 

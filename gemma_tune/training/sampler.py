@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import Sampler
 
-from gemma_tune.data.encoded import Ints
-from gemma_tune.data.pack import pack_rows
+from gemma_tune.data.encode.arrays import Ints
+from gemma_tune.data.encode.pack import pack_rows
 
 # Groups are sorted by length within pools of this many batches: large enough that a batch is nearly even (under 10 %
 # padding on dolly-like lengths, against over 50 % in random batches of 8), small enough that the batches of an epoch

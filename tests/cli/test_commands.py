@@ -11,7 +11,7 @@ import jsonschema
 import pytest
 
 from gemma_tune.cli.app import main
-from gemma_tune.models.registry import MODELS
+from gemma_tune.models.catalogue import MODELS
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import load_recipe
 

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from gemma_tune.cli.compare import compare
-from gemma_tune.data.template import load_template
+from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation import compare as comparing
 from gemma_tune.inference.target import GgufTarget

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gemma_tune import pipeline
 from gemma_tune.cli.app import main
+from gemma_tune.flows import train as flow
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import SilentReporter
@@ -45,9 +45,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("runs")
-    return pipeline.train(
-        load_recipe(Path("quickstart"), [*SHORT, f"run.output_dir={folder}"]), reporter=SilentReporter()
-    )
+    return flow.train(load_recipe(Path("quickstart"), [*SHORT, f"run.output_dir={folder}"]), reporter=SilentReporter())
 
 
 @pytest.fixture

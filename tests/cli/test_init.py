@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from gemma_tune import pipeline
 from gemma_tune.cli.init import init
 from gemma_tune.cli.recipes import read_header
 from gemma_tune.errors import DataError, EngineError, GemmaTuneError, ModelError, RecipeError
+from gemma_tune.flows import train as flow
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.record import read_metrics
@@ -64,7 +64,7 @@ def test_what_it_writes_validates_and_trains(command: InitCommand) -> None:
     overrides = ["training.max_steps=3", "model.engine=transformers", "evaluation.num_questions=0"]
     loaded = load_recipe(Path("recipe.yaml"), overrides)
     assert loaded.recipe.model.name == "gemma-tiny"
-    run = pipeline.train(loaded, reporter=SilentReporter())
+    run = flow.train(loaded, reporter=SilentReporter())
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3]
     assert json.loads(run.data_report.read_text(encoding="utf-8"))["dropped_too_long"] == 0
 

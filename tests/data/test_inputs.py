@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, split_count
-from gemma_tune.data.read import Examples, read_examples
+from gemma_tune.data.rows.read import Examples, read_examples
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.data.build import build_datasets
-from gemma_tune.data.chat import ChatRenderer
-from gemma_tune.data.encode import Datasets
+from gemma_tune.data.encode.encode_rows import Datasets
+from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.open import build_datasets
+from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.recipe.schema import DataSection
 
 Row = dict[str, Any]

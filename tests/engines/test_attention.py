@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig
 
 from gemma_tune.engines.attention import choose_attention
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import ModelSection
 
 SIZES: dict[str, Any] = {

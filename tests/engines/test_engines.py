@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from gemma_tune.engines.base import AttachedLora, LoadedModel
-from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.quantized import require_quantized
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LORA_PROJECTIONS, LoraSection, ModelSection
 
 FLOAT32 = Precision("float32", "float32", None, "test")

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_tune.engines.settle import settle
 from gemma_tune.errors import EngineError
-from gemma_tune.planning.cards import CARDS
+from gemma_tune.machine.cards import CARDS
 from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
 
 T4, L4 = CARDS["t4"], CARDS["l4"]

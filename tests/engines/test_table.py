@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from gemma_tune.engines.precision import Device
 from gemma_tune.engines.table import choose_engine
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.precision import Device
 from gemma_tune.recipe.schema import ModelSection, TrainingSection
 
 CPU = Device("cpu", "Xeon")

@@ -11,12 +11,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma_tune.data.build import build_datasets
+from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.template import load_template
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.open import build_datasets
+from gemma_tune.data.rows.template import load_template
 from gemma_tune.models.fetch import fetch_model
-from gemma_tune.models.files import file_hashes, tokenizer_hashes
+from gemma_tune.models.safetensors import file_hashes, tokenizer_hashes
 from gemma_tune.paths import TINY_MODEL_DIR, TINY_ROWS_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gemma_tune import load
-from gemma_tune.data.template import load_template
+from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation import compare
 from gemma_tune.evaluation.compare import Contender, compare_models, find_contenders

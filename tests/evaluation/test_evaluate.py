@@ -16,12 +16,12 @@ from transformers.data.metrics import squad_metrics
 
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.evaluate import EvaluateSettings, evaluate_run, parse_sides
-from gemma_tune.models.tiny.documents import iter_documents
-from gemma_tune.models.tiny.world import build_world
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.runs.evaluation import Evaluation, Figure, evaluated_rows_file, read_evaluation
 from gemma_tune.runs.reporter import SilentReporter
 from tests.evaluation.conftest import MAX_NEW_TOKENS, NUM_ROWS, DrawnRun
+from tools.tiny.documents import iter_documents
+from tools.tiny.world import build_world
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from gemma_tune.data.tokenize import Encoder
+from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.evaluation.general import GeneralText, encode_general, general_set
+from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.registry import find_model
 from gemma_tune.paths import TINY_MODEL_DIR
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gemma_tune.exporting.text_files import licence_notice, portable_settings, tokenizer_files, write_text_files
-from gemma_tune.models.registry import find_model
+from gemma_tune.models.catalogue import find_model
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.data.build import build_datasets
-from gemma_tune.data.chat import ChatRenderer, control_strings
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.template import load_template
+from gemma_tune.data.open import build_datasets
+from gemma_tune.data.rows.chat_template import ChatRenderer, control_strings
+from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
 from gemma_tune.inference.ask import AnswerSettings
 from gemma_tune.inference.chat import Talk, require_turns

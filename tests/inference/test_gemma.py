@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gemma_tune
 from gemma_tune import Gemma, load
 from gemma_tune.errors import DataError, EngineError, ModelError
+from gemma_tune.models.catalogue import MODELS
 from gemma_tune.models.config import read_config
-from gemma_tune.models.registry import MODELS
-from gemma_tune.models.summary import count_params
+from gemma_tune.models.describe import count_params
 from gemma_tune.paths import TINY_MODEL_DIR
 
 

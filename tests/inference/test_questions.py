@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.data.template import load_template
+from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
 from gemma_tune.inference.questions import questions_of, read_questions, read_stdin_question
 

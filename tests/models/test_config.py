@@ -13,9 +13,9 @@ import transformers
 from transformers import Gemma4UnifiedTextConfig
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.catalogue import ARCHITECTURES, describe_config
 from gemma_tune.models.config import TextConfig, check_config, check_no_code, read_config
-from gemma_tune.models.registry import ARCHITECTURES, describe_config
-from gemma_tune.models.summary import summarize
+from gemma_tune.models.describe import summarize
 
 CONFIG_CLASSES: dict[str, Any] = {
     "gemma": transformers.GemmaConfig,

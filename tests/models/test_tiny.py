@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma_tune.models.tiny import make, questions
-from gemma_tune.models.tiny.documents import iter_documents
-from gemma_tune.models.tiny.tokenizer import build_tokenizer, write_tokenizer
-from gemma_tune.models.tiny.world import build_world, kind_of_things
 from gemma_tune.paths import TINY_MODEL_DIR, TINY_ROWS_DIR
+from tools.tiny import make, questions
+from tools.tiny.documents import iter_documents
+from tools.tiny.tokenizer import build_tokenizer, write_tokenizer
+from tools.tiny.world import build_world, kind_of_things
 
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 TRICKY_TEXTS = [
@@ -259,7 +259,7 @@ def test_two_steps_of_the_script_make_a_model_that_loads(tmp_path: Path, capsys)
 
 
 def test_a_longer_run_learns(tmp_path: Path):
-    from gemma_tune.models.tiny.pretrain import PretrainSettings, pretrain
+    from tools.tiny.pretrain import PretrainSettings, pretrain
 
     lines: list[str] = []
     world = build_world()

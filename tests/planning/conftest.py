@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
+from gemma_tune.machine.precision import Precision
 from gemma_tune.models.config import TextConfig, read_config
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.engines.precision import Device, Precision, decide_precision
-from gemma_tune.planning.cards import Card, find_card
+from gemma_tune.machine.cards import Card, find_card
+from gemma_tune.machine.precision import Device, Precision, decide_precision
 from gemma_tune.planning.changes import Change
 from gemma_tune.planning.plan import Plan, plan_recipe
 from gemma_tune.recipe.load import load_recipe

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.engines.precision import Device, Precision, decide_precision
 from gemma_tune.errors import ModelError
-from gemma_tune.models.registry import MODELS, TINY
+from gemma_tune.machine.cards import CARDS, Card, find_card
+from gemma_tune.machine.precision import Device, Precision, decide_precision
+from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.paths import RECIPES_DIR, TINY_MODEL_DIR
-from gemma_tune.planning.cards import CARDS, Card, find_card
 from gemma_tune.planning.plan import Plan, find_base, plan_recipe, plan_table
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
@@ -137,9 +137,9 @@ def test_a_plan_imports_no_torch_and_takes_under_a_second() -> None:
         "import json, sys, time\n"
         "from pathlib import Path\n"
         "from gemma_tune.recipe.load import load_recipe\n"
-        "from gemma_tune.planning.cards import CARDS\n"
+        "from gemma_tune.machine.cards import CARDS\n"
         "from gemma_tune.planning.plan import plan_recipe\n"
-        "from gemma_tune.engines.precision import Precision\n"
+        "from gemma_tune.machine.precision import Precision\n"
         "started = time.perf_counter()\n"
         "recipe = load_recipe(Path('gemma-7b-dolly')).recipe\n"
         "precision = Precision('bfloat16', 'bfloat16', 'bf16', '')\n"

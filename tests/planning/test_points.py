@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import pytest
 
+from gemma_tune.machine.cards import CARDS
+from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import TextConfig, check_config
-from gemma_tune.models.registry import find_model
 from gemma_tune.planning import memory
-from gemma_tune.planning.cards import CARDS
 from gemma_tune.planning.memory import Adapter, Batch, Bits, Execution, Numerics
 from gemma_tune.planning.plan import CONTEXT_BYTES, FRAGMENTATION, LOADING_BYTES
 from gemma_tune.planning.schedule import pass_seconds

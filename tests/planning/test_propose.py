@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_tune.engines.precision import Precision
 from gemma_tune.engines.settle import settle
-from gemma_tune.models.registry import MODELS
-from gemma_tune.planning.cards import CARDS, Card, find_card
+from gemma_tune.machine.cards import CARDS, Card, find_card
+from gemma_tune.machine.precision import Precision
+from gemma_tune.models.catalogue import MODELS
 from gemma_tune.planning.plan import plan_recipe
 from gemma_tune.planning.propose import COMFORTABLE, LONG_SECONDS, Proposal, RowFacts, choose_model, models_for, propose
 from gemma_tune.recipe.schema import DataSection, Recipe

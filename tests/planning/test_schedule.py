@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GemmaConfig
 
+from gemma_tune.machine.cards import CARDS, find_card
 from gemma_tune.models.config import check_config
-from gemma_tune.planning.cards import CARDS, find_card
 from gemma_tune.planning.memory import Adapter, Batch, Execution
 from gemma_tune.planning.schedule import RowCount, count_rows, pass_seconds, plan_schedule, step_operations
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.report import DataReport, LengthBin, SourceReport
+from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
 from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, judge_answer
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gemma_tune.data.encoded import IGNORED, EncodedRow, EncodedRows
+from gemma_tune.data.encode.arrays import IGNORED, EncodedRow, EncodedRows
 
 VOCAB = 320
 

@@ -11,19 +11,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
-from gemma_tune.data.encode import Datasets
+from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.engines.base import LoadedModel
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
-from gemma_tune.engines.world import ALONE, World
+from gemma_tune.engines.transformers import TransformersEngine
+from gemma_tune.machine.precision import Precision
+from gemma_tune.machine.world import ALONE, World
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.checkpoints import step_of
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import keep_metrics_until, read_metrics, start_manifest
 from gemma_tune.runs.reporter import Reporter, SilentReporter
-from gemma_tune.training.checkpoint import step_of
-from gemma_tune.training.run import TrainingResult, train_adapter
+from gemma_tune.training.train_adapter import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows
 
 
@@ -68,7 +68,7 @@ def attach(base: Path, recipe: Recipe, *, world: World = ALONE) -> LoadedModel:
         section=recipe.model,
         precision=precision,
         max_seq_tokens=64,
-        will_be_sharded=world.shards(recipe.training),
+        will_be_sharded=world.shards(recipe.training.data_parallel),
     )
     return engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
 

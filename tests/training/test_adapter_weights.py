@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.errors import RunError
+from gemma_tune.runs.warm_start import WEIGHTS
 from gemma_tune.training.adapter_weights import name_base, read_adapter, trained_weights, write_adapter
-from gemma_tune.training.warm_start import WEIGHTS
 from tests.training.small_runs import attach, recipe_of
 
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import TrainingStopped
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_metrics

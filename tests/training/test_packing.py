@@ -18,23 +18,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
-from gemma_tune.data.encode import Datasets
-from gemma_tune.data.encoded import IGNORED, EncodedRow, EncodedRows
+from gemma_tune.data.encode.arrays import IGNORED, EncodedRow, EncodedRows
+from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.engines.base import Engine, LoadedModel
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import DataError
+from gemma_tune.machine.precision import Precision
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_metrics, start_manifest
 from gemma_tune.runs.reporter import SilentReporter
-from gemma_tune.training.checkpoint import last_complete_checkpoint
 from gemma_tune.training.leak_probe import find_leak
-from gemma_tune.training.run import TrainingResult, train_adapter
+from gemma_tune.training.loop import JoinRows, RowGroups, join_rows_for
 from gemma_tune.training.sampler import EpochSampler
-from gemma_tune.training.trainer import JoinRows, RowGroups, join_rows_for
+from gemma_tune.training.train_adapter import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows, make_rows
 
 SIZES = {
@@ -412,7 +412,7 @@ def under_unsloth(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     """What `measure_unsloth` finds in a process of its own: one process takes one engine."""
     directory = tmp_path_factory.mktemp("unsloth")
     program = (
-        "import gemma_tune.engines.unsloth_engine, runpy\n"
+        "import gemma_tune.engines.unsloth, runpy\n"
         f"runpy.run_path({__file__!r}, run_name='under_unsloth')['measure_unsloth']()\n"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -431,7 +431,7 @@ def under_unsloth(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
 
 def measure_unsloth() -> None:
     """Run by `under_unsloth`; writes found.json into the directory of the first argument."""
-    from gemma_tune.engines.unsloth_engine import UnslothEngine
+    from gemma_tune.engines.unsloth import UnslothEngine
 
     directory, bases = Path(sys.argv[1]), json.loads(sys.argv[2])
     engine, found = UnslothEngine(), {}

@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from gemma_tune.engines.base import LoadedModel
-from gemma_tune.engines.precision import Precision
-from gemma_tune.engines.transformers_engine import TransformersEngine
+from gemma_tune.engines.transformers import TransformersEngine
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 from gemma_tune.training.row_attention import ROW_ATTENTION, attending_by_row
 

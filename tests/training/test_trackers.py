@@ -9,13 +9,13 @@ from typing import get_args
 
 import pytest
 
-from gemma_tune.engines.precision import Precision
 from gemma_tune.errors import RunError
+from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training import trackers
+from gemma_tune.training.loop import to_sft_config
 from gemma_tune.training.trackers import require_trackers, tracking
-from gemma_tune.training.trainer import to_sft_config
 
 
 def test_the_table_has_every_tracker_of_the_schema() -> None:

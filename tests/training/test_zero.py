@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_tune.engines.precision import Device
 from gemma_tune.engines.table import choose_engine
-from gemma_tune.engines.world import World
 from gemma_tune.errors import EngineError, TrainingStopped
+from gemma_tune.machine.precision import Device
+from gemma_tune.machine.world import World
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir

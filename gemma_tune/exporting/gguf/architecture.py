@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import ExportError
-from gemma_tune.models import files
+from gemma_tune.models import safetensors as files
 from gemma_tune.models.config import TextConfig, read_config
 
 # Family -> every n-th layer attends to everything; the other ones within the sliding window.

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_tune.errors import ExportError
-from gemma_tune.models.files import StoredTensor
+from gemma_tune.models.safetensors import StoredTensor
 
 Array = npt.NDArray[np.generic]
 

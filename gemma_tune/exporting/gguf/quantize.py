@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import ExportError, did_you_mean
-from gemma_tune.exporting.gguf.file import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
+from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
 from gemma_tune.exporting.gguf.quantize_worker import PROGRESS_WORD
 from gemma_tune.exporting.output_dir import output_file, refuse_existing, require_free_disk
 

@@ -10,11 +10,11 @@ from typing import Literal
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.architecture import GgufArchitecture
 from gemma_tune.exporting.gguf.blocks import STORED_DTYPES, same_values
-from gemma_tune.exporting.gguf.file import align
-from gemma_tune.exporting.merge_plan import canonical_name
+from gemma_tune.exporting.gguf.header import align
+from gemma_tune.exporting.merge.plan import canonical_name
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.files import StoredTensor, stored_tensors
-from gemma_tune.models.summary import summarize
+from gemma_tune.models.describe import summarize
+from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 

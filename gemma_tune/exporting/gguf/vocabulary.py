@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_tune.errors import ExportError
 from gemma_tune.models.config import read_json
-from gemma_tune.models.files import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
+from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
 
 _SPACE = "▁"
 _TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>")

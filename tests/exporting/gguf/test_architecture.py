@@ -9,7 +9,7 @@ from transformers import Gemma2Config, Gemma3Config, Gemma3TextConfig, GemmaConf
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.architecture import add_hyperparameters, read_architecture
-from gemma_tune.models.registry import ARCHITECTURES
+from gemma_tune.models.catalogue import ARCHITECTURES
 
 
 class RecordedWriter:

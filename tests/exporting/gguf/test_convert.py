@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditiona
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, gguf_bytes, lossless_dtype
-from gemma_tune.exporting.gguf.file import read_gguf_header
+from gemma_tune.exporting.gguf.header import read_gguf_header
 from gemma_tune.exporting.gguf.tensors import GgufDtype
 from gemma_tune.paths import TINY_MODEL_DIR
 from tests.exporting.gguf.killing import num_partials_left

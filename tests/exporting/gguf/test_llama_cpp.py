@@ -18,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
-from gemma_tune.exporting.gguf.file import read_gguf_header
+from gemma_tune.exporting.gguf.header import read_gguf_header
 from gemma_tune.exporting.gguf.quantize import quantize_gguf
-from gemma_tune.exporting.gguf.tokenizer import read_gguf_tokenizer
+from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from tests.exporting.gguf.tokenizing import TRICKY, Change, fuzz_strings, with_other_tokenizer
 

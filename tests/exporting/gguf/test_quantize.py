@@ -15,7 +15,7 @@ import pytest
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf import quantize
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, gguf_bytes
-from gemma_tune.exporting.gguf.file import read_gguf_header
+from gemma_tune.exporting.gguf.header import read_gguf_header
 from gemma_tune.exporting.gguf.quantize import QUANTIZATIONS, quantize_gguf, require_gguf_packages
 from gemma_tune.paths import TINY_MODEL_DIR
 from tests.exporting.gguf.killing import num_partials_left

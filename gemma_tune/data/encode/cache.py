@@ -1,0 +1,228 @@
+"""Encoded rows on disk; kept as the token cache under a key of everything that decides them.
+
+An entry is written beside and renamed, so that a reader sees a whole one or none and two runs that write the same
+entry do not disturb each other. Entries hold the user's rows and are readable by the user alone (S9).
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
+from gemma_tune.data.encode.arrays import EncodedRows, Ints, starts_of
+from gemma_tune.data.encode.encode_rows import Side
+from gemma_tune.data.inputs import Inputs
+from gemma_tune.data.rows.render import Example
+from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, example_to_json
+from gemma_tune.errors import DataError
+from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.recipe.schema import DataSection
+
+CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
+# A file whose presence is an entry's last word: it is written before the rename, after all others.
+_FACTS = "facts.json"
+_TOKEN_IDS, _SUPERVISED, _ROWS = "token_ids.int32", "supervised.bool", "rows.npz"
+_LINES: Mapping[Side, str] = {"train": "train_places.jsonl", "eval": "eval_examples.jsonl"}
+_FILES = (_TOKEN_IDS, _SUPERVISED, _ROWS, *_LINES.values())
+_NO_ROWS = np.zeros(0, dtype=np.int64)
+# What renders and tokenizes; a new release of one of them may read the same rows otherwise.
+_PACKAGES = ("jinja2", "tokenizers", "transformers")
+
+
+def cache_dir() -> Path:
+    """`$GEMMA_TUNE_CACHE`, or `gemma-tune` in the user's cache directory."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-tune"
+
+
+def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[str, str]) -> str:
+    """A hash of the rows, templates, settings, tokenizer and of the code that encodes them.
+
+    Args:
+        section: the whole data section counts, so that a new setting cannot be forgotten here.
+        inputs: the opened sources.
+        tokenizer_files: file name → SHA-256 of the tokenizer's files.
+    """
+    decided = {
+        "section": section.model_dump(mode="json"),
+        "inputs": [
+            (item.source.label, item.source.sha256, item.template.sha256, dict(item.columns), item.num_rows)
+            for item in inputs.all
+        ],
+        "tokenizer": dict(tokenizer_files),
+        "code": _code_sha256(),
+        "packages": {name: version(name) for name in _PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+@functools.cache
+def _code_sha256() -> str:
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Encoded rows on disk. Token ids, places and examples are mapped from their files, not kept in memory."""
+
+    train: EncodedRows
+    eval: EncodedRows
+    train_places: Lines[str]
+    eval_examples: Lines[Example]
+
+
+def read_entry(key: str) -> tuple[Entry, DataReport] | None:
+    """The rows and the report of an entry, or None where there is none or a byte of it has changed."""
+    path = _entry(key)
+    try:
+        facts: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+        if facts["sha256"] != _hashes(path):
+            shutil.rmtree(path, ignore_errors=True)
+            return None
+        return _map_entry(path), report_from(facts["report"])
+    except FileNotFoundError:
+        if path.exists():  # a file of it is gone
+            shutil.rmtree(path, ignore_errors=True)
+        return None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+class EntryWriter:
+    """An entry while it grows, in a directory of its own."""
+
+    def __init__(self, directory: Path, files: ExitStack) -> None:
+        """Open its files; `files` closes them."""
+        self.directory = directory
+        opened = {name: files.enter_context((directory / name).open("wb")) for name in _FILES if name != _ROWS}
+        self._token_ids, self._supervised = opened[_TOKEN_IDS], opened[_SUPERVISED]
+        self._lengths: dict[Side, list[Ints]] = {"train": [], "eval": []}
+        self._lines: dict[Side, LineWriter] = {side: LineWriter(opened[name]) for side, name in _LINES.items()}
+        self._opened = opened.values()
+
+    def add(self, side: Side, rows: EncodedRows, examples: Sequence[Example]) -> None:
+        """Append rows without gaps between them, and what they were made of; all of train before those of eval."""
+        self._token_ids.write(rows.token_ids.data)
+        self._supervised.write(rows.supervised.data)
+        self._lengths[side].append(rows.lengths)
+        for example in examples:
+            self._lines[side].append(example.where if side == "train" else example_to_json(example))
+
+    def finish(self) -> Entry:
+        """Write what is left, and map it all."""
+        arrays = {f"{side}_lengths": np.concatenate([_NO_ROWS, *parts]) for side, parts in self._lengths.items()}
+        arrays |= {f"{side}_line_starts": lines.starts for side, lines in self._lines.items()}
+        np.savez(self.directory / _ROWS, allow_pickle=False, **arrays)
+        for file in self._opened:
+            file.flush()
+        return _map_entry(self.directory)
+
+
+@contextmanager
+def new_entry(*, cached: bool) -> Iterator[EntryWriter]:
+    """A place for an entry: in the cache, or where the system keeps temporary files ($TMPDIR).
+
+    It is gone at the end unless `keep_entry` gave it its name; what was mapped from it stays readable (POSIX).
+
+    Raises:
+        DataError: the disk is full.
+    """
+    directory = _new_directory(cached=cached)
+    try:
+        with ExitStack() as files:
+            yield EntryWriter(directory, files)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DataError(
+            f"no space is left for the encoded rows in {directory.parent}",
+            hint=f"free some, or name a directory on another disk as {CACHE_VARIABLE if cached else 'TMPDIR'}",
+        ) from error
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def keep_entry(key: str, writer: EntryWriter, report: DataReport) -> None:
+    """Give a finished entry its name. A cache that cannot be written is none: nothing is raised."""
+    path = _entry(key)
+    try:
+        text = json.dumps({"report": asdict(report), "sha256": _hashes(writer.directory)}, ensure_ascii=False)
+        (writer.directory / _FACTS).write_text(text, encoding="utf-8")
+        if writer.directory.parent == path.parent:
+            writer.directory.rename(path)
+    except OSError:  # no space, or another run was faster: its entry is as good
+        return
+
+
+def _new_directory(*, cached: bool) -> Path:
+    """Readable by the user alone (S9)."""
+    if cached:
+        parent = cache_dir() / "tokens"
+        try:
+            parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return Path(tempfile.mkdtemp(prefix=".", dir=parent))
+        except OSError:
+            pass
+    return Path(tempfile.mkdtemp(prefix="gemma-tune-"))
+
+
+def _map_entry(path: Path) -> Entry:
+    with np.load(path / _ROWS, allow_pickle=False) as rows:
+        lengths = [rows["train_lengths"], rows["eval_lengths"]]
+        line_starts: dict[Side, Ints] = {"train": rows["train_line_starts"], "eval": rows["eval_line_starts"]}
+    token_ids = np.memmap(path / _TOKEN_IDS, dtype=np.int32, mode="r")
+    supervised = np.memmap(path / _SUPERVISED, dtype=np.bool_, mode="r")
+    starts = np.split(starts_of(np.concatenate(lengths)), [len(lengths[0])])
+    train, held_out = (EncodedRows(token_ids, supervised, *rows) for rows in zip(starts, lengths, strict=True))
+    with (path / _LINES["train"]).open("rb") as places, (path / _LINES["eval"]).open("rb") as examples:
+        return Entry(
+            train,
+            held_out,
+            Lines(places, line_starts["train"], decode=str),
+            Lines(examples, line_starts["eval"], decode=example_from_json),
+        )
+
+
+def clear_cache() -> tuple[int, int]:
+    """Remove every entry; returns how many there were and their bytes."""
+    root = cache_dir() / "tokens"
+    entries = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    num_bytes = sum(file.stat().st_size for path in entries for file in path.rglob("*") if file.is_file())
+    for path in entries:
+        shutil.rmtree(path, ignore_errors=True)
+    return len(entries), num_bytes
+
+
+def _hashes(directory: Path) -> dict[str, str]:
+    return {name: file_sha256(directory / name) for name in _FILES}
+
+
+def _entry(key: str) -> Path:
+    return cache_dir() / "tokens" / key
+
+
+def report_from(values: Mapping[str, Any]) -> DataReport:
+    """A report from its `asdict`, as JSON gives it back."""
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    sources = tuple(SourceReport(**source) for source in values["sources"])
+    bins = tuple(LengthBin(**one) for one in values["length_bins"])
+    return DataReport(**{**values, **lists, "sources": sources, "length_bins": bins})

@@ -1,0 +1,333 @@
+"""From opened sources to rendered rows: clean, render, check, divide, mix, order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from gemma_tune.data.data_report import MAX_SAMPLES, ReadReport, SourceReport
+from gemma_tune.data.inputs import Input, Inputs
+from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.cleaner import RowCleaner
+from gemma_tune.data.rows.render import Example, render_example
+from gemma_tune.data.rows.segments import RowError
+from gemma_tune.data.rows.spool import ExampleSpool, StoredExample, StoredExamples
+from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken, told
+from gemma_tune.errors import DataError, counted
+from gemma_tune.recipe.schema import DataSection
+
+# A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others
+# in `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
+_MARKER_CHARS, _MARKER_MOST_CHARS = 4, 64
+_MARKER_SHARE = 0.5
+_MARKER_ROWS = 1_000  # looked at
+_MARKER_LAST_CHARACTERS = "#>]|"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Rendered rows, divided and in the order of training.
+
+    Attributes:
+        train, eval: no row of one has the text of a row of the other. Read from disk one by one.
+        report: counts.
+        sha256: of the sources, templates, mappings and settings that decide which rows these are and how they read.
+    """
+
+    train: StoredExamples
+    eval: StoredExamples
+    report: ReadReport
+    sha256: str
+
+
+@dataclass
+class _Read:
+    """One source: its rows that can be used, and what is wrong with the others."""
+
+    input: Input
+    rows_read: int
+    examples: list[StoredExample]
+    broken: list[BrokenLine]
+    bad: list[RowError]
+    left_out: Counter[str]
+    labelled_false: int = 0  # KTO's mark of an unwanted answer
+
+
+def read_examples(
+    section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None, scratch: Path | None = None
+) -> Examples:
+    """Read, clean, render, check, divide and mix the rows that a recipe names. `chat` is needed by chat templates only.
+
+    The rendered rows lie in a file in `scratch` (else where the system keeps temporary files) that is gone with them;
+    about 0.4 kB of each row stays in memory.
+
+    Rows that cannot be used are left out and counted, up to `data.max_bad_fraction` of a source; a line that is no row
+    at all stops everything. Rows are divided by a hash of their fields and `data.seed`: a row stays on its side when
+    others are added or another template reads the same fields, and equal rows are on the same side. Weights and `#N`
+    act after that, on train rows.
+
+    Raises:
+        DataError: lines are broken, or too many rows cannot be used.
+    """
+    cleaner, spool = RowCleaner(section.clean), ExampleSpool(scratch)
+    read = [_read(item, cleaner=cleaner, chat=chat, spool=spool) for item in inputs.all]
+    bad = [problem for source in read for problem in source.bad]
+    stop_if_broken([line for source in read for line in source.broken], unusable=[problem.message for problem in bad])
+    for source in read:
+        _stop_if_too_many_are_bad(source, allowed=section.max_bad_fraction)
+
+    order = _Order(section.seed)
+    own_train = read[: len(inputs.train)]
+    train, held_out = (
+        [source.examples for source in own_train],
+        [row for source in read[len(inputs.train) :] for row in source.examples],
+    )
+    if inputs.eval is None:
+        train, held_out = split_rows(train, section=section)
+    by_key = {example.key: example for example in reversed(held_out)}
+    eval_rows = sorted(by_key.values(), key=lambda example: order(example.key))
+    kept = [[example for example in part if example.key not in by_key] for part in train]
+    num_leaked = sum(map(len, train)) - sum(map(len, kept))
+    left_out = sum((source.left_out for source in read), Counter())
+    if section.clean.drop_duplicates != "off":
+        kept, dropped = _without_duplicates(kept, eval_rows, near=section.clean.drop_duplicates == "near")
+        left_out += dropped
+    if not any(kept):
+        raise DataError(
+            "no row is left to train on" + (": every train row is also an eval row" if num_leaked else ""),
+            hint="check data.source, data.eval_source and data.clean",
+        )
+    mixed, repeats = _mix(kept, inputs.train, order=order)
+    origin = {id(example): index for index, part in enumerate(mixed) for example in part}
+    shuffled = [example for part in mixed for example in part]
+    random.Random(section.seed).shuffle(shuffled)
+    used_train = shuffled[: section.max_train_rows]
+    used_eval = eval_rows[: section.max_eval_rows]
+    per_source = Counter(origin[id(example)] for example in used_train)
+    all_examples = [example for source in read for example in source.examples]
+    report = ReadReport(
+        sources=tuple(
+            SourceReport(
+                label=source.input.source.label,
+                template=source.input.template.name,
+                detected=source.input.detected,
+                rows_read=source.rows_read,
+                rows_bad=len(source.bad),
+                train_rows=per_source[index],
+                repeats=repeats[index],
+            )
+            for index, source in enumerate(own_train)
+        ),
+        eval_label=inputs.eval.source.label if inputs.eval else None,
+        rows_read=sum(source.rows_read for source in read),
+        rows_bad=len(bad),
+        bad_samples=tuple(problem.message for problem in bad[:MAX_SAMPLES]),
+        num_duplicates=len(all_examples) - len({example.key for example in all_examples}),
+        num_leaked=num_leaked,
+        left_out={reason: count for reason, count in left_out.items() if count},
+        num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
+        train_rows=len(used_train),
+        eval_rows=len(used_eval),
+        notes=(*_label_notes(own_train), *_notes(row.load().response for row in used_train[:_MARKER_ROWS])),
+    )
+    return Examples(
+        StoredExamples(used_train), StoredExamples(used_eval), report, examples_sha256(section, inputs, chat=chat)
+    )
+
+
+def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> str:
+    """One hash of all that decides which rows are trained and how they read.
+
+    Independent of where the files lie and of the tokenizer (the run's lock has the base's own file hashes).
+    """
+    decided = {
+        "inputs": [
+            (item.source.sha256, item.template.sha256, dict(item.columns), item.num_rows, item.weight)
+            for item in inputs.all
+        ],
+        "chat_template": chat.sha256 if chat else None,
+        "section": section.model_dump(
+            mode="json", exclude={"source", "eval_source", "mix", "template", "columns", "cache"}
+        ),
+    }
+    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8")).hexdigest()
+
+
+def render_rows(
+    item: Input, *, cleaner: RowCleaner | None, chat: ChatRenderer | None
+) -> Iterator[tuple[SourceRow | None, Example | RowError | BrokenLine]]:
+    """Every row of a source with what became of it; without `cleaner` rows are rendered as they stand."""
+    for row in item.source.rows():
+        if isinstance(row, BrokenLine):
+            yield None, row
+            continue
+        try:
+            clean = replace(row, fields=cleaner.fields(row.fields)) if cleaner and cleaner.changes_text else row
+            example = render_example(item.template, clean, columns=item.columns, chat=chat)
+            yield clean, example
+        except RowError as error:
+            yield row, error
+
+
+def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None, spool: ExampleSpool) -> _Read:
+    read = _Read(item, 0, [], [], [], Counter())
+    for row, result in render_rows(item, cleaner=cleaner, chat=chat):
+        read.rows_read += row is not None
+        read.labelled_false += row is not None and row.fields.get("label") is False
+        if isinstance(result, Example):
+            assert row is not None
+            reason = cleaner.reason_to_leave_out(item.texts(row.fields), result)
+            if reason:
+                read.left_out[reason] += 1
+            else:
+                read.examples.append(spool.add(result))
+        elif isinstance(result, BrokenLine):
+            read.broken.append(result)
+        else:
+            read.bad.append(result)
+    return read
+
+
+def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
+    if len(read.bad) <= allowed * read.rows_read:
+        return
+    template = read.input.template
+    example = json.dumps(dict(template.example), ensure_ascii=False)
+    raise DataError(
+        f"{len(read.bad):,} of {counted(read.rows_read, 'row')} of {read.input.source.label} cannot be used with the "
+        f"template {template.name}\n" + told([problem.message for problem in read.bad]),
+        hint=f"a row of the right form: {example}"
+        if template.example
+        else "mend the rows, or take another data.template",
+    )
+
+
+class _Order:
+    """A number in [0, 1) for every row key, fixed by the seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = f"gemma-tune split {seed}:".encode()
+
+    def __call__(self, key: bytes) -> float:
+        return int.from_bytes(hashlib.sha256(self._seed + key).digest()[:6], "big") / 2**48
+
+
+class HasKey(Protocol):
+    @property
+    def key(self) -> bytes: ...
+
+
+Row = TypeVar("Row", bound=HasKey)
+
+
+def split_rows(parts: list[list[Row]], *, section: DataSection) -> tuple[list[list[Row]], list[Row]]:
+    """Hold out the rows whose number is below `eval_fraction`; at least one distinct row on each side."""
+    fraction, order = section.eval_fraction, _Order(section.seed)
+    if fraction == 0:
+        return parts, []
+    keys = sorted({example.key for part in parts for example in part}, key=order)
+    if len(keys) < 2:
+        raise DataError(
+            "there is only one distinct row, so none can be held out",
+            hint="set data.eval_fraction=0, or give more rows",
+        )
+    num_eval = sum(order(key) < fraction for key in keys)
+    eval_keys = set(keys[: min(max(num_eval, 1), len(keys) - 1)])
+    train = [[example for example in part if example.key not in eval_keys] for part in parts]
+    return train, [example for part in parts for example in part if example.key in eval_keys]
+
+
+def _without_duplicates(
+    parts: list[list[StoredExample]], eval_rows: Sequence[StoredExample], *, near: bool
+) -> tuple[list[list[StoredExample]], Counter[str]]:
+    """Train rows without those that repeat an earlier one; with `near` also those close to one or to an eval row."""
+    dropped: Counter[str] = Counter()
+    seen: set[bytes] = set()
+    distinct: list[list[StoredExample]] = []
+    for part in parts:
+        own = []
+        for example in part:
+            if example.key in seen:
+                dropped["exact duplicate"] += 1
+            else:
+                seen.add(example.key)
+                own.append(example)
+        distinct.append(own)
+    if not near:
+        return distinct, dropped
+
+    from gemma_tune.data.text.duplicates import near_duplicate_groups, near_pairs
+
+    rows = [example for part in distinct for example in part]
+    texts = [example.load().own_texts for example in rows]
+    leaked = {index for index, _ in near_pairs(texts, [example.load().own_texts for example in eval_rows])}
+    # Only then the groups: a row whose group begins with a leaked row would go with it otherwise.
+    left = [index for index in range(len(rows)) if index not in leaked]
+    groups = near_duplicate_groups([texts[index] for index in left])
+    repeated = {left[index] for group in groups for index in group[1:]}
+    dropped += Counter({"near duplicate of an eval row": len(leaked), "near duplicate": len(repeated)})
+    gone = {id(rows[index]) for index in leaked | repeated}
+    return [[example for example in part if id(example) not in gone] for part in distinct], dropped
+
+
+def _mix(
+    parts: list[list[StoredExample]], inputs: Sequence[Input], *, order: Callable[[bytes], float]
+) -> tuple[list[list[StoredExample]], list[int]]:
+    """Apply weights and `#N`: the rows of each source that are trained, and how many of them are repeats.
+
+    With weights the mix is as large as it can be without repeating a row. Which rows are taken follows from the seed
+    and the rows alone, so that a source keeps its choice when another one changes (weights aside).
+    """
+    weights = [item.weight for item in inputs]
+    if all(weight is not None for weight in weights):
+        size = min(len(part) / weight for part, weight in zip(parts, weights, strict=True) if weight)
+        counts: list[int | None] = [max(1, round(size * weight)) if weight else None for weight in weights]
+    else:
+        counts = [item.num_rows for item in inputs]
+    mixed: list[list[StoredExample]] = []
+    repeats: list[int] = []
+    for part, count in zip(parts, counts, strict=True):
+        if count is None or not part:
+            mixed.append(part)
+            repeats.append(0)
+            continue
+        chosen = sorted(part, key=lambda example: order(example.key))
+        passes, rest = divmod(count, len(part))
+        mixed.append(part * passes + chosen[:rest])
+        repeats.append(max(0, count - len(part)))
+    return mixed, repeats
+
+
+def _label_notes(read: Sequence[_Read]) -> Iterator[str]:
+    for source in read:
+        if source.labelled_false:
+            yield (
+                f"{source.labelled_false:,} rows of {source.input.source.label} have label false (KTO's unwanted "
+                "answers); they are learned like the others, so take them out unless that is meant"
+            )
+
+
+def _notes(responses: Iterable[str]) -> list[str]:
+    """A common ending of the responses that looks like the end marker of another tool."""
+    responses = [response[-_MARKER_MOST_CHARS:] for response in responses if len(response) > _MARKER_CHARS]
+    if len(responses) < 10:
+        return []
+    ending, count = Counter(response[-_MARKER_CHARS:] for response in responses).most_common(1)[0]
+    if count < _MARKER_SHARE * len(responses) or ending[-1] not in _MARKER_LAST_CHARACTERS:
+        return []
+    sharing = [response for response in responses if response.endswith(ending)]
+    while all(
+        len(response) > len(ending) and response[-len(ending) - 1] == sharing[0][-len(ending) - 1]
+        for response in sharing
+    ):
+        ending = sharing[0][-len(ending) - 1 :]
+    return [
+        f"{len(sharing):,} of {counted(len(responses), 'response')} looked at end in {ending!r}, which is learned "
+        "as part of every answer; remove it from the rows if it is not meant"
+    ]

@@ -1,0 +1,83 @@
+"""What a source of rows gives: rows, and the pieces of it that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gemma_tune.data.data_report import MAX_SAMPLES
+from gemma_tune.errors import DataError, counted
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRow:
+    """One row as it was found.
+
+    Attributes:
+        fields: column → value, unchecked.
+        where: `rows.jsonl:12` (file and 1-based line), `rows.parquet[3]` or `owner/name[train]:3` (0-based index).
+    """
+
+    fields: dict[str, object]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenLine:
+    """A piece of a source that is no row.
+
+    Attributes:
+        where: as in a row; with the 1-based column behind the line where it is known (`rows.jsonl:12:7`).
+        problem: what is wrong with it, such as `a list, not an object`.
+        ends_reading: nothing behind it could be read (a .json list or a CSV file whose structure is broken), so rows
+            are missing without a `BrokenLine` of their own.
+    """
+
+    where: str
+    problem: str
+    ends_reading: bool = False
+
+
+SourceItem = SourceRow | BrokenLine
+
+
+def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()) -> None:
+    """A line that is no row at all: the file is damaged or of another kind, so nothing is guessed.
+
+    `unusable` are the problems of rows; they are told along, so that a file is mended in one go.
+
+    Raises:
+        DataError: `broken` is not empty.
+    """
+    if not broken:
+        return
+    names = ", ".join(dict.fromkeys(line.where.partition(":")[0] for line in broken))
+    message = f"{names}: {counted(len(broken), 'broken line')}\n" + told(
+        [f"{line.where}: {line.problem}" for line in broken]
+    )
+    if any(line.ends_reading for line in broken):
+        message += "\n  what stands behind it was not read"
+    if unusable:
+        message += (
+            f"\nand {len(unusable):,} row{'s' if len(unusable) > 1 else ''} that cannot be used\n{told(unusable)}"
+        )
+    raise DataError(message, hint=_hint(broken[0]))
+
+
+def _hint(line: BrokenLine) -> str:
+    name = line.where.partition(":")[0]
+    if "UTF-8" in line.problem:
+        return f"save the file as UTF-8, for example: iconv -f CP1252 -t UTF-8 {name} > utf8-{name}"
+    if ".csv" in name or ".tsv" in name:
+        return "quote a cell that holds a line break, a quote or the delimiter; the first line names the columns"
+    if ".jsonl" in name:
+        return 'every line is one JSON object, such as {"instruction": "…", "response": "…"}'
+    return "a .json file is one list of objects: [{…}, {…}]"
+
+
+def told(problems: Sequence[str]) -> str:
+    """Problems a line each, the first of them, indented."""
+    shown = [f"  {problem}" for problem in problems[:MAX_SAMPLES]]
+    if len(problems) > MAX_SAMPLES:
+        shown.append(f"  and {len(problems) - MAX_SAMPLES:,} more")
+    return "\n".join(shown)

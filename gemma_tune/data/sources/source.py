@@ -1,0 +1,163 @@
+"""Rows from files, from the hub or from the package, each with the place it came from."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma_tune.data.sources.files import RowFile, find_file, is_row_file, known_kinds, read_rows, shown
+from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
+from gemma_tune.data.sources.items import BrokenLine, SourceItem, SourceRow, stop_if_broken
+from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.paths import TINY_ROWS_DIR
+
+TINY_WORLD = "tiny-world"
+TINY_SPLITS = ("train", "eval")
+MAX_COLUMN_ROWS = 1_000
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_WILDCARD = re.compile(r"[*?[]")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of rows that was found and holds something.
+
+    Attributes:
+        label: the source as messages call it: `rows.jsonl`, `rows-*.jsonl (3 files)`, `owner/name[train]`.
+        sha256: of the file's bytes as they lie on disk; of the names and hashes of several files, in their order; of
+            the rows as JSON for a hub dataset.
+        columns: those of the first 1,000 rows, in the order of first appearance; none where every piece is broken.
+    """
+
+    label: str
+    sha256: str
+    columns: tuple[str, ...]
+    _read: Callable[[], Iterator[SourceItem]] = field(repr=False, compare=False)
+
+    def rows(self) -> Iterator[SourceRow | BrokenLine]:
+        """Every row and every piece that is none, in order; each call starts from the beginning.
+
+        Raises:
+            DataError: a file turns out not to be whole, or was changed since the source was opened.
+        """
+        return self._read()
+
+
+def open_source(source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None) -> Source:
+    """Find `source`: a file, a pattern of files (`data/part-*.jsonl`; `**` too), a hub id `owner/name` or `tiny-world`.
+
+    Files are .jsonl, .json (a list of objects), .csv, .tsv or .parquet, each also compressed (.gz, .bz2, .xz, .zst), in
+    UTF-8 with or without BOM. `subset`, `revision` and a `split` other than train belong to hub datasets (tiny-world
+    has the splits train and eval).
+
+    Raises:
+        DataError: the source is missing, unreadable, empty, or not what its name says.
+    """
+    if source == TINY_WORLD:
+        if split not in TINY_SPLITS:
+            raise DataError(f"{TINY_WORLD} has no split {split!r}", hint=f"its splits: {', '.join(TINY_SPLITS)}")
+        _refuse_hub_settings(source, subset=subset, split="train", revision=revision)
+        return _open_files([find_file(TINY_ROWS_DIR / f"{split}.jsonl")], label=f"{TINY_WORLD}[{split}]")
+    if _URL.match(source):
+        raise DataError(f"{source} is a web address", hint="download it and give the file, or a hub id owner/name")
+    # os.path, not pathlib: it raises neither for a home that is unknown nor for a name that is too long.
+    path = Path(os.path.expanduser(source))
+    is_there = os.path.exists(path)
+    if is_row_file(path) or is_there or _WILDCARD.search(source):
+        _refuse_hub_settings(source, subset=subset, split=split, revision=revision)
+        if _WILDCARD.search(source) and not is_there:
+            return _open_pattern(path)
+        return _open_files([find_file(path)], label=path.name)
+    if _HUB_ID.fullmatch(source):
+        label = f"{source}[{split}]"
+        read = load_hub_rows(source, label=label, subset=subset, split=split, revision=revision)
+        return _made(label, sha256=hash_rows(read()), read=read)
+    raise DataError(
+        f"no such data source: {source}", hint=f"give a file ({known_kinds()}), a hub id owner/name, or {TINY_WORLD}"
+    )
+
+
+def read_whole(source: Source) -> list[SourceRow]:
+    """Every row of a source in memory.
+
+    Raises:
+        DataError: a line of it is no row.
+    """
+    items = list(source.rows())
+    stop_if_broken([item for item in items if isinstance(item, BrokenLine)])
+    return [item for item in items if isinstance(item, SourceRow)]
+
+
+def _refuse_hub_settings(source: str, *, subset: str | None, split: str, revision: str | None) -> None:
+    given = [name for name, value in (("subset", subset), ("revision", revision)) if value is not None]
+    given += ["split"] if split != "train" else []
+    if given:
+        names = " and ".join(f"data.{name}" for name in given)
+        raise DataError(f"{source} has no {' or '.join(given)}", hint=f"remove {names}: they belong to a hub dataset")
+
+
+def _made(label: str, *, sha256: str, read: Callable[[], Iterator[SourceItem]]) -> Source:
+    """The source with its columns, once it is known to hold something."""
+    columns: dict[str, None] = {}
+    is_empty, num_rows = True, 0
+    for item in read():
+        is_empty = False
+        if isinstance(item, SourceRow):
+            columns.update(dict.fromkeys(item.fields))
+            num_rows += 1
+        if num_rows == MAX_COLUMN_ROWS:
+            break
+    if is_empty:
+        raise DataError(f"{label} is empty: it holds no rows", hint="it needs at least one row")
+    return Source(label=label, sha256=sha256, columns=tuple(columns), _read=read)
+
+
+def _open_files(files: Sequence[RowFile], *, label: str) -> Source:
+    def read() -> Iterator[SourceItem]:
+        for file in files:
+            yield from read_rows(file)
+
+    if len(files) == 1:
+        return _made(label, sha256=files[0].sha256, read=read)
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.sha256}  {file.name}\n".encode("utf-8", errors="surrogateescape"))
+    return _made(label, sha256=digest.hexdigest(), read=read)
+
+
+def _open_pattern(pattern: Path) -> Source:
+    """The files that match `pattern`, as one source; one alone counts as that file."""
+    depth = next(index for index, part in enumerate(pattern.parts) if _WILDCARD.search(part))
+    base = Path(*pattern.parts[:depth])
+    found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if os.path.isfile(name))
+    if not found:
+        raise _no_match_error(pattern, base)
+    unknown = [path.name for path in found if not is_row_file(path)]
+    if unknown:
+        raise DataError(
+            f"{pattern} matches files of an unknown kind: {shown(unknown)}", hint=f"narrow it; known: {known_kinds()}"
+        )
+    # Below the part without wildcards the names differ from each other, which the last parts alone need not.
+    files = [find_file(path, name=path.relative_to(base).as_posix()) for path in found]
+    if len(files) == 1:
+        return _open_files(files, label=files[0].name)
+    return _open_files(files, label=f"{pattern.relative_to(base).as_posix()} ({len(files):,} files)")
+
+
+def _no_match_error(pattern: Path, base: Path) -> DataError:
+    if not base.is_dir():
+        beside = [child.name for child in base.parent.iterdir()] if base.parent.is_dir() else []
+        return DataError(
+            f"no file matches {pattern}: there is no directory {base}",
+            hint=did_you_mean(base.name, beside) or "check data.source",
+        )
+    children = sorted(base.iterdir())
+    names = [path.name for path in children if is_row_file(path)]
+    names = names or [f"{path.name}/" if path.is_dir() else path.name for path in children]
+    return DataError(f"no file matches {pattern}", hint=f"in {base}: {shown(names) if names else 'nothing'}")

@@ -1,0 +1,93 @@
+"""export.json: what an exported directory holds, what it was made of, and how its check came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import RunError
+from gemma_tune.exporting.verify.parity import Distance
+from gemma_tune.exporting.verify.prove import FormReport, ParityReport
+from gemma_tune.reporting.card import CARD_FILE
+from gemma_tune.runs.record import RECORDED_PACKAGES, installed_version, read_json, utc_now, write_json
+
+RECORD_FILE = "export.json"
+_CHANGING = (RECORD_FILE, CARD_FILE)
+SCHEMA = 1
+_PACKAGES = (*RECORDED_PACKAGES, "gguf", "llama-cpp-python")
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """The content of export.json.
+
+    Attributes:
+        fingerprint: SHA-256 of everything that decides the files.
+        base: name, revision and file hashes; adapter: file hashes.
+        files: name -> bytes; null while the export is being written.
+        facts: what the writer reports, such as bits per weight.
+        verification: figures and verdict, with their date; null when the export was not checked.
+    """
+
+    format: str
+    fingerprint: str
+    base: dict[str, Any]
+    adapter: dict[str, str]
+    files: dict[str, int] | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] | None = None
+    schema: int = SCHEMA
+    created: str = field(default_factory=utc_now)
+    packages: dict[str, str | None] = field(
+        default_factory=lambda: {name: installed_version(name) for name in _PACKAGES}
+    )
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def passed(self) -> bool | None:
+        """The verdict; None when there is none."""
+        return self.verification["result"]["passed"] if self.verification else None
+
+
+def read_record(directory: Path) -> ExportRecord:
+    """Read the export.json of an exported directory; RunError when it has none or a later version wrote it."""
+    values = read_json(directory / RECORD_FILE)
+    if values.get("schema") != SCHEMA:
+        raise RunError(
+            f"{directory / RECORD_FILE} has schema {values.get('schema')!r}, this version reads {SCHEMA}",
+            hint="use the gemma-tune that wrote it, or export again",
+        )
+    return ExportRecord(**values)
+
+
+def finish_record(directory: Path, record: ExportRecord, facts: Mapping[str, Any]) -> ExportRecord:
+    """Add what was written and store it."""
+    finished = replace(record, files=list_files(directory), facts=dict(facts))
+    write_json(directory / RECORD_FILE, asdict(finished))
+    return finished
+
+
+def list_files(directory: Path) -> dict[str, int]:
+    """Name -> bytes of the files of an export, its record and its model card aside, which may change later."""
+    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name not in _CHANGING}
+
+
+def add_verification(directory: Path, report: ParityReport, result: FormReport) -> None:
+    """Store the figures and the verdict of one export."""
+    shared = {key: value for key, value in asdict(report).items() if key != "exports"}
+    verification = {"date": utc_now(), "result": asdict(result), **shared}
+    write_json(directory / RECORD_FILE, asdict(replace(read_record(directory), verification=verification)))
+
+
+def stored_result(record: ExportRecord) -> FormReport | None:
+    """The verdict of an earlier check."""
+    if record.verification is None:
+        return None
+    result = record.verification["result"]
+    distance = result["distance"] and Distance(**result["distance"])
+    return FormReport(**{**result, "distance": distance})

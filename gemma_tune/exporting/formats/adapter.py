@@ -1,0 +1,115 @@
+"""Exports an adapter on its own: a directory in PEFT's format that plain PEFT loads, checked against its base.
+
+What leaves is the weights, a config without anything of this machine, the tokenizer and the template that it was
+trained with, and the licence; no optimizer state and no pickle. PEFT loads an adapter whose names do not fit with one
+warning and no effect; here every tensor finds its module, with the right shape, or nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ExportError
+from gemma_tune.exporting.merge.plan import plan_merge, refuse_strangers
+from gemma_tune.exporting.output_dir import output_directory, refuse_existing, require_free_disk
+from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
+from gemma_tune.models.catalogue import resolve_model
+from gemma_tune.models.fetch import LocalModel
+from gemma_tune.models.safetensors import read_config, stored_tensors
+from gemma_tune.runs.adapter import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
+    LoraAdapter,
+    read_adapter,
+    read_adapter_config,
+)
+from gemma_tune.runs.record import write_json
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What an adapter export wrote.
+
+    Attributes:
+        base_name, base_revision: the base as adapter_config.json names it; a path only where the base is a directory of
+            the user's own.
+        num_modules: modules with a low-rank change; num_whole: tensors trained as a whole.
+    """
+
+    output_dir: Path
+    files: tuple[str, ...]
+    base_name: str
+    base_revision: str | None
+    num_modules: int
+    num_whole: int
+    weight_bytes: int
+
+
+def export_adapter(
+    adapter_dir: Path, base: LocalModel, output_dir: Path, *, more_texts: Mapping[str, str] | None = None
+) -> AdapterReport:
+    """Write the adapter of a run, or any PEFT LoRA adapter, as a directory to give away.
+
+    `more_texts` (name -> content) become files of the output. Raises ExportError or ModelError; then nothing is left.
+    """
+    from gemma_tune.exporting.merge.write import check_adapter_values
+
+    refuse_existing(output_dir)
+    adapter = read_adapter(adapter_dir)
+    check_keys(adapter, base.directory)
+    check_adapter_values(adapter)
+    weights = adapter_dir / ADAPTER_WEIGHTS_FILE
+    texts = tokenizer_files(base.directory, adapter_dir) | licence_files(base.directory)
+    needed_bytes = sum(path.stat().st_size for path in (weights, *texts.values()))
+    require_free_disk(output_dir, needed_bytes, what="the adapter")
+    base_name = public_name(base)
+    with output_directory(output_dir) as partial_dir:
+        write_text_files(partial_dir, copied=texts, given=more_texts)
+        write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(adapter_dir, base_name=base_name, base=base))
+        shutil.copyfile(weights, partial_dir / ADAPTER_WEIGHTS_FILE)
+        if _facts(read_adapter(partial_dir)) != _facts(adapter):
+            raise ExportError(f"{output_dir}: the copy does not read back as the adapter", hint="is the disk sound?")
+    return AdapterReport(
+        output_dir=output_dir,
+        files=tuple(sorted(path.name for path in output_dir.iterdir())),
+        base_name=base_name,
+        base_revision=base.revision,
+        num_modules=len(adapter.factors),
+        num_whole=len(adapter.trained),
+        weight_bytes=sum(tensor.num_bytes for tensor in adapter.tensors()),
+    )
+
+
+def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
+    """Refuse an adapter with a tensor that has no module in the base, or another shape. Reads headers only."""
+    base, config = stored_tensors(base_dir), read_config(base_dir)
+    if config.get("quantization_config"):
+        refuse_strangers(adapter, base.keys())  # packed weights have shapes of their own
+        return
+    # A merge checks all of it before it begins; which tensors end up tied does not matter here.
+    plan_merge(
+        adapter, base=base, base_config=config, dtype="auto", max_shard_bytes=1 << 40, same_values=lambda *_: True
+    )
+
+
+def public_name(base: LocalModel) -> str:
+    """How others find the base: its hub id, whichever alias the recipe names; a local path as it was given."""
+    location = resolve_model(base.name).location
+    return base.name if Path(location).is_dir() else location
+
+
+def _config(adapter_dir: Path, *, base_name: str, base: LocalModel) -> dict[str, Any]:
+    config: dict[str, Any] = portable_settings(read_adapter_config(adapter_dir))
+    # PEFT imports the package that auto_mapping names (S2); with a task type it needs none.
+    named = {"base_model_name_or_path": base_name, "revision": base.revision, "task_type": "CAUSAL_LM"}
+    return config | named | {"inference_mode": True}
+
+
+def _facts(adapter: LoraAdapter) -> object:
+    """What must be the same in the copy."""
+    tensors = {(tensor.name, tensor.dtype, tensor.shape, tensor.offset_bytes) for tensor in adapter.tensors()}
+    return tensors, {module: change.scaling for module, change in adapter.factors.items()}

@@ -1,0 +1,407 @@
+"""What a merge will write, decided from headers alone: which tensor lands where, ties, dtypes, shards. No torch.
+
+Names differ between an adapter, a checkpoint and the transformers release that wrote them (`model.layers`,
+`model.language_model.layers`, `language_model.model.layers`); `canonical_name` brings them together. PEFT loads an
+adapter whose names do not fit with one warning and no effect; here every adapter tensor has exactly one place, or
+nothing is written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from gemma_tune.errors import ExportError
+from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
+from gemma_tune.runs.adapter import FLOAT_DTYPES, LoraAdapter, LoraFactors
+
+MergeDtype = Literal["auto", "bfloat16", "float16", "float32"]
+# (a, b, transposed) -> whether b holds a's values, or those of a.T
+SameValues = Callable[[StoredTensor, StoredTensor, bool], bool]
+
+STORED_DTYPE_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
+_DTYPE_NAME_OF = {stored: name for name, stored in STORED_DTYPE_OF.items()}
+_EMBEDDING = "model.embed_tokens.weight"
+_HEAD = "lm_head.weight"
+_RENAMES = (
+    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
+    (re.compile(r"^language_model\.model\."), "model."),
+    (re.compile(r"^model\.language_model\."), "model."),
+    (re.compile(r"^model\.(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."), r"\1."),
+    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
+)
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the output.
+
+    Attributes:
+        source: where its values come from: the base, or the adapter when it was trained as a whole.
+        base: the base's tensor of the same name and shape.
+        factors: the low-rank change to add.
+        dtype: the dtype to write, in the format's name.
+    """
+
+    name: str
+    source: StoredTensor
+    base: StoredTensor | None
+    factors: LoraFactors | None
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_elements * BYTES_OF_DTYPE[self.dtype]
+
+    @property
+    def change(self) -> Literal["merged", "replaced", "copied"]:
+        if self.factors is not None:
+            return "merged"
+        return "copied" if self.base is self.source else "replaced"
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """Attributes:
+    shards: the tensors of each output file.
+    config: config.json of the output.
+    dtype: the floating dtype that most bytes of the output have, as in config.json.
+    notes: what a user should know about ties and resized vocabularies.
+    """
+
+    shards: tuple[tuple[PlannedTensor, ...], ...]
+    config: Mapping[str, Any]
+    dtype: str
+    notes: tuple[str, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.num_bytes for shard in self.shards for tensor in shard)
+
+
+def canonical_name(name: str) -> str:
+    """The one name of a Gemma weight or module, whichever of the three prefixes it was saved under."""
+    for pattern, replacement in _RENAMES:
+        name = pattern.sub(replacement, name)
+    return name
+
+
+def plan_merge(
+    adapter: LoraAdapter,
+    *,
+    base: Mapping[str, StoredTensor],
+    base_config: Mapping[str, Any],
+    dtype: MergeDtype,
+    max_shard_bytes: int,
+    same_values: SameValues,
+) -> MergePlan:
+    """Decide every tensor of the output; ExportError names the adapter keys that have no place or do not fit."""
+    _refuse_base(base, base_config, adapter)
+    name_of = _base_names(base)
+    planned = {name: PlannedTensor(name, tensor, tensor, None, tensor.dtype) for name, tensor in base.items()}
+    factors, trained, copies = _by_canonical_name(adapter)
+    refuse_strangers(adapter, base.keys())
+
+    for canonical, change in factors.items():
+        if canonical not in (_EMBEDDING, _HEAD):
+            name = name_of[canonical]
+            planned[name] = replace(planned[name], factors=change)
+    for canonical, tensor in trained.items():
+        if canonical not in (_EMBEDDING, _HEAD):
+            name = name_of[canonical]
+            planned[name] = replace(planned[name], source=tensor)
+    for canonical in copies:
+        if canonical not in (_EMBEDDING, _HEAD):
+            name = name_of[canonical]
+            planned[name] = _with_copy(planned[name], copies[canonical], same_values)
+
+    config = dict(base_config)
+    notes: tuple[str, ...] = ()
+    if _EMBEDDING in name_of:
+        ends = _plan_ends(adapter, base=base, name_of=name_of, base_config=base_config, same_values=same_values)
+        planned.pop(name_of.get(_HEAD, ""), None)
+        planned |= {tensor.name: tensor for tensor in (ends.embedding, ends.head) if tensor is not None}
+        config, notes = _with_ends(config, ends), ends.notes
+    for output in planned.values():
+        _check_shapes(adapter, output)
+
+    if dtype != "auto":
+        stored = STORED_DTYPE_OF[dtype]
+        planned = {n: replace(t, dtype=stored) if t.dtype in FLOAT_DTYPES else t for n, t in planned.items()}
+    main_dtype = _main_dtype(planned.values())
+    return MergePlan(
+        shards=_shards(list(planned.values()), max_shard_bytes),
+        config={"dtype": main_dtype} | _with_dtype(config, main_dtype),
+        dtype=main_dtype,
+        notes=notes,
+    )
+
+
+def _refuse_base(base: Mapping[str, StoredTensor], config: Mapping[str, Any], adapter: LoraAdapter) -> None:
+    """Refuse a base that is quantised (merging would round every weight again) or whose config brings code."""
+    where = next(iter(base.values())).file.parent if base else adapter.directory
+    quantised = [t.name for t in base.values() if t.dtype not in (*FLOAT_DTYPES, "I64", "I32", "I16", "BOOL")]
+    if config.get("quantization_config") or quantised:
+        found = f"{quantised[0]} is {base[quantised[0]].dtype}" if quantised else "quantization_config in config.json"
+        named = re.sub(r"(-unsloth)?-(bnb-4bit|bnb-8bit|4bit|8bit)$", "", adapter.base_name or "")
+        raise ExportError(
+            f"{where}: the base is quantised ({found}); merging into it would round away part of what was trained",
+            hint="merge into the 16-bit base" + (f": {named}" if named and named != adapter.base_name else ""),
+        )
+    if not str(config.get("model_type", "")).startswith("gemma"):
+        raise ExportError(
+            f"{where}: model_type {config.get('model_type')!r} is not a Gemma",
+            hint="give the base that the adapter was trained on",
+        )
+    code = [key for key in config if key == "auto_map" or key.startswith("_attn_implementation")]
+    if code:
+        raise ExportError(
+            f"{where}: config.json has {code[0]}, which makes loaders run code from elsewhere",
+            hint="use the model as its maker published it",
+        )
+
+
+def _base_names(base: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Canonical name -> name in the base."""
+    name_of: dict[str, str] = {}
+    for name in base:
+        other = name_of.setdefault(canonical_name(name), name)
+        if other != name:
+            raise ExportError(
+                f"the base holds both {other} and {name}, which are one weight under two names",
+                hint="use the base as its maker published it",
+            )
+    return name_of
+
+
+def _by_canonical_name(
+    adapter: LoraAdapter,
+) -> tuple[dict[str, LoraFactors], dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The adapter's factors, whole tensors and base copies by the canonical name of the weight that they change."""
+    factors = {canonical_name(module + ".weight"): change for module, change in adapter.factors.items()}
+    trained = {canonical_name(name): tensor for name, tensor in adapter.trained.items()}
+    copies = {canonical_name(module + ".weight"): tensor for module, tensor in adapter.base_copies.items()}
+    counts = (len(factors), len(trained), len(copies))
+    both = sorted(factors.keys() & trained.keys())
+    if counts != (len(adapter.factors), len(adapter.trained), len(adapter.base_copies)) or both:
+        raise ExportError(
+            f"{adapter.directory}: two sets of adapter tensors are for one weight" + (f": {both[0]}" if both else ""),
+            hint="the adapter file is damaged, or was put together from two",
+        )
+    return factors, trained, copies
+
+
+def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
+    """Refuse adapter tensors that have no weight in the base. A head may be new: a tied base stores none."""
+    wanted = [module + ".weight" for module in (*adapter.factors, *adapter.base_copies)] + list(adapter.trained)
+    known = {canonical_name(name) for name in base_names} | {_HEAD}
+    strangers = sorted({name for name in wanted if canonical_name(name) not in known})
+    if strangers:
+        more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
+        raise ExportError(
+            f"{adapter.directory}: {len(strangers)} of {len(wanted)} adapter tensors have no weight in the base: "
+            f"{', '.join(strangers[:4])}{more}",
+            hint=f"was it trained on another model? The adapter names {adapter.base_name or 'no base'}",
+        )
+
+
+def _with_copy(tensor: PlannedTensor, copy: StoredTensor, same_values: SameValues) -> PlannedTensor:
+    """Start from the adapter's copy of the base weight only where it differs (a vocabulary that was resized)."""
+    if copy.shape == tensor.source.shape and same_values(tensor.source, copy, False):
+        return tensor
+    return replace(tensor, source=copy)
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """The two ends of the model. `head` is None when the output ties it to the embedding."""
+
+    embedding: PlannedTensor
+    head: PlannedTensor | None
+    was_tied: bool
+    rows_before: int
+    notes: tuple[str, ...]
+
+
+def _plan_ends(
+    adapter: LoraAdapter,
+    *,
+    base: Mapping[str, StoredTensor],
+    name_of: Mapping[str, str],
+    base_config: Mapping[str, Any],
+    same_values: SameValues,
+) -> _Ends:
+    """Follow PEFT's forward pass, not its merge, which adds a change trained on one end to both (peft issue 2777).
+
+    In a tied base both ends are one parameter. modules_to_save trains a copy of its own, so the other end stays what it
+    was; an embedding that is merely saved with the adapter is loaded into the one parameter, so both ends are it. LoRA
+    on one end changes that end alone, unless ensure_weight_tying made them one.
+    """
+    factors, trained, copies = _by_canonical_name(adapter)
+    stored = base[name_of[_EMBEDDING]]
+    stored_head = base[name_of[_HEAD]] if _HEAD in name_of else None
+    says_tied = _says_tied(base_config)
+    if stored_head is None and not says_tied:
+        raise ExportError(
+            f"{stored.file.parent}: config.json says that lm_head is not tied, but there is no lm_head.weight",
+            hint="the base is incomplete; download it again",
+        )
+    # transformers ties only where the file holds no head, or an equal one (tie_weights in modeling_utils.py, 5.x).
+    was_tied = stored_head is None or (says_tied and same_values(stored, stored_head, False))
+
+    whole_in, whole_out = trained.get(_EMBEDDING), trained.get(_HEAD)
+    copy_in, copy_out = copies.get(_EMBEDDING), copies.get(_HEAD)
+    if was_tied:
+        wholes, both_copies = (whole_in, whole_out), (copy_in, copy_out)
+        shared = _shared_end(adapter, stored, wholes=wholes, copies=both_copies, same_values=same_values)
+        source_in, source_out = whole_in or shared, whole_out or shared
+    else:
+        assert stored_head is not None
+        source_in = whole_in or _changed_copy(stored, copy_in, same_values)
+        source_out = whole_out or _changed_copy(stored_head, copy_out, same_values)
+    for end in (source_in, source_out):
+        if len(end.shape) != 2 or end.shape[1] != stored.shape[1]:
+            raise ExportError(
+                f"{adapter.directory}: {end.name} has shape {end.shape}, the base's embedding {stored.shape}",
+                hint=f"was it trained on another size? The adapter names {adapter.base_name or 'no base'}",
+            )
+    if source_in.shape[0] != source_out.shape[0]:
+        raise ExportError(
+            f"{adapter.directory}: the embedding has {source_in.shape[0]} rows and lm_head {source_out.shape[0]}",
+            hint="save both after resizing the vocabulary (save_embedding_layers=True)",
+        )
+
+    embedding = _planned_end(name_of[_EMBEDDING], source_in, stored, factors.get(_EMBEDDING))
+    head_name = name_of.get(_HEAD) or ("language_model." if stored.name.startswith("language_model.") else "") + _HEAD
+    head = _planned_end(head_name, source_out, stored_head or stored, factors.get(_HEAD))
+    stays_tied = was_tied and _is_one(adapter, embedding, head, same_values)
+    notes = []
+    if was_tied and not stays_tied:
+        notes.append("lm_head and the embedding were trained apart: the output stores both and is no longer tied")
+    if source_in.shape[0] != stored.shape[0]:
+        notes.append(f"the vocabulary was resized from {stored.shape[0]} to {source_in.shape[0]} rows")
+    return _Ends(embedding, None if stays_tied else head, was_tied, stored.shape[0], tuple(notes))
+
+
+def _says_tied(config: Mapping[str, Any]) -> bool:
+    """tie_word_embeddings, which every Gemma config leaves out when it is true (older writers omit defaults)."""
+    text_config = config.get("text_config")
+    nested = text_config.get("tie_word_embeddings") if isinstance(text_config, dict) else None
+    return bool(config.get("tie_word_embeddings", True if nested is None else nested))
+
+
+def _changed_copy(stored: StoredTensor, copy: StoredTensor | None, same_values: SameValues) -> StoredTensor:
+    if copy is None or (copy.shape == stored.shape and same_values(stored, copy, False)):
+        return stored
+    return copy
+
+
+def _shared_end(
+    adapter: LoraAdapter,
+    stored: StoredTensor,
+    *,
+    wholes: tuple[StoredTensor | None, StoredTensor | None],
+    copies: tuple[StoredTensor | None, StoredTensor | None],
+    same_values: SameValues,
+) -> StoredTensor:
+    """The one parameter behind both ends of a tied base, after PEFT has loaded the adapter; (embedding, head) pairs."""
+    whole_in, whole_out = wholes
+    if whole_in is not None and not adapter.saves_apart(whole_in):
+        return whole_in
+    if whole_out is not None and not adapter.saves_apart(whole_out):
+        return whole_out
+    changed = [copy for copy in (_changed_copy(stored, c, same_values) for c in copies) if copy is not stored]
+    if len(changed) == 2 and not same_values(changed[0], changed[1], False):
+        raise ExportError(
+            f"{adapter.directory}: the base is tied, but the adapter carries different copies of it for the two ends",
+            hint="the adapter file is damaged, or was put together from two",
+        )
+    return changed[0] if changed else stored
+
+
+def _planned_end(name: str, source: StoredTensor, stored: StoredTensor, factors: LoraFactors | None) -> PlannedTensor:
+    return PlannedTensor(name, source, stored if stored.shape == source.shape else None, factors, stored.dtype)
+
+
+def _is_one(adapter: LoraAdapter, embedding: PlannedTensor, head: PlannedTensor, same: SameValues) -> bool:
+    """Whether both ends come out as the same values."""
+    if embedding.source is not head.source and not same(embedding.source, head.source, False):
+        return False
+    at_in, at_out = embedding.factors, head.factors
+    if at_in is None or at_out is None:
+        return at_in is at_out
+    # (b @ a).T of the embedding is b' @ a' of the head when b' = a.T and a' = b.T.
+    if not adapter.ties_embeddings or at_in.scaling != at_out.scaling or at_in.magnitude or at_out.magnitude:
+        return False
+    return same(at_in.a, at_out.b, True) and same(at_in.b, at_out.a, True)
+
+
+def _with_ends(config: dict[str, Any], ends: _Ends) -> dict[str, Any]:
+    """The output's config: untied where the ends differ, and with the new number of rows."""
+    changes: dict[str, Any] = {}
+    if ends.head is not None and _says_tied(config):
+        changes["tie_word_embeddings"] = False
+    rows = ends.embedding.source.shape[0]
+    text_config = config.get("text_config")
+    if rows != ends.rows_before:
+        changes["vocab_size"] = rows
+    if isinstance(text_config, dict):
+        config = config | {"text_config": text_config | changes}
+        changes.pop("vocab_size", None)
+    return config | changes
+
+
+def _check_shapes(adapter: LoraAdapter, tensor: PlannedTensor) -> None:
+    """The change must have the weight's shape; a tensor trained as a whole the base's, vocabulary rows apart."""
+    wanted = tensor.source.shape
+    if tensor.factors is not None and tensor.factors.weight_shape != wanted:
+        raise ExportError(
+            f"{adapter.directory}: {tensor.factors.module}: the adapter fits a weight of shape "
+            f"{tensor.factors.weight_shape}, the base has {wanted}",
+            hint=f"was it trained on another size? The adapter names {adapter.base_name or 'no base'}",
+        )
+    if tensor.base is not None and tensor.base.shape != wanted:
+        raise ExportError(
+            f"{adapter.directory}: {tensor.name} has shape {wanted} in the adapter and {tensor.base.shape} in the base",
+            hint=f"was it trained on another size? The adapter names {adapter.base_name or 'no base'}",
+        )
+
+
+def _main_dtype(tensors: Iterable[PlannedTensor]) -> str:
+    """The floating dtype that most bytes have, as config.json names it."""
+    bytes_of: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.dtype in FLOAT_DTYPES:
+            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.num_bytes
+    return _DTYPE_NAME_OF[max(bytes_of, key=lambda stored: bytes_of[stored])]
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json with the output's dtype at every level, no quantization_config, and no path of the machine."""
+    output: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("quantization_config", "_name_or_path"):
+            continue
+        if key in ("dtype", "torch_dtype"):
+            output[key] = dtype
+        else:
+            output[key] = _with_dtype(value, dtype) if key.endswith("_config") and isinstance(value, dict) else value
+    return output
+
+
+def _shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], ...]:
+    """Fill files in the base's order up to the limit; a larger tensor has a file of its own.
+
+    Within a file the wider dtypes come first, so that every tensor is aligned to its element size.
+    """
+    shards: list[list[PlannedTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    return tuple(tuple(sorted(shard, key=lambda t: (-BYTES_OF_DTYPE[t.dtype], t.name))) for shard in shards)

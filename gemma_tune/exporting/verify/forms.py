@@ -1,0 +1,256 @@
+"""The forms that a model can be loaded in, each measured on a probe in a process of its own.
+
+A process of its own, because Unsloth changes transformers for the process that trains, llama.cpp aborts instead of
+raising, and the memory of a model goes back to the system with its process alone. One model is loaded at a time; logits
+go straight to the disk.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gemma_tune.errors import ExportError, GemmaTuneError
+from gemma_tune.exporting.verify.parity import Logits
+from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.paths import PACKAGE_DIR
+
+FormKind = Literal["plain", "nf4", "nf4-expanded", "gguf"]
+OnProgress = Callable[[int, int], None]
+
+_OPENERS: dict[FormKind, str] = {
+    "plain": "gemma_tune.exporting.verify.transformers_form:open_plain",
+    "nf4": "gemma_tune.exporting.verify.transformers_form:open_nf4",
+    "nf4-expanded": "gemma_tune.exporting.verify.transformers_form:open_nf4_expanded",
+    "gguf": "gemma_tune.exporting.verify.gguf_form:open_gguf",
+}
+_LAST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model on the disk and how it is loaded.
+
+    Attributes:
+        name: what it is called in reports.
+        kind: plain: a Hugging Face directory in float32, 4-bit weights expanded to it; nf4: 16-bit weights quantised on
+            loading, as QLoRA trains; nf4-expanded: the same, expanded to float32; gguf: a file for llama.cpp.
+        path: directory or file.
+        adapter: PEFT adapter on top of it.
+        tokenizer: directory of its tokenizer; None for a GGUF, which holds its own.
+        num_rows: the vocabulary's rows, where the adapter resized it.
+        dtype: in which precision an nf4 form computes.
+    """
+
+    name: str
+    kind: FormKind
+    path: Path
+    adapter: Path | None = None
+    tokenizer: Path | None = None
+    num_rows: int | None = None
+    dtype: str = "float32"
+
+    @property
+    def answers(self) -> bool:
+        """Whether prompts are answered: not in 4 bits, where every token would expand all weights again."""
+        return self.kind != "nf4"
+
+
+class OpenForm(Protocol):
+    """A form in memory."""
+
+    def logits(self, token_ids: Sequence[int]) -> Logits:
+        """Logits of every position, (positions, vocabulary)."""
+        ...
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of a text as a user of this form gets them, BOS and control tokens included."""
+        ...
+
+    def answer(self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int]) -> list[int]:
+        """Greedy continuation, without the stop token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a form gave on a probe.
+
+    Attributes:
+        logits: file of (positions, vocabulary) float32, mapped.
+        text_ids: token ids of each of the probe's texts.
+        answers: token ids that answer each prompt; None where the form does not answer.
+    """
+
+    form: Form
+    logits: Logits
+    text_ids: list[list[int]]
+    answers: list[list[int]] | None
+
+
+Measure = Callable[..., list[Measurement]]
+
+
+def measure_here(
+    forms: Sequence[Form], probe: Probe, *, directory: Path, on_progress: OnProgress | None = None
+) -> list[Measurement]:
+    """Measure each form in turn, in this process. A form on the weights of the one before it keeps them loaded."""
+    report = on_progress or (lambda done, total: None)
+    steps = len(probe.rows) + len(probe.prompts)
+    measured: list[Measurement] = []
+    opened: OpenForm | None = None
+    for index, form in enumerate(forms):
+        module_name, function_name = _OPENERS[form.kind].split(":")
+        before = opened if index and _goes_on(forms[index - 1], form) else None
+        del opened  # free the model before the next one is loaded
+        opened = getattr(importlib.import_module(module_name), function_name)(form, before=before)
+        del before
+
+        def tell(done: int, index: int = index) -> None:
+            report(index * steps + done, len(forms) * steps)
+
+        measured.append(_measure(form, opened, probe, path=directory / f"{form.name}.npy", tell=tell))
+    return measured
+
+
+def _goes_on(before: Form, form: Form) -> bool:
+    return before.kind == form.kind and before.path == form.path and before.adapter is None
+
+
+def _measure(form: Form, opened: OpenForm, probe: Probe, *, path: Path, tell: Callable[[int], None]) -> Measurement:
+    text_ids = [opened.tokenize(text) for text in probe.texts]
+    stored: npt.NDArray[np.float32] | None = None
+    start = 0
+    for number, row in enumerate(probe.rows, start=1):
+        logits = opened.logits(row)
+        if stored is None:
+            shape = (probe.num_tokens, logits.shape[1])
+            stored = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        stored[start : start + len(row)] = logits
+        start += len(row)
+        tell(number)
+    answers: list[list[int]] = []
+    for number, prompt in enumerate(probe.prompts if form.answers else (), start=1):
+        answers.append(opened.answer(prompt, max_new_tokens=probe.max_new_tokens, stop_token_ids=probe.stop_token_ids))
+        tell(len(probe.rows) + number)
+    assert stored is not None, "a probe has rows"
+    return Measurement(form, stored, text_ids, answers if form.answers else None)
+
+
+# --- in a process of its own ----------------------------------------------------------------------------------------
+
+
+def measure_in_child(
+    forms: Sequence[Form], probe: Probe, *, directory: Path, on_progress: OnProgress | None = None
+) -> list[Measurement]:
+    """`measure_here` in a new process.
+
+    Raises:
+        ExportError: what the process raised, or that it was ended by the system or by an abort of a library.
+    """
+    request = {"forms": [_to_json(form) for form in forms], "probe": asdict(probe), "directory": str(directory)}
+    # Threads that wait without spinning: on two cores shared with other work, 9 s instead of 33 s for the same check.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    # -P leaves out the working directory, where a user's `torch.py` may lie; so a checkout must be named.
+    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gemma_tune.exporting.verify.forms"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            encoding="utf-8",
+            env=environment,
+        )
+        try:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(json.dumps(request))
+            child.stdin.close()
+            answer: dict[str, Any] = {}
+            for line in child.stdout:
+                answer = json.loads(line)
+                if "done" in answer and on_progress is not None:
+                    on_progress(answer["done"], answer["total"])
+            code = child.wait()
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+        if "error" in answer:
+            raise ExportError(answer["error"], hint=answer["hint"])
+        if code or "measured" not in answer:
+            log.seek(0)
+            raise _ended(forms, code, log.read())
+    return [
+        Measurement(form, np.load(path, mmap_mode="r", allow_pickle=False), text_ids, answers)
+        for form, (path, text_ids, answers) in zip(forms, answer["measured"], strict=True)
+    ]
+
+
+def _to_json(form: Form) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(form).items()}
+
+
+def _from_json(values: dict[str, Any]) -> Form:
+    paths = {key: values[key] and Path(values[key]) for key in ("path", "adapter", "tokenizer")}
+    return Form(**{**values, **paths})
+
+
+def _ended(forms: Sequence[Form], code: int, log: str) -> ExportError:
+    names = ", ".join(form.name for form in forms)
+    if code == -signal.SIGKILL if sys.platform != "win32" else False:
+        return ExportError(
+            f"the process that ran {names} was killed, most likely for want of memory",
+            hint="free some memory, or leave the check out with --skip-verify",
+        )
+    told = "\n".join(log.strip().splitlines()[-_LAST_LINES:])
+    return ExportError(
+        f"the process that ran {names} ended with code {code}:\n{told}", hint="the export may be damaged"
+    )
+
+
+def _serve() -> None:
+    """Read a request from stdin; write progress and, last, the result as lines of JSON to stdout."""
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print goes to the log, C code included
+
+    def send(**values: Any) -> None:
+        channel.write(json.dumps(values) + "\n")
+        channel.flush()
+
+    request = json.loads(sys.stdin.buffer.read().decode("utf-8"))
+    probe = Probe(**{key: _tuples(value) for key, value in request["probe"].items()})
+    directory = Path(request["directory"])
+    try:
+        measured = measure_here(
+            [_from_json(form) for form in request["forms"]],
+            probe,
+            directory=directory,
+            on_progress=lambda done, total: send(done=done, total=total),
+        )
+    except GemmaTuneError as error:
+        send(error=error.message, hint=error.hint)
+        return
+    send(measured=[(str(directory / f"{each.form.name}.npy"), each.text_ids, each.answers) for each in measured])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    _serve()

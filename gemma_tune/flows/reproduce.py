@@ -1,0 +1,70 @@
+"""A run made again from its lock, and compared bit by bit."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+from gemma_tune.errors import RunError
+from gemma_tune.flows.train import decide, lock_of, train
+from gemma_tune.machine.quiet import libraries_to
+from gemma_tune.machine.world import ALONE
+from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import (
+    read_json,
+    read_manifest,
+)
+from gemma_tune.runs.reporter import Reporter
+from gemma_tune.runs.resume import lock_differences
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """A run made again.
+
+    Attributes:
+        differences: what is not as it was, a sentence each; with any of them equal bits are not promised.
+        run: the new run; None when it was only looked for differences.
+        adapters: SHA-256 of the weights, then and now.
+    """
+
+    differences: list[str]
+    run: RunDir | None
+    adapters: tuple[str, str] | None
+
+    @property
+    def is_equal(self) -> bool:
+        return self.adapters is not None and self.adapters[0] == self.adapters[1]
+
+
+def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Reproduction:
+    """Compare a run's lock with this machine, then make the run again beside it and compare the adapters.
+
+    Raises:
+        RunError: the run has no adapter yet, or its base or rows are not those of then.
+    """
+    weights = run.adapter / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise RunError(f"{run.path} has no adapter to compare with", hint="a run has one when it has finished")
+    before = read_json(run.lock)
+    fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
+    loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
+    with libraries_to(None):
+        lock = asdict(lock_of(loaded, decide(loaded.recipe), data=before["data"], world=ALONE))
+    differences = lock_differences(before, lock)
+    changes = [change for each in read_manifest(run).resumes for change in each["changed"]]
+    told = [*differences.refused, *differences.allowed, *(f"it went on with another {change}" for change in changes)]
+    if check_only:
+        return Reproduction(told, None, None)
+    for line in told:
+        reporter.warn(line)
+    if differences.refused:
+        raise RunError(
+            f"{run.path} cannot be made again:\n" + "\n".join(f"  {line}" for line in differences.refused),
+            hint="restore what it was trained on",
+        )
+    again = train(loaded, reporter=reporter)
+    rows = lock_differences(before, read_json(again.lock)).refused
+    hashes = [file_sha256(each.adapter / weights.name) for each in (run, again)]
+    return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))

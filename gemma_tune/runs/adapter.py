@@ -1,0 +1,257 @@
+"""Reads a PEFT LoRA adapter directory without PEFT: what was trained, by module. Refuses what cannot be merged."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ExportError
+from gemma_tune.models.safetensors import StoredTensor, read_header
+
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+_KEY_PREFIX = "base_model.model."
+_KEY_PATTERN = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
+    r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|original_module\.weight|modules_to_save\.weight)"
+)
+_EMBEDDING_MODULES = ("embed_tokens", "lm_head")
+
+# Settings that describe the training or the adapter's reach, but not the arithmetic of the merge.
+_HARMLESS_SETTINGS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_core",
+        "modules_to_save",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+    }
+)
+_MERGED_SETTINGS = frozenset({"alpha_pattern", "bias", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"})
+# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside a base whose weights they changed first: added to the plain base,
+# such an adapter gives another model than the one that was trained (peft docs, "Initialization").
+_PLAIN_INITS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraFactors:
+    """The low-rank change of one weight.
+
+    For a linear layer a is (rank, in) and b is (out, rank), the change is `scaling * b @ a`. For an embedding a is
+    (rank, rows), b is (width, rank) and the change is `scaling * (b @ a).T`. `magnitude` is DoRA's: (out,) for a linear
+    layer, (width,) for an embedding.
+    """
+
+    module: str
+    a: StoredTensor
+    b: StoredTensor
+    magnitude: StoredTensor | None
+    scaling: float
+    is_embedding: bool
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The shape of the weight that this change fits."""
+        if self.is_embedding:
+            return self.a.shape[1], self.b.shape[0]
+        return self.b.shape[0], self.a.shape[1]
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """What an adapter directory holds; module and tensor names as in the model, without `base_model.model.`.
+
+    Attributes:
+        base_name: the base that it was trained on, as written in its config.
+        factors: module -> its low-rank change.
+        trained: tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved beside the adapter).
+        base_copies: module -> the base's weight as the adapter file carries it (embeddings saved beside their change).
+        modules_to_save: the names given as PEFT's modules_to_save.
+        ties_embeddings: whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying).
+    """
+
+    directory: Path
+    base_name: str | None
+    factors: Mapping[str, LoraFactors]
+    trained: Mapping[str, StoredTensor]
+    base_copies: Mapping[str, StoredTensor]
+    modules_to_save: tuple[str, ...]
+    ties_embeddings: bool
+
+    def tensors(self) -> list[StoredTensor]:
+        """Every tensor of the adapter file."""
+        parts = [part for f in self.factors.values() for part in (f.a, f.b, f.magnitude) if part is not None]
+        return parts + list(self.trained.values()) + list(self.base_copies.values())
+
+    def saves_apart(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor trained as a whole belongs to a module that PEFT copied, apart from the base's parameter."""
+        return _is_saved(tensor.name.rpartition(".")[0], self.modules_to_save)
+
+
+def read_adapter(directory: Path) -> LoraAdapter:
+    """Read the config and the header of an adapter directory; ExportError names what is missing or not supported."""
+    config = read_adapter_config(directory)
+    _refuse_unsupported(directory, config)
+    path = directory / ADAPTER_WEIGHTS_FILE
+    if not path.is_file():
+        if any(directory.glob("*.bin")):
+            raise ExportError(
+                f"{directory}: the adapter is stored as pickle (.bin), which can run code when it is read",
+                hint="save it again with save_pretrained(..., safe_serialization=True) where you trust its origin",
+            )
+        raise ExportError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}", hint="give the adapter of a finished run")
+    return _group_tensors(directory, config, read_header(path))
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json as a mapping; ExportError when it is missing, not JSON or not a mapping."""
+    path = directory / ADAPTER_CONFIG_FILE
+    if not path.is_file():
+        raise ExportError(f"{directory}: no {ADAPTER_CONFIG_FILE}", hint="give the adapter directory of a finished run")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ExportError(f"{path}: not JSON ({error})", hint="save the adapter again") from None
+    if not isinstance(config, dict):
+        raise ExportError(f"{path}: not a mapping", hint="save the adapter again")
+    return config
+
+
+def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
+    """Refuse every adapter whose merge is something else than the sums in `LoraFactors`."""
+    where = directory / ADAPTER_CONFIG_FILE
+    if config.get("peft_type") != "LORA":
+        raise ExportError(
+            f"{where}: peft_type is {config.get('peft_type')!r}",
+            hint="only LoRA adapters (rsLoRA and DoRA among them) can be merged",
+        )
+    if config.get("bias", "none") != "none":
+        raise ExportError(
+            f"{where}: bias is {config['bias']!r}: the biases it trained cannot be merged", hint="train with bias: none"
+        )
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise ExportError(
+            f"{where}: init_lora_weights is {config['init_lora_weights']!r}: it changed the base's weights before "
+            "training, so the adapter does not belong to the plain base",
+            hint="save it as a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
+        )
+    known = _HARMLESS_SETTINGS | _MERGED_SETTINGS
+    # megatron_core names a package and is written in every config; qalora_group_size counts only under use_qalora.
+    unsupported = sorted(name for name, value in config.items() if value and name not in known)
+    if unsupported:
+        told = ", ".join(f"{name}={config[name]!r}"[:80] for name in unsupported)
+        raise ExportError(f"{where}: cannot merge an adapter with {told}", hint="train without it, or use PEFT's merge")
+
+
+def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[str, StoredTensor]) -> LoraAdapter:
+    modules_to_save = tuple(config.get("modules_to_save") or ())
+    parts: dict[str, dict[str, StoredTensor]] = {}
+    trained: dict[str, StoredTensor] = {}
+    copies: dict[str, StoredTensor] = {}
+    strangers: list[str] = []
+    for key, tensor in header.items():
+        name = key.removeprefix(_KEY_PREFIX)
+        match = _KEY_PATTERN.fullmatch(name)
+        if tensor.dtype not in FLOAT_DTYPES or name == key:
+            strangers.append(key)
+        elif match is None:
+            module = name.rpartition(".")[0]
+            is_embedding = module.rpartition(".")[2] in _EMBEDDING_MODULES
+            if (is_embedding or _is_saved(module, modules_to_save)) and ".lora_" not in name:
+                trained[name] = tensor
+            else:
+                strangers.append(key)
+        elif match["part"] in ("base_layer.weight", "original_module.weight"):
+            copies[match["module"]] = tensor
+        elif match["part"] == "modules_to_save.weight":
+            # With save_embedding_layers PEFT writes a module trained as a whole a second time, under this name.
+            if f"{_KEY_PREFIX}{match['module']}.weight" not in header:
+                strangers.append(key)
+        else:
+            parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor
+    if strangers:
+        raise _key_error(directory, "cannot tell what these adapter tensors are", strangers)
+    factors = {module: _factors(directory, config, module, found) for module, found in parts.items()}
+    if not factors and not trained:
+        raise ExportError(f"{directory}: the adapter holds no tensor", hint="was the run finished?")
+    return LoraAdapter(
+        directory=directory,
+        base_name=config.get("base_model_name_or_path") or None,
+        factors=factors,
+        trained=trained,
+        base_copies=copies,
+        modules_to_save=modules_to_save,
+        ties_embeddings=bool(config.get("ensure_weight_tying")),
+    )
+
+
+def _is_saved(module: str, names: tuple[str, ...]) -> bool:
+    """Whether modules_to_save means the module, or one that holds it: PEFT compares plain endings of the path."""
+    parts = module.split(".")
+    return any(".".join(parts[:length]).endswith(names) for length in range(1, len(parts) + 1))
+
+
+def _factors(directory: Path, config: Mapping[str, Any], module: str, found: Mapping[str, StoredTensor]) -> LoraFactors:
+    is_embedding = "lora_embedding_A" in found or "lora_embedding_B" in found
+    a, b = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
+    uses_dora = bool(config.get("use_dora"))
+    needed = {a, b} | ({"lora_magnitude_vector"} if uses_dora else set())
+    if set(found) != needed:
+        raise _key_error(directory, f"{module} needs {', '.join(sorted(needed))}, found", sorted(found))
+    rank = int(_pattern_value(config.get("rank_pattern") or {}, module, config.get("r", 8)))
+    alpha = float(_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8)))
+    shapes = {name: tensor.shape for name, tensor in found.items() if name in (a, b)}
+    has_matrices = rank > 0 and all(len(shape) == 2 for shape in shapes.values())
+    if not has_matrices or found[a].shape[0] != rank or found[b].shape[1] != rank:
+        raise ExportError(
+            f"{directory}: {module}: shapes {shapes} do not fit the rank {rank} in {ADAPTER_CONFIG_FILE}",
+            hint="the adapter's config and weights do not belong together",
+        )
+    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    factors = LoraFactors(module, found[a], found[b], found.get("lora_magnitude_vector"), scaling, is_embedding)
+    if factors.magnitude is not None and factors.magnitude.shape != (factors.b.shape[0],):
+        raise ExportError(
+            f"{directory}: {module}: DoRA magnitude of shape {factors.magnitude.shape}, needed {(factors.b.shape[0],)}",
+            hint="the adapter file is damaged",
+        )
+    return factors
+
+
+def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The value of the first pattern that matches the end of the module path, as PEFT's get_pattern_key does."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _key_error(directory: Path, reason: str, keys: list[str]) -> ExportError:
+    more = f" and {len(keys) - 4} more" if len(keys) > 4 else ""
+    return ExportError(
+        f"{directory}: {reason}: {', '.join(keys[:4])}{more}",
+        hint="every tensor of an adapter must have its place; nothing was written",
+    )

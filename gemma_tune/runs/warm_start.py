@@ -1,0 +1,71 @@
+"""The adapter that a training starts from (`model.adapter`): found and compared before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import RunError
+from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.recipe.schema import LoraSection
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.record import read_json
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """An adapter on disk.
+
+    Attributes:
+        name: as the recipe gives it.
+        base: the base that it says it was trained on.
+        sha256: of its weights.
+    """
+
+    name: str
+    directory: Path
+    base: str | None
+    sha256: str
+
+
+def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
+    """Find the adapter of a run, or in a directory such as a checkpoint, and compare its shape with the recipe.
+
+    Raises:
+        RunError: there is none, its weights are a pickle, or it was trained with other settings.
+    """
+    path = Path(name)
+    directory = RunDir(path).adapter if RunDir(path).manifest.is_file() else path
+    if not (directory / WEIGHTS).is_file() or not (directory / CONFIG).is_file():
+        is_pickle = (directory / "adapter_model.bin").is_file()
+        raise RunError(
+            f"model.adapter={name}: {directory} has no {WEIGHTS} with its {CONFIG}"
+            + (", and adapter_model.bin is a pickle, which could run code" if is_pickle else ""),
+            hint="give a run, one of its checkpoints, or a directory that PEFT saved",
+        )
+    config = read_json(directory / CONFIG)
+    different = [
+        f"lora.{field} is {wanted}, the adapter has {found}"
+        for field, wanted, found in _settings(lora, config)
+        if wanted != found
+    ]
+    if different:
+        raise RunError(f"model.adapter={name}: {'; '.join(different)}", hint="set lora to what the adapter has")
+    return StartAdapter(name, directory, config.get("base_model_name_or_path"), file_sha256(directory / WEIGHTS))
+
+
+def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What decides an adapter's effect besides its weights: name, value of the recipe, value of the adapter.
+
+    Which modules it is on shows when its weights are put in.
+    """
+    return [
+        ("rank", lora.rank, config.get("r")),
+        ("alpha", float(lora.alpha), float(config.get("lora_alpha", 0))),
+        ("use_rslora", lora.use_rslora, bool(config.get("use_rslora"))),
+        ("use_dora", lora.use_dora, bool(config.get("use_dora"))),
+    ]

@@ -1,0 +1,160 @@
+"""The only place that prints: results to stdout, progress and messages to stderr, plain text in a pipe."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tune.errors import GemmaTuneError
+from gemma_tune.reporting.numbers import format_bytes, format_seconds
+from gemma_tune.runs.reporter import StepProgress
+from gemma_tune.secrets import mask_secrets
+
+# Control characters besides line break and tab, each shown as a sign of its own: text of rows and models must not move
+# the cursor, rename the window or colour what follows.
+_CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    code: 0xFFFD for code in range(127, 160)
+}
+# In a pipe a line of progress comes at most this often (seconds), besides the first and the last.
+_PIPE_INTERVAL_SECONDS = 10.0
+
+
+def _console(stream: Any) -> Console:
+    # A pipe has no width: 80 columns would cut tables and paths that a program reads.
+    return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 200)
+
+
+class Terminal:
+    """stdout and stderr of this process as they are now; libraries that redirect them later do not reach it."""
+
+    def __init__(self) -> None:
+        self.out = _console(sys.stdout)
+        self.err = _console(sys.stderr)
+
+    def result(self, text: str | Text | Table | Panel) -> None:
+        self.out.print(text)
+
+    def plain(self, text: str, *, end: str = "\n") -> None:
+        """Text that is not ours to style: rows, YAML, model output."""
+        text = mask_secrets(text)
+        self.out.print(Text(without_controls(text) if self.out.is_terminal else text), end=end, soft_wrap=True)
+
+    def json(self, value: object) -> None:
+        self.plain(json.dumps(value, indent=2, ensure_ascii=False))
+
+    def json_line(self, value: object) -> None:
+        self.plain(json.dumps(value, ensure_ascii=False))
+
+    def result_inline(self, text: Text) -> None:
+        text.plain = without_controls(text.plain)
+        self.out.print(text, end="", soft_wrap=True)
+
+    def note(self, text: str | Text) -> None:
+        self.err.print(mask_secrets(text) if isinstance(text, str) else text)
+
+    def error(self, error: GemmaTuneError) -> None:
+        self.err.print(f"[bold red]error:[/] {escape(without_controls(mask_secrets(error.message)))}", soft_wrap=True)
+        if error.hint:
+            self.err.print(f"[cyan]hint:[/] {escape(without_controls(mask_secrets(error.hint)))}", soft_wrap=True)
+
+
+class TerminalReporter:
+    """Draws a run on stderr: stages with their facts, and one live line while training."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.console = terminal.err
+        self.live: Progress | None = None
+        self.last_printed = 0.0
+        self.stage_started = time.monotonic()
+
+    def __enter__(self) -> TerminalReporter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._end_live()
+
+    def stage(self, title: str) -> None:
+        self._end_live()
+        self.stage_started = time.monotonic()
+        self.console.print(f"[bold blue]●[/] [bold]{title}[/]")
+
+    def detail(self, text: str) -> None:
+        self._end_live()
+        self.console.print(f"  {escape(mask_secrets(text))}")
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"  [yellow]![/] {escape(mask_secrets(text))}")
+
+    def step(self, progress: StepProgress) -> None:
+        facts = (
+            f"loss {progress.loss:.3f}  {progress.tokens_per_second:,.0f} tokens/s  "
+            f"{format_bytes(progress.memory_bytes)}"
+            f"  ETA {format_seconds(progress.eta_seconds)}"
+        )
+        self._advance(f"step {progress.step}/{progress.total_steps}", progress.step, progress.total_steps, facts)
+
+    def evaluated(self, *, step: int, loss: float) -> None:
+        self.console.print(f"  step {step}: eval loss {loss:.3f}")
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        self._advance(f"{done}/{total} {what}", done, total, "")
+
+    def progress_bytes(self, what: str, done: int, total: int) -> None:
+        self._advance(f"{format_bytes(done)} of {format_bytes(total)} {what}", done, total, "")
+
+    def _advance(self, label: str, done: int, total: int, facts: str) -> None:
+        if not self.console.is_terminal:
+            now = time.monotonic()
+            if done == total or now - self.last_printed >= _PIPE_INTERVAL_SECONDS:
+                self.last_printed = now
+                self.console.print(f"  {label}  {facts}".rstrip())
+            return
+        if self.live is None:
+            self.live = Progress(
+                TextColumn("  {task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[facts]}"),
+                console=self.console,
+                # rich would put its own stdout and stderr over those of engines.quiet, and show what libraries print.
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self.live.add_task(label, total=total, facts=facts)
+            self.live.start()
+        self.live.update(self.live.task_ids[0], description=label, completed=done, total=total, facts=facts)
+        if done >= total:
+            self._end_live()
+
+    def _end_live(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+            self.live = None
+
+
+def without_controls(text: str) -> str:
+    """Text in which a terminal finds nothing to obey."""
+    return text.translate(_CONTROL_SIGNS)
+
+
+def _told(cell: object) -> str:
+    return "—" if cell is None else without_controls(str(cell))
+
+
+def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> Table:
+    """A table of cells that are not parsed for markup; `right` are the indices of right-aligned columns."""
+    table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(_told(cell)) for cell in row))
+    return table

@@ -1,0 +1,47 @@
+"""export.json is read back as it was written, and a later version's is not guessed at."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from gemma_tune.errors import RunError
+from gemma_tune.exporting.export_record import (
+    RECORD_FILE,
+    ExportRecord,
+    add_verification,
+    finish_record,
+    read_record,
+    stored_result,
+)
+from gemma_tune.exporting.verify.parity import Distance
+from gemma_tune.exporting.verify.prove import FormReport, ParityReport
+
+NEAR = Distance(max_abs=0.25, top1_agreement=1.0, clear_top1=1.0, mean_kl=1e-5, rms=0.125)
+RESULT = FormReport("gguf-q8_0", "base + adapter", "logits", "KL at most 0.001", True, "near", NEAR, 9.5, 60, 10)
+REPORT = ParityReport("eval rows", 200, 60, 10, NEAR, 20.0, 9.4, (RESULT,), (), ("a note",))
+
+
+def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
+    begun = ExportRecord("gguf-q8_0", "f00d", {"name": "gemma-tiny"}, {"adapter_model.safetensors": "beef"})
+    (tmp_path / RECORD_FILE).write_text(begun.to_json(), encoding="utf-8")
+    (tmp_path / "model.gguf").write_bytes(b"1234")
+    assert read_record(tmp_path) == begun
+    finished = finish_record(tmp_path, begun, {"bits_per_weight": 8.5})
+    assert read_record(tmp_path) == finished
+    assert (finished.files, finished.passed, stored_result(finished)) == ({"model.gguf": 4}, None, None)
+    add_verification(tmp_path, REPORT, RESULT)
+    record = read_record(tmp_path)
+    assert record.passed is True and stored_result(record) == RESULT
+    assert record.verification is not None
+    assert record.verification["effect"] == asdict(NEAR) and record.verification["notes"] == ["a note"]
+
+
+def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
+    record = ExportRecord("adapter", "f00d", {}, {})
+    (tmp_path / RECORD_FILE).write_text(json.dumps({**asdict(record), "schema": 2}), encoding="utf-8")
+    with pytest.raises(RunError, match="has schema 2, this version reads 1"):
+        read_record(tmp_path)
