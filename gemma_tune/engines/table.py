@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gemma_tune.engines.base import Engine
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.precision import Device, decide_precision
+from gemma_tune.machine.precision import Device
 from gemma_tune.recipe.schema import ModelSection, TrainingSection
 
 ENGINES = {
@@ -42,8 +42,6 @@ def choose_engine(model: ModelSection, *, training: TrainingSection, device: Dev
             "model.engine=unsloth, but unsloth is not installed",
             hint="use model.engine=auto, or install it: pip install 'gemma-tune[unsloth]'",
         )
-    if training.data_parallel == "zero2":
-        _require_deepspeed(model, device)
     if model.engine == "auto" and training.data_parallel != "ddp":
         return EngineChoice("transformers", f"training.data_parallel={training.data_parallel} needs it")
     if model.engine != "auto":
@@ -51,20 +49,6 @@ def choose_engine(model: ModelSection, *, training: TrainingSection, device: Dev
     if has_unsloth:
         return EngineChoice("unsloth", "it is installed, and the faster of the two")
     return EngineChoice("transformers", "unsloth is not installed")
-
-
-def _require_deepspeed(model: ModelSection, device: Device) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        raise EngineError(
-            "training.data_parallel=zero2, but deepspeed is not installed",
-            hint="use training.data_parallel=ddp, or install it: pip install 'gemma-tune[deepspeed]'",
-        )
-    precision = decide_precision(model.dtype, device=device)
-    if precision.autocast == "fp16":
-        raise EngineError(
-            f"training.data_parallel=zero2 does not scale the loss, which float16 needs ({precision.reason})",
-            hint="use training.data_parallel=ddp",
-        )
 
 
 def _require_cpu_settings(model: ModelSection, training: TrainingSection) -> None:

@@ -17,7 +17,7 @@ class Problem:
     Attributes:
         path: YAML path such as `training.learning_rate`.
         message: what was found and what is allowed.
-        fix: the change that mends it, when there is an obvious one.
+        fix: the change that corrects it, when there is an obvious one.
     """
 
     path: str
@@ -37,6 +37,10 @@ _PLAIN = {
     "model_type": "must be a section with settings of its own",
     "model_attributes_type": "must be a section with settings of its own",
 }
+
+
+# Values that went, and what serves in their place.
+_SERVED_BY = {"training.data_parallel='zero2'": "training.data_parallel=fsdp"}
 
 
 def _found(value: object) -> str:
@@ -74,7 +78,8 @@ def problem_of(error: ErrorDetails, names_of_section: Sequence[str]) -> Problem:
         return Problem(path, f"unknown {where}; {hint}")
     if error["type"] == "missing":
         return Problem(path, "is required and missing")
-    return Problem(path, f"{_allowed(error)}, found {_found(error['input'])}")
+    found = _found(error["input"])
+    return Problem(path, f"{_allowed(error)}, found {found}", fix=_SERVED_BY.get(f"{path}={found}"))
 
 
 def raise_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, int]) -> None:

@@ -91,16 +91,14 @@ def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
     training, model = recipe.training, recipe.model
     if training.data_parallel == "ddp":
         return []
-    why_not_unsloth, why_not_int8 = {
-        "fsdp": (
-            "unsloth's kernels need whole weights",
-            "int8 layers keep their scales apart from the weights, and cannot be sharded",
-        ),
-        "zero2": ("unsloth has not been tried with DeepSpeed", "int8 layers have not been tried with DeepSpeed"),
-    }[training.data_parallel]
     refused = (
-        (model.engine == "unsloth", "model.engine", why_not_unsloth, "model.engine=auto"),
-        (model.load_in_8bit, "model.load_in_8bit", why_not_int8, "model.load_in_8bit=false model.load_in_4bit=true"),
+        (model.engine == "unsloth", "model.engine", "unsloth's kernels need whole weights", "model.engine=auto"),
+        (
+            model.load_in_8bit,
+            "model.load_in_8bit",
+            "int8 layers keep their scales apart from the weights, and cannot be sharded",
+            "model.load_in_8bit=false model.load_in_4bit=true",
+        ),
         (
             "8bit" in training.optimizer or "paged" in training.optimizer or training.optimizer == "adafactor",
             "training.optimizer",
@@ -109,7 +107,7 @@ def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
             "training.optimizer=adamw",
         ),
         (
-            training.data_parallel == "fsdp" and training.early_stop_patience is not None,
+            training.early_stop_patience is not None,
             "training.early_stop_patience",
             "the best adapter is not put back into a sharded model",
             "training.early_stop_patience=null",

@@ -200,12 +200,11 @@ class TrainingSection(Section):
     gradient_accumulation: PositiveInt = Field(
         1, description="Forward passes per optimizer step; the loss is weighted by token."
     )
-    data_parallel: Literal["ddp", "fsdp", "zero2"] = Field(
+    data_parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="How the processes of --nproc share the work: with ddp each card holds the whole model; with fsdp "
         "each holds a share of every weight and fetches the others' layer by layer, which takes less memory and more "
-        "time; with zero2 (DeepSpeed) each holds the whole model and a share of the optimizer's state. The last two "
-        "need the transformers engine.",
+        "time, and needs the transformers engine.",
     )
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(2e-4, description="Peak learning rate.")
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(

@@ -14,7 +14,6 @@ from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.sharding import is_sharded, local_part
-from gemma_tune.training.zero import shares_of_gradients
 
 # A float16 loss scale starts at 65536 and halves at every overflow; a sound run overflows a few times at its start.
 MAX_FP16_OVERFLOWS = 16
@@ -48,26 +47,23 @@ class GuardCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: Any = None,
-        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         step, loss = state.global_step + 1, self.take_loss()
-        shares = shares_of_gradients(optimizer)
-        gradients = shares or [weight.grad for weight in self.trained.values() if weight.grad is not None]
+        gradients = [weight.grad for weight in self.trained.values() if weight.grad is not None]
         if not gradients:
             raise _no_gradient(step)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([local_part(grad) for grad in gradients])))
         loss_value, norm_value = torch.stack((loss.float(), norm.float())).tolist()
         found = self.world.gather((loss_value, norm_value))
         losses = [each_loss for each_loss, _ in found]
-        if shares or is_sharded(gradients[0]):
+        if is_sharded(gradients[0]):
             norm_value = math.hypot(*(each_norm for _, each_norm in found))
         if all(map(math.isfinite, (*losses, norm_value))):
             self.overflows = 0
             if norm_value == 0.0:
                 raise _no_gradient(step) if any(losses) else _nothing_to_learn(step)
-            if not shares:  # they do not say whose they are
-                self._tell_idle_weights()
+            self._tell_idle_weights()
             return
         self.overflows += 1
         if args.fp16 and self.overflows <= MAX_FP16_OVERFLOWS:

@@ -27,7 +27,6 @@ from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import EpochSampler, Group
 from gemma_tune.training.sealed_checkpoints import OwnCheckpoints
 from gemma_tune.training.sharding import shard_on_processors
-from gemma_tune.training.zero import compile_nothing, take_over
 
 RowArrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]  # token ids and supervised flags of one row
 
@@ -59,7 +58,7 @@ def to_sft_config(
     """Translate the recipe's sections into TRL's configuration.
 
     Args:
-        sharding: what `fsdp_settings` or `zero_settings` returned.
+        sharding: what `fsdp_settings` returned.
     """
     evaluates = has_eval_rows and evaluation.every_steps is not None
     # The best adapter can only be kept when every evaluation has its checkpoint.
@@ -110,8 +109,6 @@ def to_sft_config(
     )
     if on_cpu and config.fsdp:
         shard_on_processors(config)
-    if on_cpu and config.deepspeed:
-        compile_nothing()
     return config
 
 
@@ -268,12 +265,6 @@ class TokenWeightedTrainer(OwnCheckpoints, SFTTrainer):
         # accelerate hands the epoch on through so many wrappers, and where several processes resume there is one more.
         self.row_order.set_epoch(epoch)
         super()._run_epoch(*args, epoch=epoch, **kwargs)
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """The Trainer's, which it calls as soon as model and optimizer are wrapped."""
-        if self.is_deepspeed_enabled:
-            self.optimizer = take_over(self.accelerator, autocast=torch.bfloat16 if self.args.bf16 else None)
-        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         self.num_real_tokens += inputs.pop("num_tokens")

@@ -31,7 +31,6 @@ from gemma_tune.training.row_attention import attending_by_row
 from gemma_tune.training.sealed_checkpoints import TRAINER_STATE
 from gemma_tune.training.sharding import fsdp_settings
 from gemma_tune.training.trackers import tracking
-from gemma_tune.training.zero import zero_settings
 
 
 @dataclass(frozen=True)
@@ -243,9 +242,7 @@ def _build(
 
 def _sharding(loaded: LoadedModel, *, recipe: Recipe, world: World) -> dict[str, Any] | None:
     """Arguments of `TrainingArguments` that divide a training; None where every process holds all of it."""
-    if world.shards(recipe.training.data_parallel):
-        return fsdp_settings(loaded.model)
-    return zero_settings() if world.size > 1 and recipe.training.data_parallel == "zero2" else None
+    return fsdp_settings(loaded.model) if world.shards(recipe.training.data_parallel) else None
 
 
 def _closing_loss(trainer: TokenWeightedTrainer) -> float:
