@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -10,11 +9,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gemma_tune.engines.base import AttachedLora, LoadedModel
 from gemma_tune.errors import EngineError, did_you_mean
+from gemma_tune.models.families.known import tower_names
 from gemma_tune.recipe.schema import LoraSection
 
-# Modules of a multimodal Gemma that a text run never trains: SigLIP and the audio tower also have a q_proj.
-FROZEN_TOWERS = r".*(vision_tower|audio_tower|multi_modal_projector|embed_vision|embed_audio).*"
 _INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
+
+
+def is_in_tower(name: str) -> bool:
+    """Tell whether a module or parameter is of the image or audio part, which a text run never trains."""
+    return any(tower in name for tower in tower_names())
 
 
 def to_lora_settings(section: LoraSection) -> dict[str, Any]:
@@ -33,12 +36,12 @@ def to_lora_settings(section: LoraSection) -> dict[str, Any]:
 
 def require_targets(model: torch.nn.Module, *, section: LoraSection) -> None:
     """Refuse a target or a module to save that the model does not have, before anything is attached (F32)."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if not re.fullmatch(FROZEN_TOWERS, name)}
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if not is_in_tower(name)}
     linear = sorted(
         {
             name.rpartition(".")[2]
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and not re.fullmatch(FROZEN_TOWERS, name)
+            if isinstance(module, torch.nn.Linear) and not is_in_tower(name)
         }
     )
     for field, wanted, allowed in (
@@ -65,7 +68,7 @@ def check_attached(loaded: LoadedModel, *, section: LoraSection) -> AttachedLora
     if missing or not num_modules:
         raise EngineError(f"no adapter was attached to {', '.join(missing) or 'any module'}")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    towers = [name for name in trainable if re.fullmatch(FROZEN_TOWERS, name)]
+    towers = [name for name in trainable if is_in_tower(name)]
     if towers:
         raise EngineError(f"{len(towers)} parameters of the image or audio tower would be trained, such as {towers[0]}")
     for parameter in trainable.values():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from gemma_tune.engines.attention import choose_attention
 from gemma_tune.engines.base import AttachedLora, LoadedModel
-from gemma_tune.engines.lora import FROZEN_TOWERS, check_attached, require_targets, to_lora_settings
+from gemma_tune.engines.lora import check_attached, is_in_tower, require_targets, to_lora_settings
 from gemma_tune.engines.quantized import keep_trainable_layout, require_quantized
 from gemma_tune.machine.precision import Precision
+from gemma_tune.models.families.known import tower_names
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
 
@@ -86,7 +86,8 @@ class TransformersEngine:
             model.enable_input_require_grads()
         model.config.use_cache = False
         set_seed(seed)
-        towers = FROZEN_TOWERS if any(re.fullmatch(FROZEN_TOWERS, name) for name, _ in model.named_modules()) else None
+        has_towers = any(is_in_tower(name) for name, _ in model.named_modules())
+        towers = rf".*({'|'.join(tower_names())}).*" if has_towers else None
         config = LoraConfig(task_type="CAUSAL_LM", exclude_modules=towers, **to_lora_settings(section))
         attached = LoadedModel(get_peft_model(model, config), self.name, loaded.precision, loaded.num_quantized_layers)
         return check_attached(attached, section=section)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.models.config import Family, TextConfig, check_config, check_no_code, read_config, read_json
+from gemma_tune.models.config import TextConfig, check_config, read_config, read_json
 from gemma_tune.models.describe import count_params
+from gemma_tune.models.untrusted import check_no_code
 from gemma_tune.paths import TINY_MODEL_DIR
 
 Modality = Literal["text", "text+image", "text+image+audio"]
@@ -247,7 +248,7 @@ class GemmaModel:
         return read_config(TINY_MODEL_DIR) if self.name == TINY else _architecture(self.architecture)
 
     @property
-    def family(self) -> Family:
+    def family(self) -> str:
         return self.config.family
 
     @property

@@ -1,7 +1,7 @@
 """The facts of a Gemma's architecture, read from its config.json without importing transformers.
 
 A hub config leaves out what equals the class default (google/gemma-3-4b-pt names neither heads nor vocabulary), so the
-defaults of each configuration class are repeated here; the tests compare them with the installed transformers.
+defaults of each configuration class are repeated in `families/`; the tests compare them with transformers' own.
 """
 
 from __future__ import annotations
@@ -9,132 +9,22 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from gemma_tune.errors import ModelError
+from gemma_tune.models.families.family import Family
+from gemma_tune.models.families.known import FAMILIES, find_family, supported_types
+from gemma_tune.models.untrusted import check_no_code
 
 Json = Mapping[str, Any]
-Family = Literal["gemma", "gemma2", "gemma3", "gemma3n", "gemma4"]
 Attention = Literal["full", "sliding"]
 # own: has k_proj and v_proj; keys_as_values: has k_proj, whose output serves as values, too; shared: has neither and
 # takes both from an earlier layer.
 KeyValues = Literal["own", "keys_as_values", "shared"]
 
-_FAMILIES: dict[str, Family] = {
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-    "gemma3n": "gemma3n",
-    "gemma3n_text": "gemma3n",
-    "gemma4": "gemma4",
-    "gemma4_text": "gemma4",
-    "gemma4_unified": "gemma4",
-    "gemma4_unified_text": "gemma4",
-}
-_MULTIMODAL_TYPES = frozenset({"gemma3", "gemma3n", "gemma4", "gemma4_unified"})
-
-# Class defaults of transformers 5.17: models/<family>/configuration_<family>.py.
-_COMMON: dict[str, Any] = {
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {
-        "vocab_size": 256_000,
-        "hidden_size": 3072,
-        "intermediate_size": 24_576,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 16,
-        "max_position_embeddings": 8192,
-    },
-    "gemma2": {
-        "vocab_size": 256_000,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 8192,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-        "final_logit_softcapping": 30.0,
-        "attn_logit_softcapping": 50.0,
-    },
-    "gemma3": {
-        "vocab_size": 262_208,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-        "query_pre_attn_scalar": 256,
-        "sliding_window": 4096,
-    },
-    "gemma3n": {
-        "vocab_size": 262_400,
-        "hidden_size": 2048,
-        "intermediate_size": 16_384,
-        "num_hidden_layers": 35,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32_768,
-        "sliding_window": 512,
-        "final_logit_softcapping": 30.0,
-        "vocab_size_per_layer_input": 262_144,
-        "hidden_size_per_layer_input": 256,
-        "altup_num_inputs": 4,
-        "num_kv_shared_layers": 15,
-        "laurel_rank": 64,
-    },
-    "gemma4": {
-        "vocab_size": 262_144,
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 131_072,
-        "sliding_window": 512,
-        "vocab_size_per_layer_input": 262_144,
-        "hidden_size_per_layer_input": 256,
-        "num_kv_shared_layers": 0,
-        "global_head_dim": 512,
-    },
-}
-# Gemma 4's encoder-free ("unified") class differs from Gemma 4's in these defaults only.
-_UNIFIED_DEFAULTS: dict[str, Any] = {
-    "max_position_embeddings": 262_144,
-    "sliding_window": 1024,
-    "hidden_size_per_layer_input": 0,
-}
-# Every n-th layer attends to everything, the others within the sliding window.
-_FULL_ATTENTION_EVERY: dict[Family, int] = {"gemma": 1, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gemma4": 6}
-
-# Keys through which a config makes transformers import code: from the model's own repository, or (in any of the second
-# group, CVE-2026-4372) from a kernel repository that the value names.
-_CODE_KEYS = frozenset({"auto_map"})
-_IMPLEMENTATION_KEYS = frozenset(
-    {
-        "attn_implementation",
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "experts_implementation",
-        "_experts_implementation",
-        "_experts_implementation_internal",
-    }
-)
-_IMPLEMENTATIONS = frozenset(
-    {"eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "batched_mm", "grouped_mm"}
-)
 _LAYER_OVERRIDES = frozenset({"head_dim", "num_key_value_heads"})
 _MAX_LAYERS = 1024
 _MAX_SIZE = 1 << 31
@@ -161,7 +51,7 @@ class TextConfig:
     """
 
     model_type: str
-    family: Family
+    family: str
     is_multimodal: bool
     vocab_size: int
     hidden_size: int
@@ -195,10 +85,15 @@ class TextConfig:
     layers: tuple[LayerShape, ...]
 
     @property
+    def facts(self) -> Family:
+        """What holds for every model of the family."""
+        return FAMILIES[self.family]
+
+    @property
     def norm(self) -> str:
         """Which norm, with what gain, and where it stands."""
-        gain = "weight" if self.family in ("gemma3n", "gemma4") else "1 + weight"
-        place = "before attention and MLP" if self.family == "gemma" else "before and after attention and MLP"
+        gain = "1 + weight" if self.facts.norm_adds_one else "weight"
+        place = "before and after attention and MLP" if self.facts.has_post_norms else "before attention and MLP"
         return f"RMSNorm, gain {gain}, eps {self.norm_eps:g}, {place}"
 
     @property
@@ -230,21 +125,6 @@ def read_config(directory: Path) -> TextConfig:
     return check_config(read_json(path), str(path))
 
 
-def check_no_code(content: Any, where: str) -> None:
-    """Raise ModelError when a JSON document asks the loader to run code that came with the model."""
-    for key, value in _walk(content):
-        if key in _CODE_KEYS and value:
-            raise ModelError(
-                f"{where}: has {key!r}, which makes the loader run code that came with the model",
-                hint="gemma-tune runs no model code. Remove the key if you know that the model is a plain Gemma.",
-            )
-        if key in _IMPLEMENTATION_KEYS and value is not None and not _is_known_implementation(value):
-            raise ModelError(
-                f"{where}: {key} is {value!r}, which may name a kernel to download",
-                hint=f"Remove the key, or use one of: {', '.join(sorted(_IMPLEMENTATIONS))}.",
-            )
-
-
 def check_config(content: Json, where: str) -> TextConfig:
     """Turn a parsed config.json into facts; `where` names the file in messages.
 
@@ -253,59 +133,36 @@ def check_config(content: Json, where: str) -> TextConfig:
     """
     check_no_code(content, where)
     model_type = content.get("model_type")
-    if not isinstance(model_type, str) or not model_type.startswith("gemma"):
+    family = find_family(model_type)
+    if family is None:
+        is_gemma = isinstance(model_type, str) and model_type.startswith("gemma")
         raise ModelError(
-            f"{where}: model_type is {model_type!r}, which is no Gemma",
-            hint="gemma-tune trains Gemma models only; `gemma-tune models list` shows them.",
+            f"{where}: model_type is {model_type!r}, which is "
+            + ("a Gemma that gemma-tune cannot train" if is_gemma else "not a Gemma"),
+            hint=f"Supported types: {', '.join(supported_types())}; `gemma-tune models list` shows their models.",
         )
-    if model_type not in _FAMILIES:
-        raise ModelError(
-            f"{where}: model_type {model_type!r} is not a Gemma that gemma-tune can train",
-            hint=f"Supported types: {', '.join(sorted(_FAMILIES))}.",
-        )
-    is_multimodal = model_type in _MULTIMODAL_TYPES
+    assert isinstance(model_type, str)
     text = content
-    if is_multimodal:
+    if family.is_multimodal(model_type):
         text = content.get("text_config") or {}
         if not isinstance(text, Mapping):
             raise ModelError(f"{where}: text_config is {text!r}, an object is expected")
         inner = text.get("model_type", f"{model_type}_text")
         if inner != f"{model_type}_text":
             raise ModelError(f"{where}: text_config.model_type is {inner!r}, {model_type + '_text'!r} is expected")
-    return _Reader(model_type, content, text, where, is_multimodal=is_multimodal).read()
-
-
-def _is_known_implementation(value: Any) -> bool:
-    """A multimodal config may give one name for each of its parts."""
-    names = value.values() if isinstance(value, Mapping) else (value,)
-    return all(isinstance(name, str) and name in _IMPLEMENTATIONS for name in names)
-
-
-def _walk(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    pending = [content]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, Mapping):
-            yield from node.items()
-            pending.extend(node.values())
-        elif isinstance(node, list):
-            pending.extend(node)
+    return _Reader(family, model_type, content, text, where).read()
 
 
 class _Reader:
     """Reads one text config; holds what every message and every default needs."""
 
-    def __init__(self, model_type: str, outer: Json, text: Json, where: str, *, is_multimodal: bool) -> None:
+    def __init__(self, family: Family, model_type: str, outer: Json, text: Json, where: str) -> None:
+        self.family = family
         self.model_type = model_type
-        self.family = _FAMILIES[model_type]
         self.outer = outer
         self.text = text
         self.where = where
-        self.is_multimodal = is_multimodal
-        self.defaults = _COMMON | _DEFAULTS[self.family]
-        if model_type.startswith("gemma4_unified"):
-            self.defaults = self.defaults | _UNIFIED_DEFAULTS
+        self.defaults = family.defaults_for(model_type)
 
     def value(self, key: str) -> Any:
         return self.text.get(key, self.defaults.get(key))
@@ -351,8 +208,8 @@ class _Reader:
         activation = self.text.get("hidden_activation") or self.text.get("hidden_act")
         return TextConfig(
             model_type=self.model_type,
-            family=self.family,
-            is_multimodal=self.is_multimodal,
+            family=self.family.name,
+            is_multimodal=self.family.is_multimodal(self.model_type),
             vocab_size=self.size("vocab_size"),
             hidden_size=self.size("hidden_size"),
             num_layers=num_layers,
@@ -401,11 +258,12 @@ class _Reader:
         return value
 
     def attention_kinds(self, num_layers: int) -> list[Attention]:
-        names = self.text.get("layer_types") if self.family != "gemma" else None
+        every = self.family.full_attention_every
+        names = self.text.get("layer_types") if every > 1 else None
         if names is None:
-            every = self.text.get("sliding_window_pattern", self.text.get("_sliding_window_pattern"))
-            if self.family != "gemma3" or every is None:
-                every = _FULL_ATTENTION_EVERY[self.family]
+            if self.family.reads_window_pattern:
+                given = self.text.get("sliding_window_pattern", self.text.get("_sliding_window_pattern"))
+                every = every if given is None else given
             if type(every) is not int or every < 1:
                 raise self.wrong("sliding_window_pattern", every, "a positive integer")
             kinds: list[Attention] = ["sliding" if (i + 1) % every else "full" for i in range(num_layers)]
@@ -414,15 +272,14 @@ class _Reader:
             if not isinstance(names, list) or len(names) != num_layers or any(name not in known for name in names):
                 raise self.wrong("layer_types", names, f"a list of {num_layers} of {', '.join(known)}")
             kinds = [known[name] for name in names]
-        if self.family == "gemma4":
-            # transformers makes the last layer a full one whatever the file says.
+        if self.family.ends_with_full_attention:
             kinds[-1] = "full"
         return kinds
 
     def intermediate_sizes(self, num_layers: int) -> list[int]:
-        """Gemma 3n's MatFormer slices may have an MLP width of their own in every layer."""
+        """Return the MLP width of every layer."""
         value = self.value("intermediate_size")
-        if self.family != "gemma3n" or not isinstance(value, list):
+        if not self.family.mlp_widths_differ or not isinstance(value, list):
             return [self.size("intermediate_size")] * num_layers
         if len(value) != num_layers or any(type(size) is not int or not 1 <= size <= _MAX_SIZE for size in value):
             raise self.wrong("intermediate_size", value, f"an integer or a list of {num_layers} integers")
@@ -462,7 +319,7 @@ class _Reader:
         same as `per_layer_config: {"5": {"head_dim": 512}}`.
         """
         shapes = [(self.size("head_dim"), self.size("num_key_value_heads"))] * len(attention)
-        if self.family != "gemma4":
+        if not self.family.full_layers_differ:
             return shapes
         given = self.text.get("per_layer_config")
         if given is None:
@@ -489,7 +346,7 @@ class _Reader:
         given = self.text.get("rope_parameters") or {}
         if not isinstance(given, Mapping):
             raise self.wrong("rope_parameters", given, "an object")
-        has_two = self.family in ("gemma3", "gemma3n", "gemma4")
+        has_two = self.family.has_local_rope
         full = given.get("full_attention", {} if has_two else given)
         sliding = given.get("sliding_attention", {})
         if not isinstance(full, Mapping) or not isinstance(sliding, Mapping):
@@ -498,8 +355,8 @@ class _Reader:
         if not isinstance(scaling, Mapping):
             raise self.wrong("rope_scaling", scaling, "an object")
         full = {**scaling, **full}
-        if self.family == "gemma4" and not given:
-            full = {"rope_type": "proportional", "partial_rotary_factor": 0.25, **full}
+        if not given:
+            full = {**self.family.default_rope, **full}
         theta = full.get("rope_theta", self.text.get("rope_theta", 1_000_000.0 if has_two else 10_000.0))
         theta = self.number("rope_theta", theta)
         if not has_two:

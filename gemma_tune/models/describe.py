@@ -191,7 +191,7 @@ def _model_rows(config: TextConfig) -> Iterator[LayerRow]:
 
 def _layer_rows(config: TextConfig, layer: LayerShape, name: str, previous: str) -> Iterator[LayerRow]:
     width = config.hidden_size
-    has_post_norms = config.family != "gemma"
+    has_post_norms = config.facts.has_post_norms
     if config.altup_num_inputs:
         yield from _altup_rows(config, f"{name}.altup", previous)
     yield _norm(f"{name}.input_layernorm", width, previous)
@@ -225,7 +225,7 @@ def _layer_rows(config: TextConfig, layer: LayerShape, name: str, previous: str)
 
 
 def _attention_rows(config: TextConfig, layer: LayerShape, name: str, previous: str) -> Iterator[LayerRow]:
-    has_head_norms = config.family in ("gemma3", "gemma3n", "gemma4")
+    has_head_norms = config.facts.has_head_norms
     bias = config.has_attention_bias
     size_q = config.num_heads * layer.head_dim
     size_kv = layer.num_kv_heads * layer.head_dim

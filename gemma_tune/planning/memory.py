@@ -43,7 +43,6 @@ _8BIT_BLOCK = 256
 _8BIT_TABLE_BYTES = 256 * _FLOAT32
 # Modules that get their input from a norm: it is there once for all of them, unless it has to be cast for each.
 _NORM_INPUTS = ("layernorm", "feedforward_layernorm")
-_FUSED_FAMILIES = ("gemma", "gemma2")
 
 
 @dataclass(frozen=True)
@@ -100,8 +99,8 @@ class Execution:
     head: Head
 
     def fuses(self, config: TextConfig) -> bool:
-        """Unsloth has hand-written backward passes for Gemma 1 and 2; later Gemmas run transformers' code."""
-        return self.kernels == "unsloth" and config.family in _FUSED_FAMILIES
+        """Unsloth has hand-written backward passes for some families; the others run transformers' code."""
+        return self.kernels == "unsloth" and config.facts.has_unsloth_kernels
 
 
 # --- weights, adapter, gradients, optimizer ---------------------------------------------------------------------------
@@ -428,7 +427,7 @@ def _in_flight_bytes(
     """
     layer = config.layers[index]
     fused = execution.fuses(config)
-    norms = 0 if fused or config.family == "gemma" else _FLOAT32
+    norms = _FLOAT32 if config.facts.has_post_norms and not fused else 0
     stream = (2 * numerics.stream + norms) * config.hidden_size
     wide = (1 if fused else 2) * numerics.compute * layer.intermediate_size
     expanded = 0

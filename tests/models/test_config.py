@@ -14,8 +14,9 @@ from transformers import Gemma4UnifiedTextConfig
 
 from gemma_tune.errors import ModelError
 from gemma_tune.models.catalogue import ARCHITECTURES, describe_config
-from gemma_tune.models.config import TextConfig, check_config, check_no_code, read_config
+from gemma_tune.models.config import TextConfig, check_config, read_config
 from gemma_tune.models.describe import summarize
+from gemma_tune.models.untrusted import check_no_code
 
 CONFIG_CLASSES: dict[str, Any] = {
     "gemma": transformers.GemmaConfig,
@@ -155,7 +156,7 @@ def test_quantization_and_dtype_are_read() -> None:
 def test_other_models_are_refused_by_name(model_type: Any) -> None:
     with pytest.raises(ModelError) as caught:
         check_config({"model_type": model_type, "hidden_size": 8}, "some/config.json")
-    assert caught.value.message == f"some/config.json: model_type is {model_type!r}, which is no Gemma"
+    assert caught.value.message == f"some/config.json: model_type is {model_type!r}, which is not a Gemma"
     assert caught.value.hint is not None and "gemma-tune models list" in caught.value.hint
 
 

@@ -20,9 +20,8 @@ from gemma_tune.data.rows.chat_template import control_strings
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
 from gemma_tune.errors import DataError
+from gemma_tune.models.families.known import turn_ends
 
-# What ends a turn in the chat templates of Gemma 1 to 3n, and of Gemma 4.
-TURN_ENDS = ("<end_of_turn>", "<turn|>")
 # Rows and characters per call of the tokenizer: enough to keep its threads busy, while the Encoding objects, which hold
 # about 0.1 kB a token, take no more than some 50 MB.
 _BATCH_ROWS = 2048
@@ -96,7 +95,7 @@ class Encoder:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """The ids that end an answer: the eos and the turn end, as far as the tokenizer has them."""
-        ends = (self._control_ids.get(string) for string in TURN_ENDS)
+        ends = (self._control_ids.get(string) for string in turn_ends())
         return tuple(dict.fromkeys([self.eos_token_id, *(token_id for token_id in ends if token_id is not None)]))
 
     def encode(self, segments: Sequence[Segment], *, train_on: TrainOn = "response") -> EncodedRow:

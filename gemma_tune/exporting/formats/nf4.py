@@ -24,7 +24,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.merge.plan import canonical_name
 from gemma_tune.exporting.merge.shards import shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
     BLOCK_ELEMENTS,
@@ -44,7 +43,7 @@ from gemma_tune.exporting.output_dir import (
     require_free_disk,
 )
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
-from gemma_tune.models.config import check_no_code
+from gemma_tune.models.families.known import canonical_name, tower_names
 from gemma_tune.models.safetensors import (
     BYTES_OF_DTYPE,
     CONFIG_FILE,
@@ -52,6 +51,7 @@ from gemma_tune.models.safetensors import (
     read_config,
     stored_tensors,
 )
+from gemma_tune.models.untrusted import check_no_code
 from gemma_tune.runs.adapter import FLOAT_DTYPES
 from gemma_tune.runs.record import installed_version, write_json
 
@@ -62,7 +62,6 @@ _GROUP_BLOCKS = 256
 _STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 # The state is a short JSON text whose length is known only when its weight has been quantised (it holds one mean).
 _MAX_STATE_BYTES = 512
-_TOWERS = ("vision_tower", "multi_modal_projector", "audio_tower", "embed_vision", "embed_audio")
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _modules(merged_dir: Path) -> tuple[list[str] | None, frozenset[str]]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     default = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     parts = {part for name, _ in model.named_modules() for part in name.split(".")}
-    towers = [tower for tower in _TOWERS if tower in parts]
+    towers = [tower for tower in tower_names() if tower in parts]
     skipped = sorted(default) + [rf".*{tower}" for tower in towers]  # patterns of module names
     linear = frozenset(
         canonical_name(f"{name}.weight")

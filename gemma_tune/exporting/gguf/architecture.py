@@ -1,7 +1,7 @@
-"""What llama.cpp computes for Gemma 1, 2 and 3; a config for which that is not what was trained is refused.
+"""What llama.cpp computes for a family of Gemmas; a config for which that is not what was trained is refused.
 
 A GGUF file has no field for the scale of the attention scores, the order of sliding and full layers, the activation or
-a bias: llama.cpp takes Gemma's own values for granted (src/models/gemma.cpp, gemma2.cpp and gemma3.cpp at 0c1e57098).
+a bias: llama.cpp takes Gemma's own values for granted (`GgufFacts`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from typing import Any
 from gemma_tune.errors import ExportError
 from gemma_tune.models import safetensors as files
 from gemma_tune.models.config import TextConfig, read_config
+from gemma_tune.models.families.family import GgufFacts
+from gemma_tune.models.families.known import FAMILIES
 
-# Family -> every n-th layer attends to everything; the other ones within the sliding window.
-_FULL_ATTENTION_EVERY = {"gemma": 1, "gemma2": 2, "gemma3": 6}
-# The models of this many layers divide the scores by sqrt(width / heads) instead of sqrt(head_dim).
-_LAYERS_SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 _KEEP_HINT = "export `merged-16bit` instead: vLLM and transformers read the config as it is"
 
 
@@ -32,6 +30,7 @@ class GgufArchitecture:
     """
 
     config: TextConfig
+    facts: GgufFacts
     rope_factor: float | None
     notes: tuple[str, ...]
 
@@ -40,37 +39,43 @@ def read_architecture(directory: Path) -> GgufArchitecture:
     """Read config.json; ExportError names the first setting that a GGUF file cannot carry."""
     config = read_config(directory)
     where = f"{directory / files.CONFIG_FILE}"
-    rope_factor = _rope_factor(files.read_config(directory), config, where)
-    reason = _unsupported(config)
+    facts = config.facts.gguf
+    if facts is None:
+        able = ", ".join(family.title for family in FAMILIES.values() if family.gguf is not None)
+        raise ExportError(
+            f"{where}: model_type is {config.model_type}: only {able} can be written as GGUF", hint=_KEEP_HINT
+        )
+    rope_factor = _rope_factor(files.read_config(directory), config, facts, where)
+    reason = _unsupported(config, facts)
     if reason:
         raise ExportError(f"{where}: {reason}", hint=_KEEP_HINT)
     notes = []
     if config.activation == "gelu":
         notes.append("the config says `gelu`; llama.cpp computes Gemma's own form of it, gelu_pytorch_tanh")
-    return GgufArchitecture(config, rope_factor, tuple(notes))
+    return GgufArchitecture(config, facts, rope_factor, tuple(notes))
 
 
-def _unsupported(config: TextConfig) -> str | None:
-    family = config.family
-    if family not in _FULL_ATTENTION_EVERY:
-        return f"model_type is {config.model_type}: only Gemma 1, 2 and 3 can be written as GGUF"
+def _unsupported(config: TextConfig, facts: GgufFacts) -> str | None:
+    title = config.facts.title
     if config.quantization:
         return f"the weights are quantised ({config.quantization}); GGUF is made from 16-bit weights"
     if config.activation not in ("gelu_pytorch_tanh", "gelu"):
         return f"the activation is {config.activation}, llama.cpp computes gelu_pytorch_tanh"
     if config.has_attention_bias:
         return "attention_bias is true, llama.cpp's Gemma has no bias"
-    every = _FULL_ATTENTION_EVERY[family]
+    every = facts.full_attention_every
     found = [layer.attention for layer in config.layers]
     if found != ["sliding" if (index + 1) % every else "full" for index in range(config.num_layers)]:
-        return f"layer_types is not llama.cpp's pattern for {family}, in which every {every}. layer has full attention"
-    if family == "gemma2" and (config.attention_softcap is None or config.final_softcap is None):
-        name = "attn_logit_softcapping" if config.attention_softcap is None else "final_logit_softcapping"
-        return f"{name} is null; llama.cpp would take Gemma 2's own value"
-    if family == "gemma3" and (config.attention_softcap is not None or config.final_softcap is not None):
-        return "a soft cap is set; llama.cpp's Gemma 3 has none"
-    if family != "gemma":
-        by_width = config.num_layers == _LAYERS_SCALED_BY_WIDTH[family]
+        pattern = f"in which every {every}. layer has full attention"
+        return f"layer_types is not llama.cpp's pattern for {config.family}, {pattern}"
+    softcaps = {"attn_logit_softcapping": config.attention_softcap, "final_logit_softcapping": config.final_softcap}
+    for name, softcap in softcaps.items():
+        if facts.softcaps is True and softcap is None:
+            return f"{name} is null; llama.cpp would take {title}'s own value"
+        if facts.softcaps is False and softcap is not None:
+            return f"a soft cap is set; llama.cpp's {title} has none"
+    if facts.scales_queries:
+        by_width = config.num_layers == facts.num_layers_scaled_by_width
         expected = config.hidden_size // config.num_heads if by_width else config.head_dim
         if config.query_pre_attn_scalar != expected:
             return (
@@ -80,7 +85,7 @@ def _unsupported(config: TextConfig) -> str | None:
     return None
 
 
-def _rope_factor(content: Mapping[str, Any], config: TextConfig, where: str) -> float | None:
+def _rope_factor(content: Mapping[str, Any], config: TextConfig, facts: GgufFacts, where: str) -> float | None:
     """The linear factor of full attention; refuses any other scaling, and one where llama.cpp has none."""
     text = content.get("text_config") if config.is_multimodal else content
     assert isinstance(text, Mapping)  # read_config has checked it
@@ -92,7 +97,7 @@ def _rope_factor(content: Mapping[str, Any], config: TextConfig, where: str) -> 
     kind_sliding = sliding.get("rope_type", "default")
     if kind == "default" and kind_sliding == "default":
         return None
-    if config.family != "gemma3" or kind != "linear" or kind_sliding != "default":
+    if not facts.scales_positions or kind != "linear" or kind_sliding != "default":
         told = f"{kind}, and {kind_sliding} in sliding layers" if kind_sliding != "default" else kind
         raise ExportError(
             f"{where}: the rope scaling is {told}; GGUF has `linear` in the full attention of Gemma 3 only",

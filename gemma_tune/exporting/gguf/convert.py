@@ -125,7 +125,7 @@ def _write_header(
     import gguf
     import numpy as np
 
-    writer = gguf.GGUFWriter(path, architecture.config.family)
+    writer = gguf.GGUFWriter(path, architecture.facts.architecture)
     _add_provenance(writer, provenance, sum(tensor.source.num_elements for tensor in plan.tensors))
     writer.add_file_type(_FILE_TYPE[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -11,16 +11,14 @@ from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.architecture import GgufArchitecture
 from gemma_tune.exporting.gguf.blocks import STORED_DTYPES, same_values
 from gemma_tune.exporting.gguf.header import align
-from gemma_tune.exporting.merge.plan import canonical_name
-from gemma_tune.models.config import TextConfig
 from gemma_tune.models.describe import summarize
+from gemma_tune.models.families.known import canonical_name, tower_names
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_TOWERS = ("vision_tower.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -59,11 +57,11 @@ def plan_tensors(directory: Path, architecture: GgufArchitecture, dtype: GgufDty
     import gguf
 
     found, notes = _text_tensors(directory)
-    expected = _expected_shapes(architecture.config, found, directory)
+    expected = _expected_shapes(architecture, found, directory)
     _refuse_differences(found, expected, directory)
 
     config = architecture.config
-    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == config.family)
+    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture.facts.architecture)
     names = gguf.get_tensor_name_map(arch, config.num_layers)
     tensors: list[GgufTensor] = []
     end = 0
@@ -79,8 +77,9 @@ def plan_tensors(directory: Path, architecture: GgufArchitecture, dtype: GgufDty
             )
         name = names.get_name(canonical, try_suffixes=(".weight",))
         assert name is not None, f"gguf has no name for {canonical} of {config.family}"
+        adds_one = config.facts.norm_adds_one and canonical.endswith("norm.weight")
         num_bytes = source.num_elements // block_elements * block_bytes
-        tensors.append(GgufTensor(name, source, type_, canonical.endswith("norm.weight"), align(end), num_bytes))
+        tensors.append(GgufTensor(name, source, type_, adds_one, align(end), num_bytes))
         end = align(end) + num_bytes
     return TensorPlan(tuple(tensors), found[_EMBEDDING].shape[0], align(end), tuple(notes))
 
@@ -88,10 +87,10 @@ def plan_tensors(directory: Path, architecture: GgufArchitecture, dtype: GgufDty
 def _text_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     """Canonical name -> tensor of the text model, and what was left out."""
     found: dict[str, StoredTensor] = {}
-    num_left_out = 0
+    num_left_out, towers = 0, tower_names()
     for name, tensor in stored_tensors(directory).items():
         canonical = canonical_name(name)
-        if canonical.startswith(_TOWERS):
+        if canonical.partition(".")[0] in towers:
             num_left_out += 1
         elif tensor.dtype not in STORED_DTYPES:
             raise ExportError(
@@ -106,18 +105,18 @@ def _text_tensors(directory: Path) -> tuple[dict[str, StoredTensor], list[str]]:
     return found, notes
 
 
-def _expected_shapes(config: TextConfig, found: dict[str, StoredTensor], directory: Path) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> shape of every tensor of the file. A head that is the embedding is taken out of `found`.
-
-    llama.cpp's Gemma 1 and 2 have no head of their own; its Gemma 3 takes the embedding where the file has none.
-    """
+def _expected_shapes(
+    architecture: GgufArchitecture, found: dict[str, StoredTensor], directory: Path
+) -> dict[str, tuple[int, ...]]:
+    """Canonical name -> shape of every tensor of the file. A head that is the embedding is taken out of `found`."""
+    config = architecture.config
     expected = {f"{row.name}.weight": row.weight_shape for row in summarize(config)}
     embedding, head = found.get(_EMBEDDING), found.get(_HEAD)
     if head is None and config.has_tied_embeddings:
         del expected[_HEAD]
     elif head is not None and embedding is not None and same_values(embedding, head):
         del expected[_HEAD], found[_HEAD]
-    elif head is not None and config.family != "gemma3":
+    elif head is not None and architecture.facts.ties_head:
         raise ExportError(
             f"{directory}: {head.name} differs from the embedding; llama.cpp's {config.family} ties the two, so the "
             "trained output would be lost",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gemma_tune.errors import ExportError
+from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 from gemma_tune.runs.adapter import FLOAT_DTYPES, LoraAdapter, LoraFactors
 
@@ -25,13 +26,6 @@ STORED_DTYPE_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "floa
 _DTYPE_NAME_OF = {stored: name for name, stored in STORED_DTYPE_OF.items()}
 _EMBEDDING = "model.embed_tokens.weight"
 _HEAD = "lm_head.weight"
-_RENAMES = (
-    (re.compile(r"^language_model\.lm_head\."), "lm_head."),
-    (re.compile(r"^language_model\.model\."), "model."),
-    (re.compile(r"^model\.language_model\."), "model."),
-    (re.compile(r"^model\.(vision_tower|multi_modal_projector|audio_tower|embed_vision|embed_audio)\."), r"\1."),
-    (re.compile(r"^vision_tower\.vision_model\."), "vision_tower."),
-)
 
 
 @dataclass(frozen=True)
@@ -79,13 +73,6 @@ class MergePlan:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.num_bytes for shard in self.shards for tensor in shard)
-
-
-def canonical_name(name: str) -> str:
-    """The one name of a Gemma weight or module, whichever of the three prefixes it was saved under."""
-    for pattern, replacement in _RENAMES:
-        name = pattern.sub(replacement, name)
-    return name
 
 
 def plan_merge(
@@ -150,7 +137,7 @@ def _refuse_base(base: Mapping[str, StoredTensor], config: Mapping[str, Any], ad
             f"{where}: the base is quantised ({found}); merging into it would round away part of what was trained",
             hint="merge into the 16-bit base" + (f": {named}" if named and named != adapter.base_name else ""),
         )
-    if not str(config.get("model_type", "")).startswith("gemma"):
+    if find_family(config.get("model_type")) is None:
         raise ExportError(
             f"{where}: model_type {config.get('model_type')!r} is not a Gemma",
             hint="give the base that the adapter was trained on",

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header
-from gemma_tune.exporting.merge.plan import canonical_name
+from gemma_tune.models.families.known import canonical_name
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 from gemma_tune.runs.adapter import LoraFactors, read_adapter
 

@@ -1,0 +1,100 @@
+"""What sets one family of Gemmas apart: facts that the reader of config.json, planner, engines and exports look up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+# Names of weights in the checkpoints of several transformers releases: (beginning, what it is called here).
+MULTIMODAL_RENAMES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+    ("model.language_model.", "model."),
+)
+# What every configuration class of transformers 5.17 has as its default.
+COMMON_DEFAULTS: Mapping[str, Any] = {
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "head_dim": 256,
+}
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """What llama.cpp computes for a family (src/models/<architecture>.cpp at 0c1e57098), whatever the config says.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        full_attention_every: every n-th layer attends to everything, the others within the sliding window.
+        ties_head: the head is the embedding; there is no other.
+        softcaps: both soft caps are applied (True) or neither (False); None where no config has them.
+        scales_queries: the file has no field for the scale of the scores, sqrt(head_dim) is taken.
+        num_layers_scaled_by_width: the model of this many layers takes sqrt(width / heads) instead.
+        scales_positions: the positions of full attention can be scaled linearly.
+    """
+
+    architecture: str
+    full_attention_every: int
+    ties_head: bool
+    softcaps: bool | None = None
+    scales_queries: bool = False
+    num_layers_scaled_by_width: int | None = None
+    scales_positions: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, which is one file of this folder and one line of `known.FAMILIES`.
+
+    Attributes:
+        title: what people call it.
+        model_types: of config.json. One with a `…_text` next to it is multimodal and holds that one as text_config.
+        defaults: what a config leaves out, from transformers 5.17's models/<model_type>/configuration_<model_type>.py.
+        defaults_of_type: what a model type has as another default than the family.
+        full_attention_every: every n-th layer attends to everything, the others within the sliding window.
+        reads_window_pattern: the config may give another n as `sliding_window_pattern`.
+        ends_with_full_attention: transformers makes the last layer a full one whatever the file says.
+        full_layers_differ: full-attention layers have a head size and a number of key-value heads of their own.
+        mlp_widths_differ: `intermediate_size` may be a list, one width a layer (MatFormer).
+        has_local_rope: sliding layers rotate with a base of their own.
+        default_rope: the scaling in full attention where the config has no `rope_parameters`.
+        norm_adds_one: a norm multiplies by 1 + weight.
+        has_post_norms: there are norms after attention and MLP, too.
+        has_head_norms: the queries and keys of each head are normed.
+        has_unsloth_kernels: Unsloth has hand-written backward passes for it; it runs transformers' code for the others.
+        towers: modules for images and audio, which a text run never trains; they, too, have a q_proj.
+        renames: beginnings of weight names that have changed, applied in this order.
+        turn_end: the token that ends a turn in the family's chat template.
+        gguf: what llama.cpp computes; None where no GGUF can be written.
+    """
+
+    name: str
+    title: str
+    model_types: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    defaults_of_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    full_attention_every: int = 1
+    reads_window_pattern: bool = False
+    ends_with_full_attention: bool = False
+    full_layers_differ: bool = False
+    mlp_widths_differ: bool = False
+    has_local_rope: bool = False
+    default_rope: Mapping[str, Any] = field(default_factory=dict)
+    norm_adds_one: bool = True
+    has_post_norms: bool = True
+    has_head_norms: bool = True
+    has_unsloth_kernels: bool = False
+    towers: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    turn_end: str = "<end_of_turn>"
+    gguf: GgufFacts | None = None
+
+    def is_multimodal(self, model_type: str) -> bool:
+        return f"{model_type}_text" in self.model_types
+
+    def defaults_for(self, model_type: str) -> dict[str, Any]:
+        """Return what a config of this type that says nothing means."""
+        return {**COMMON_DEFAULTS, **self.defaults, **self.defaults_of_type.get(model_type, {})}
