@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import stat
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -16,6 +20,7 @@ from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.open import build_datasets
+from gemma_tune.paths import DATA_TEMPLATES_DIR, PACKAGE_DIR
 from gemma_tune.recipe.schema import DataSection
 
 
@@ -86,8 +91,67 @@ def test_other_rows_template_or_tokenizer_are_a_miss(
     assert not build(path, tokenizer, template=str(own), files={"tokenizer.json": "2"}).cached
     save(path, 60, answer="It's")
     assert not build(path, tokenizer, template=str(own)).cached
-    monkeypatch.setattr(cache, "_code_sha256", lambda: "other code")
+    monkeypatch.setattr(cache, "ENCODING_FORMAT", cache.ENCODING_FORMAT + 1)
     assert not build(path, tokenizer, template=str(own)).cached
+
+
+def test_rows_that_are_held_out_instead_of_trained_are_a_miss(tmp_path: Path) -> None:
+    first, second = (str(save(tmp_path / f"{name}.jsonl", 20, answer=name)) for name in "ab")
+    mixed = DataSection(mix=({"source": first}, {"source": second}), max_seq_tokens=256)
+    divided = DataSection(source=first, eval_source=second, max_seq_tokens=256)
+    keys = {cache.cache_key(one, open_inputs(one, prefers_chat=False), tokenizer_files={}) for one in (mixed, divided)}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("package", "settings"),
+    [
+        ("tokenizers", {}),
+        ("jinja2", {}),
+        ("transformers", {}),
+        ("ftfy", {"fix_encoding": True}),
+        ("phonenumbers", {"pii": "mask"}),
+        ("python-stdnum", {"pii": "drop"}),
+    ],
+)
+def test_another_release_of_a_library_that_decides_tokens_is_a_miss(
+    package: str, settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = DataSection(source=str(save(tmp_path / "rows.jsonl", 5)), max_seq_tokens=256, clean=settings)
+    inputs = open_inputs(section, prefers_chat=False)
+    before = cache.cache_key(section, inputs, tokenizer_files={})
+    installed = cache.version
+    monkeypatch.setattr(cache, "version", lambda name: "999" if name == package else installed(name))
+    assert cache.cache_key(section, inputs, tokenizer_files={}) != before
+
+
+def test_an_edit_of_the_source_code_or_another_place_of_the_rows_is_a_hit(tmp_path: Path) -> None:
+    """The key is made by copies of the package, one of which has a comment more in every file of its data room."""
+    rows = save(tmp_path / "rows.jsonl", 5)
+    script = (
+        "import sys\n"
+        "from gemma_tune.data.encode.cache import cache_key\n"
+        "from gemma_tune.data.inputs import open_inputs\n"
+        "from gemma_tune.recipe.schema import DataSection\n"
+        "section = DataSection(source=sys.argv[1], max_seq_tokens=256)\n"
+        "print(cache_key(section, open_inputs(section, prefers_chat=False), tokenizer_files={}))"
+    )
+    keys = []
+    for edit in ("", "\n# a remark\n"):
+        root = tmp_path / ("edited" if edit else "as it is")
+        shutil.copytree(PACKAGE_DIR, root / "gemma_tune", ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+        (root / "data_templates").symlink_to(DATA_TEMPLATES_DIR)
+        for path in (root / "gemma_tune" / "data").rglob("*.py"):
+            path.write_text(path.read_text(encoding="utf-8") + edit, encoding="utf-8")
+        moved = root / rows.name
+        shutil.copy(rows, moved)
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        made = subprocess.run(
+            [sys.executable, "-c", script, str(moved)], env=environment, cwd=root, capture_output=True, text=True
+        )
+        assert made.returncode == 0, made.stderr
+        keys.append(made.stdout)
+    assert keys[0] == keys[1]
 
 
 @pytest.mark.parametrize(
