@@ -95,7 +95,7 @@ def compare(
     from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
     from gemma_tune.inference.ask import AnswerSettings
     from gemma_tune.machine.quiet import libraries_to
-    from gemma_tune.reporting.compare_page import write_compare_page
+    from gemma_tune.reporting.pages import write_compare_page
 
     terminal = Terminal()
     if sets is not None and file is not None:

@@ -94,7 +94,7 @@ def audit(
     with libraries_to(None), TerminalReporter(terminal) as reporter:
         report = audit_data(loaded.recipe, reporter=reporter)
     if html is not None:
-        from gemma_tune.reporting.audit_page import write_audit_page
+        from gemma_tune.reporting.pages import write_audit_page
 
         try:
             write_audit_page(html, asdict(report), title=loaded.name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from pathlib import Path
 
 from ruamel.yaml import YAML
@@ -18,34 +17,63 @@ from gemma_tune.exporting.export_record import ExportRecord, read_record, stored
 from gemma_tune.exporting.formats.table import ADAPTER, MERGED, MERGED_4BIT
 from gemma_tune.exporting.output_dir import output_file
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.reporting.card import CARD_FILE, CardPrompt, ExportFormat, build_model_card
+from gemma_tune.reporting.card import CARD_FILE, CardExport, CardFormat, CardPrompt, build_model_card
 from gemma_tune.runs.layout import RunDir
 
-# What is not here is a GGUF file, with or without a Modelfile.
-_FAMILY: Mapping[str, ExportFormat] = {ADAPTER: "adapter", MERGED: "merged-16bit", MERGED_4BIT: "merged-4bit"}
+_CARD_FORMATS = {
+    ADAPTER: CardFormat(
+        about="a LoRA adapter in PEFT's format, to be loaded on top of its base model",
+        usage="use_adapter.md.j2",
+        library="peft",
+        is_adapter=True,
+    ),
+    MERGED: CardFormat(
+        about="the whole model: the adapter is merged into the base's 16-bit weights",
+        usage="use_merged.md.j2",
+        library="transformers",
+    ),
+    MERGED_4BIT: CardFormat(
+        about="the whole model, merged in 16 bits and then quantized to bitsandbytes NF4",
+        usage="use_merged.md.j2",
+        library="transformers",
+        tags=("bitsandbytes", "4-bit"),
+        is_quantized=True,
+    ),
+}
+_GGUF = CardFormat(
+    about="the whole model, merged in 16 bits and written as GGUF for llama.cpp, Ollama and LM Studio",
+    usage="use_gguf.md.j2",
+    tags=("gguf", "llama.cpp"),
+    is_quantized=True,
+)
+
+
+def card_format(name: str) -> CardFormat:
+    """Return what a card says of an export format; every other one is a GGUF file, with or without a Modelfile."""
+    return _CARD_FORMATS.get(name, _GGUF)
 
 
 def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantized_from: str | None = None) -> Path:
-    """Write README.md beside the files of a finished export, with the verdict of its check where there is one.
+    """Write README.md next to the files of a finished export, with the verdict of its check where there is one.
 
     Args:
         base: the base that the run was trained on.
-        quantized_from: see `build_model_card`.
+        quantized_from: see `CardExport`.
 
     Raises:
         ExportError: there is one already, or it cannot be written.
         GemmaTuneError: the export has no export.json, or the run lacks a file that the card tells of.
     """
     record = read_record(directory)
-    text = build_model_card(
-        run,
-        export_format=_FAMILY.get(record.format, "gguf"),
+    export = CardExport(
+        format=card_format(record.format),
         base=base,
         prompt=describe_prompt(run),
         files=sorted(path.name for path in directory.iterdir()),
         checks=_checks(record),
         quantized_from=quantized_from,
     )
+    text = build_model_card(run, export)
     path = directory / CARD_FILE
     with output_file(path) as partial_file:
         partial_file.write_text(text, encoding="utf-8", newline="\n")

@@ -1,8 +1,8 @@
-"""README.md of an exported directory: a model card that the hub reads, made of what the run recorded.
+"""Build README.md of an exported directory: a model card that the hub reads, made of what the run recorded.
 
 What leaves the machine is an allow-list: settings and figures of the recipe, the data's public labels, hashes. Sources,
 paths, overrides, output directories and the machine's name are never read into it, and what looks like a secret or a
-path of a home folder is masked in the whole text (S5). Text of a user is escaped where it stands in Markdown.
+path of a home folder is masked in the whole text (S5). The template escapes text of a user.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import io
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Any, Literal
+from typing import Any
 
 from ruamel.yaml import YAML
 
@@ -21,25 +21,19 @@ from gemma_tune.models.catalogue import LICENCE_IDS
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
-from gemma_tune.reporting.markdown import escaped, fenced, table
+from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
+from gemma_tune.reporting.pages import TEMPLATES_DIR
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import read_json
 from gemma_tune.runs.summary import RunSummary, read_summary
-
-ExportFormat = Literal["adapter", "merged-16bit", "merged-4bit", "gguf"]
+from gemma_tune.templates import render_template
 
 CARD_FILE = "README.md"
 # Stands for the repository's name, which is not known before it is pushed.
 REPOSITORY = "OWNER/NAME"
 
-_WHAT = {
-    "adapter": "a LoRA adapter in PEFT's format, to be loaded on top of its base model",
-    "merged-16bit": "the whole model: the adapter is merged into the base's 16-bit weights",
-    "merged-4bit": "the whole model, merged in 16 bits and then quantized to bitsandbytes NF4",
-    "gguf": "the whole model, merged in 16 bits and written as GGUF for llama.cpp, Ollama and LM Studio",
-}
-_LIBRARY = {"adapter": "peft", "merged-16bit": "transformers", "merged-4bit": "transformers"}
-_TAGS: Mapping[str, tuple[str, ...]] = {"merged-4bit": ("bitsandbytes", "4-bit"), "gguf": ("gguf", "llama.cpp")}
+# Tags of the hub by engine.
+_ENGINE_TAGS = {"unsloth": ("unsloth",)}
 # ISO 639-1, for rows whose language is on record.
 _LANGUAGES = {"databricks/databricks-dolly-15k": "en", "tiny-world": "en"}
 _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)\[[^\]]*\]")
@@ -52,6 +46,27 @@ _SECRET = re.compile(r"\b(?:hf_|api_org_|sk-|ghp_|github_pat_|xox[abprs]-)[A-Za-
 # Not behind a letter, where it is a part of a web address.
 _HOMES = r"(?<![\w.-])(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)"
 _REST_OF_PATH = r"[^\s\"'`|<>()]*"
+
+
+@dataclass(frozen=True)
+class CardFormat:
+    """What a card says of an export format.
+
+    Attributes:
+        about: what the files are, a phrase behind "This is".
+        usage: template of the commands and code that use it; None: the card has none.
+        library: as the hub calls it; None where it knows none.
+        tags: of the hub, besides those of every card.
+        is_adapter: it is loaded on top of its base.
+        is_quantized: its weights are rounded.
+    """
+
+    about: str
+    usage: str | None = None
+    library: str | None = None
+    tags: tuple[str, ...] = ()
+    is_adapter: bool = False
+    is_quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,56 +85,50 @@ class CardPrompt:
     response: str
 
 
-def build_model_card(
-    run: RunDir,
-    *,
-    export_format: ExportFormat,
-    base: LocalModel,
-    prompt: CardPrompt,
-    files: Sequence[str] = (),
-    checks: Sequence[str] = (),
-    quantized_from: str | None = None,
-) -> str:
-    """The text of README.md.
+@dataclass(frozen=True)
+class CardExport:
+    """The export that a card is for.
 
-    Args:
+    Attributes:
         base: the base model that the run's lock names.
         files: names of the exported files; a GGUF's and a Modelfile's are needed for their commands.
         checks: what the export was compared with and came out, a sentence each.
         quantized_from: hub id of the same fine-tune in 16 bits. Without it a quantized export counts as a fine-tune of
             the base, because the hub would list it among the base's own quantizations.
+    """
+
+    format: CardFormat
+    base: LocalModel
+    prompt: CardPrompt
+    files: Sequence[str] = ()
+    checks: Sequence[str] = ()
+    quantized_from: str | None = None
+
+
+def build_model_card(run: RunDir, export: CardExport) -> str:
+    """Return the text of README.md.
 
     Raises:
         RunError: the run lacks its lock, data report or recipe.
     """
     facts = _Facts(
-        export_format=export_format,
-        base=base,
+        export=export,
         lock=read_json(run.lock),
         data=read_json(run.data_report),
         recipe=load_recipe(run.resolved_recipe).recipe,
         summary=read_summary(run) if run.summary.is_file() else None,
-        prompt=prompt,
-        files=tuple(files),
-        checks=tuple(checks),
     )
-    body = "\n".join(
-        [
-            f"# {escaped(facts.title)}",
-            "",
-            f"This is {_WHAT[export_format]}: {escaped(facts.base_name)}, fine-tuned on "
-            f"{escaped(', '.join(facts.labels))} with gemma-tune.",
-            "",
-            *_results(facts),
-            *_usage(facts),
-            *_prompt(facts),
-            *_training(facts),
-            *_limits(facts),
-            *_licence(facts),
-        ]
+    values = {
+        "facts": facts,
+        "repository": REPOSITORY,
+        "front_matter": _front_matter(facts),
+        "measured": _measured(facts.summary) if facts.summary else [],
+        "made": _made(facts),
+        "recipe_yaml": _recipe_yaml(facts.recipe),
+    }
+    return mask_private(
+        render_template(TEMPLATES_DIR / "card.md.j2", values, filters={**MARKDOWN_FILTERS, "repr": repr})
     )
-    front = mask_private(_front_matter(facts, quantized_from=quantized_from))
-    return f"---\n{front}---\n\n{mask_private(body)}\n"
 
 
 def mask_private(text: str) -> str:
@@ -142,15 +151,15 @@ def _last_name(path: str) -> str:
 
 @dataclass(frozen=True)
 class _Facts:
-    export_format: ExportFormat
-    base: LocalModel
+    export: CardExport
     lock: Mapping[str, Any]
     data: Mapping[str, Any]
     recipe: Recipe
     summary: RunSummary | None
-    prompt: CardPrompt
-    files: tuple[str, ...]
-    checks: tuple[str, ...]
+
+    @property
+    def base(self) -> LocalModel:
+        return self.export.base
 
     @property
     def base_hub_id(self) -> str | None:
@@ -167,6 +176,11 @@ class _Facts:
     def title(self) -> str:
         """Of public parts only: a run's own name may be anybody's."""
         return f"{_last_name(self.base_name)}-{self.data['sources'][0]['template']}"
+
+    @property
+    def local_name(self) -> str:
+        """The title in the characters of a name of Ollama's."""
+        return re.sub(r"[^a-z0-9._-]+", "-", self.title.lower())
 
     @property
     def labels(self) -> list[str]:
@@ -187,43 +201,32 @@ def _public_label(label: str) -> str:
     return _last_name(label) if re.match(r"[/\\~.]|[A-Za-z]:", label) else label
 
 
-# --- what the hub reads -----------------------------------------------------------------------------------------------
-
-
-def _front_matter(facts: _Facts, *, quantized_from: str | None) -> str:
+def _front_matter(facts: _Facts) -> str:
     from huggingface_hub import ModelCardData
 
-    is_quantized = facts.export_format in ("gguf", "merged-4bit") and quantized_from is not None
+    export = facts.export
+    quantized_from = export.quantized_from if export.format.is_quantized else None
+    base_model = quantized_from or facts.base_hub_id
+    relation = "adapter" if export.format.is_adapter else "quantized" if quantized_from else "finetune"
     languages = {_LANGUAGES.get(name) for name in (*facts.hub_datasets, *(lb.partition("[")[0] for lb in facts.labels))}
-    base_model = quantized_from if is_quantized else facts.base_hub_id
-    relation = "adapter" if facts.export_format == "adapter" else "quantized" if is_quantized else "finetune"
     card = ModelCardData(
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=facts.hub_datasets or None,
         eval_results=_eval_results(facts) or None,
         language=sorted(filter(None, languages)) or None,
-        library_name=_LIBRARY.get(facts.export_format),
+        library_name=export.format.library,
         license=facts.licence,
         model_name=facts.title,
         pipeline_tag="text-generation",
-        tags=_tags(facts),
+        tags=[
+            *("gemma", "gemma-tune", "qlora" if facts.recipe.model.load_in_4bit else "lora", "trl", "sft"),
+            *_ENGINE_TAGS.get(facts.lock["engine"]["name"], ()),
+            *(["conversational"] if export.prompt.in_chat_turns else []),
+            *export.format.tags,
+        ],
     )
-    return card.to_yaml() + "\n"
-
-
-def _tags(facts: _Facts) -> list[str]:
-    quantized = facts.recipe.model.load_in_4bit
-    return [
-        "gemma",
-        "gemma-tune",
-        "qlora" if quantized else "lora",
-        "trl",
-        "sft",
-        *(["unsloth"] if facts.lock["engine"]["name"] == "unsloth" else []),
-        *(["conversational"] if facts.prompt.in_chat_turns else []),
-        *_TAGS.get(facts.export_format, ()),
-    ]
+    return card.to_yaml()
 
 
 def _eval_results(facts: _Facts) -> list[Any]:
@@ -253,74 +256,32 @@ def _eval_results(facts: _Facts) -> list[Any]:
     ]
 
 
-# --- what a person reads ----------------------------------------------------------------------------------------------
-
-
-def _results(facts: _Facts) -> list[str]:
-    lines = []
-    if facts.summary is not None:
-        summary = facts.summary
-        rows = [
-            (f"loss, {summary.eval_rows:,} rows", summary.eval_loss_before, summary.eval_loss_after, ".3f"),
-            (
-                f"exact match, {summary.exact_match_rows:,} rows",
-                summary.exact_match_before,
-                summary.exact_match_after,
-                ".1%",
-            ),
-        ]
-        measured = [
-            (what, format(before, form) if before is not None else "—", format(after, form))
-            for what, before, after, form in rows
-            if after is not None
-        ]
-        if measured:
-            lines += ["## Held-out rows, before and after", ""]
-            lines += [*table(("", "base", "fine-tuned"), measured), ""]
-    if facts.checks:
-        lines += ["## Checked after the export", "", *(f"- {escaped(check)}" for check in facts.checks), ""]
-    return lines
-
-
-def _usage(facts: _Facts) -> list[str]:
-    lines = ["## How to use it", ""]
-    for title, language, code in _SNIPPETS[facts.export_format](facts):
-        lines += [f"{title}:", "", *fenced(code, language), ""]
-    return lines
-
-
-def _prompt(facts: _Facts) -> list[str]:
-    turns = (
-        "A row becomes messages by this data template, and these become text by the model's own chat template:"
-        if facts.prompt.in_chat_turns
-        else "A row becomes a prompt and a response by this data template:"
-    )
+def _measured(summary: RunSummary) -> list[tuple[str, str, str]]:
+    """The figures of the held-out rows before and after the training, those that were measured."""
+    rows = [
+        (f"loss, {summary.eval_rows:,} rows", summary.eval_loss_before, summary.eval_loss_after, ".3f"),
+        (
+            f"exact match, {summary.exact_match_rows:,} rows",
+            summary.exact_match_before,
+            summary.exact_match_after,
+            ".1%",
+        ),
+    ]
     return [
-        "## The prompt it was trained on",
-        "",
-        turns,
-        "",
-        *fenced(facts.prompt.template, "yaml"),
-        "",
-        "Its example as the model is asked it (the tokenizer puts one `<bos>` before it):",
-        "",
-        *fenced(facts.prompt.example, "text"),
-        "",
-        "and as it is to be answered, followed by the stop token:",
-        "",
-        *fenced(facts.prompt.response, "text"),
-        "",
+        (what, format(before, form) if before is not None else "—", format(after, form))
+        for what, before, after, form in rows
+        if after is not None
     ]
 
 
-def _training(facts: _Facts) -> list[str]:
-    recipe, lock, data = facts.recipe, facts.lock, facts.data
+def _made(facts: _Facts) -> list[tuple[str, str]]:
+    """What the model was made from and with, as label and value."""
+    recipe, lock, data, summary = facts.recipe, facts.lock, facts.data, facts.summary
     revision = f", revision {facts.base.revision}" if facts.base.revision else ""
-    rows: list[tuple[str, str]] = [("base", f"{facts.base_name}{revision}")]
-    rows += [
-        (f"sha256 of the base's {name}", digest) for name, digest in lock["base"]["files"].items() if _is_weight(name)
-    ]
-    rows += [
+    weights = [item for item in lock["base"]["files"].items() if item[0].endswith(".safetensors")]
+    rows = [
+        ("base", f"{facts.base_name}{revision}"),
+        *((f"sha256 of the base's {name}", digest) for name, digest in weights),
         ("rows", f"{', '.join(facts.labels)}: {data['train_rows']:,} trained, {data['eval_rows']:,} held out"),
         ("sha256 of the rows", data["sha256"]),
         ("LoRA", f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {', '.join(recipe.lora.targets)}"),
@@ -330,60 +291,10 @@ def _training(facts: _Facts) -> list[str]:
         ("hardware", lock["hardware"]["name"]),
         ("software", ", ".join(f"{name} {version}" for name, version in lock["packages"].items() if version)),
     ]
-    if facts.summary is not None:
-        tokens = f"{facts.summary.num_tokens:,} tokens in {facts.summary.training_seconds:,.0f} s"
-        rows.append(("training", f"{facts.summary.steps:,} steps, {tokens}"))
-    return [
-        "## How it was made",
-        "",
-        *table(("", ""), rows),
-        "",
-        "Every setting of the recipe that changes the result, defaults included:",
-        "",
-        *fenced(_recipe_yaml(recipe), "yaml"),
-        "",
-    ]
-
-
-def _limits(facts: _Facts) -> list[str]:
-    limits = [
-        "It knows what its base knows, with the same errors and biases; its safety was not tested.",
-        f"It was trained on one form of prompt and on rows of at most {facts.recipe.data.max_seq_tokens:,} tokens.",
-    ]
-    if facts.summary is not None:
-        limits.append("The figures above are of held-out rows of the same data, and of nothing else.")
-    if facts.export_format != "adapter" and facts.recipe.model.load_in_4bit:
-        limits.append(
-            "The adapter was trained on the base in NF4 and is merged into its 16-bit weights, so answers can differ "
-            "from those in training."
-        )
-    if facts.export_format in ("gguf", "merged-4bit"):
-        limits.append("Quantized weights are rounded: answers can differ from the 16-bit model's.")
-    return ["## Limits", "", *(f"- {limit}" for limit in limits), ""]
-
-
-def _licence(facts: _Facts) -> list[str]:
-    model = facts.base.model
-    if facts.licence == "gemma":
-        told = (
-            "Gemma is provided under and subject to the Gemma Terms of Use found at "
-            "[ai.google.dev/gemma/terms](https://ai.google.dev/gemma/terms). They bind this model, too, its use "
-            "restrictions included: pass them on with it, and the file NOTICE."
-        )
-    elif model is not None and model.licence_url:
-        told = f"The base is licensed under [{model.licence}]({model.licence_url}), which goes with this model."
-    elif facts.licence:
-        told = f"The base is given away under {facts.licence}."
-    else:
-        told = (
-            "The licence of the base is not on record here. If it is a Gemma 1, 2 or 3, the "
-            "[Gemma Terms of Use](https://ai.google.dev/gemma/terms) bind this model as well."
-        )
-    return ["## Licence", "", told, "", "The rows that it was trained on have a licence of their own."]
-
-
-def _is_weight(name: str) -> bool:
-    return name.endswith(".safetensors")
+    if summary is not None:
+        tokens = f"{summary.num_tokens:,} tokens in {summary.training_seconds:,.0f} s"
+        rows.append(("training", f"{summary.steps:,} steps, {tokens}"))
+    return rows
 
 
 def _quantization(recipe: Recipe) -> str:
@@ -403,91 +314,3 @@ def _recipe_yaml(recipe: Recipe) -> str:
     out = io.StringIO()
     yaml.dump(public, out)
     return out.getvalue()
-
-
-# --- snippets ---------------------------------------------------------------------------------------------------------
-
-
-def _transformers_code(facts: _Facts, *, load: str) -> str:
-    return f"""\
-{load}
-prompt = {facts.prompt.example!r}
-inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-output = model.generate(**inputs, max_new_tokens=128, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
-
-def _adapter_snippets(facts: _Facts) -> list[tuple[str, str, str]]:
-    base = facts.base_hub_id or f"path/to/{facts.base_name}"
-    revision = f", revision={facts.base.revision!r}" if facts.base.revision else ""
-    load = f"""\
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repository = "{REPOSITORY}"
-tokenizer = AutoTokenizer.from_pretrained(repository)
-base = AutoModelForCausalLM.from_pretrained({base!r}{revision}, dtype="auto", device_map="auto")
-model = PeftModel.from_pretrained(base, repository)
-"""
-    snippets = [("PEFT", "python", _transformers_code(facts, load=load)), _unsloth_snippet(facts)]
-    # vLLM serves plain LoRA only.
-    if not facts.recipe.lora.use_dora and not facts.recipe.lora.modules_to_save:
-        serve = f"vllm serve {base} --enable-lora --lora-modules tuned={REPOSITORY}"
-        snippets.append(("vLLM", "sh", f"{serve} --max-lora-rank {facts.recipe.lora.rank}\n"))
-    return snippets
-
-
-def _whole_snippets(facts: _Facts) -> list[tuple[str, str, str]]:
-    load = f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-repository = "{REPOSITORY}"
-tokenizer = AutoTokenizer.from_pretrained(repository)
-model = AutoModelForCausalLM.from_pretrained(repository, dtype="auto", device_map="auto")
-"""
-    return [
-        ("transformers", "python", _transformers_code(facts, load=load)),
-        _unsloth_snippet(facts),
-        ("vLLM", "sh", f"vllm serve {REPOSITORY} --max-model-len {facts.recipe.data.max_seq_tokens}\n"),
-    ]
-
-
-def _unsloth_snippet(facts: _Facts) -> tuple[str, str, str]:
-    code = f"""\
-from unsloth import FastLanguageModel
-
-model, tokenizer = FastLanguageModel.from_pretrained(
-    "{REPOSITORY}", max_seq_length={facts.recipe.data.max_seq_tokens}, load_in_4bit=True
-)
-FastLanguageModel.for_inference(model)
-"""
-    return ("Unsloth, in 4 bits", "python", code)
-
-
-def _gguf_snippets(facts: _Facts) -> list[tuple[str, str, str]]:
-    snippets = []
-    if "Modelfile" in facts.files:
-        name = re.sub(r"[^a-z0-9._-]+", "-", facts.title.lower())
-        snippets.append(
-            ("Ollama, in the directory of these files", "sh", f"ollama create {name} -f Modelfile\nollama run {name}\n")
-        )
-    for file in facts.files:
-        if file.endswith(".gguf"):
-            code = f"""\
-from llama_cpp import Llama
-
-model = Llama({file!r}, n_ctx={facts.recipe.data.max_seq_tokens})
-prompt = {facts.prompt.example!r}
-print(model(prompt, max_tokens=128, temperature=0)["choices"][0]["text"])
-"""
-            snippets.append(("llama-cpp-python", "python", code))
-    return snippets
-
-
-_SNIPPETS: Mapping[str, Callable[[_Facts], list[tuple[str, str, str]]]] = {
-    "adapter": _adapter_snippets,
-    "merged-16bit": _whole_snippets,
-    "merged-4bit": _whole_snippets,
-    "gguf": _gguf_snippets,
-}

@@ -1,4 +1,4 @@
-"""Charts as SVG in a page: numbers become shapes, colours come from the page's style sheet.
+"""Draw charts as SVG in a page: numbers become shapes, colours come from the page's style sheet.
 
 Every function gives markup that is safe in a page: all text in it is escaped, and it holds no style and no script.
 """
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tune.errors import counted
 
@@ -139,6 +139,20 @@ def share_bar(estimates: Sequence[tuple[float, float | None, float | None, int]]
                 'height="2"/>'
             )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def points_of(metrics: Sequence[Mapping[str, Any]], field: str) -> list[Point]:
+    """Return a figure by optimizer step, from the lines of metrics.jsonl."""
+    return [(row["step"], row[field]) for row in metrics if row.get(field) is not None]
+
+
+def smoothed(points: Sequence[Point], *, decay: float = 0.9) -> list[Point]:
+    """Return the exponential moving mean, corrected for its start as Adam's moments are."""
+    smooth, mean = [], 0.0
+    for count, (x, y) in enumerate(points, start=1):
+        mean = decay * mean + (1 - decay) * y
+        smooth.append((x, mean / (1 - decay**count)))
+    return smooth
 
 
 def thinned(points: Sequence[Point], *, max_points: int = MAX_POINTS) -> list[Point]:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.errors import counted
-from gemma_tune.reporting.charts import Point
-from gemma_tune.reporting.loss_curve import exponential_mean
+from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, smoothed
 from gemma_tune.reporting.numbers import format_bytes, format_seconds
-from gemma_tune.runs.evaluation import Evaluation, format_estimate, read_evaluation
+from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import Manifest, read_json, read_manifest, read_metrics
-from gemma_tune.runs.summary import RunSummary, read_summary
+from gemma_tune.runs.summary import Question, RunSummary, read_summary
 
 PLAN_FILE = "plan.json"
 # Settings in which two runs differ without learning otherwise.
@@ -45,13 +44,11 @@ class RunFacts:
 
     def points(self, field: str) -> list[Point]:
         """A logged figure by step."""
-        return [(row["step"], row[field]) for row in self.metrics if row.get(field) is not None]
+        return points_of(self.metrics, field)
 
     @property
     def smooth_loss(self) -> list[Point]:
-        points = self.points("loss")
-        smooth = exponential_mean([loss for _, loss in points])
-        return [(step, loss) for (step, _), loss in zip(points, smooth, strict=True)]
+        return smoothed(self.points("loss"))
 
     @property
     def eval_losses(self) -> list[Point]:
@@ -101,6 +98,33 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
         f"{section}.{name}": value
         for section, fields in values.items()
         for name, value in (fields.items() if isinstance(fields, Mapping) else [("", fields)])
+    }
+
+
+def describe_run(run: RunFacts) -> dict[str, Any]:
+    """Return what the templates of a report read of a run, as text, tables and charts."""
+    evaluation, data, lock, summary = run.evaluation, run.data, run.lock, run.summary
+    return {
+        "name": run.name,
+        "headline": run.headline,
+        "manifest": run.manifest,
+        "results": results(run),
+        "cards": _cards(run),
+        "warnings": warnings(run),
+        "evaluation": evaluation,
+        "figures": [_describe_figure(figure) for figure in evaluation.rows[0].figures] if evaluation else [],
+        "categories": [_describe_category(group) for group in evaluation.rows[1:]] if evaluation else [],
+        "general": [_describe_figure(figure) for figure in evaluation.general[0].figures] if evaluation else [],
+        "questions": summary.questions if summary else (),
+        "data": data,
+        "data_facts": data_facts(data) if data else [],
+        "lengths": bar_chart(data.get("length_bins", ()), limit=data["max_seq_tokens"]) if data else "",
+        "plan": plan_against_measured(run),
+        "lock": lock_facts(lock) if lock else [],
+        "overrides": lock["overrides"] if lock else [],
+        "packages": [(name, version) for name, version in lock["packages"].items() if version] if lock else [],
+        "recipe": run.recipe,
+        "steps": reproduce_steps(run),
     }
 
 
@@ -162,6 +186,76 @@ def before_after(before: float | None, after: float | None, *, form: str, rows: 
     if not written:
         return "—"
     return " → ".join(written) + ("" if rows is None else f" ({rows:,} rows)")
+
+
+def _cards(run: RunFacts) -> list[tuple[str, str, bool]]:
+    """The figures that matter most, what came out (on a wide card), then what it took: value, label, is wide."""
+    summary = run.summary
+    if summary is None:
+        return []
+    shown = dict(results(run))
+    cards = []
+    if summary.exact_match_after is not None:
+        matched = before_after(summary.exact_match_before, summary.exact_match_after, form=".1%")
+        cards.append((matched, f"exact match on {summary.exact_match_rows:,} held-out rows", True))
+    if summary.eval_loss_after is not None:
+        loss = before_after(summary.eval_loss_before, summary.eval_loss_after, form=".3f")
+        cards.append((loss, "eval loss on held-out rows, nats a token", True))
+    return [
+        *cards,
+        (f"{summary.train_rows:,}", "training rows", False),
+        (f"{summary.steps:,}", "steps", False),
+        (format_seconds(summary.training_seconds), f"of training, at {shown['speed']}", False),
+        (shown["peak memory"], "peak memory", False),
+    ]
+
+
+def _describe_figure(figure: Figure | None) -> dict[str, str]:
+    """A figure's estimates as text, and the verdict on their difference."""
+    if figure is None:
+        return {"label": "", "base": "—", "tuned": "—", "difference": "—", "verdict": ""}
+    return {
+        "label": METRICS[figure.metric].label,
+        "base": format_estimate(figure.base, metric=figure.metric),
+        "tuned": format_estimate(figure.tuned, metric=figure.metric),
+        "difference": format_estimate(figure.difference, metric=figure.metric, signed=True),
+        "verdict": figure.verdict or "",
+    }
+
+
+def _describe_category(group: Group) -> dict[str, Any]:
+    """The exact match of a category's rows; without a bar where it was not measured."""
+    figure = group.figure("exact_match")
+    drawn: list[tuple[Estimate | None, int]] = [(figure.base, 1), (figure.tuned, 0)] if figure else []
+    bar = share_bar([(each.value, each.low, each.high, colour) for each, colour in drawn if each])
+    return {"name": group.category or "", "rows": group.rows, "bar": bar if figure else "", **_describe_figure(figure)}
+
+
+def evaluations_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
+    """Return every metric that a run has, with the figure of each tuned model on all its rows."""
+    groups = [run.evaluation.rows[0] if run.evaluation else None for run in runs]
+    rows = []
+    for metric, described in METRICS.items():
+        figures = [group.figure(metric) if group else None for group in groups]
+        if any(figures):
+            tuned = [format_estimate(each.tuned if each else None, metric=metric) for each in figures]
+            rows.append((described.label, tuned))
+    return rows
+
+
+def questions_side_by_side(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """Return every question with the base's answer and that of each run that was asked it: label, text, is right."""
+    asked: dict[tuple[str, str], list[tuple[str, str, bool]]] = {}
+    for run in runs:
+        label = "after" if len(runs) == 1 else run.name
+        for item in run.summary.questions if run.summary else ():
+            answers = asked.setdefault((item.question, item.expected), [_answer("before", item.before, item)])
+            answers.append(_answer(label, item.after, item))
+    return [{"question": text, "expected": right, "answers": answers} for (text, right), answers in asked.items()]
+
+
+def _answer(label: str, text: str, asked: Question) -> tuple[str, str, bool]:
+    return label, text, text.split() == asked.expected.split()
 
 
 def plan_against_measured(run: RunFacts) -> list[tuple[str, str, str]]:

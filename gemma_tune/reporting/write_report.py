@@ -1,17 +1,29 @@
-"""The report of runs: gathers what they left and writes it as HTML and as Markdown."""
+"""Write the report of one run, or of several side by side, as HTML and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from gemma_tune.reporting.facts import gather_facts
-from gemma_tune.reporting.report_page import write_report_page
-from gemma_tune.reporting.report_text import build_report_text
+from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Line, line_chart
+from gemma_tune.reporting.facts import (
+    RunFacts,
+    describe_run,
+    differing_settings,
+    evaluations_side_by_side,
+    gather_facts,
+    questions_side_by_side,
+    results_side_by_side,
+)
+from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
+from gemma_tune.reporting.pages import TEMPLATES_DIR, write_page
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import cannot_write, write_text
+from gemma_tune.templates import render_template
 
 HTML_FILE, TEXT_FILE = "report.html", "report.md"
+_CURVES = (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm"))
 
 
 def write_report(run: RunDir) -> None:
@@ -26,10 +38,43 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
         RunError: a file of a run is damaged, or one cannot be written.
     """
     facts = [gather_facts(run) for run in runs]
+    described = {
+        "runs": [describe_run(run) for run in facts],
+        "compared": results_side_by_side(facts),
+        "settings": differing_settings(facts),
+    }
     if html is not None:
         try:
-            write_report_page(html, facts)
+            write_page(
+                html,
+                "report",
+                title=facts[0].name if len(facts) == 1 else f"{len(facts)} runs side by side",
+                num_colours=NUM_COLOURS,
+                loss_chart=_loss_chart(facts),
+                curves=[(title, chart) for name, title in _CURVES if (chart := _curve(facts, name, title))],
+                evaluations=evaluations_side_by_side(facts),
+                questions=questions_side_by_side(facts),
+                **described,
+            )
         except OSError as error:
             raise cannot_write(html, error) from None
     if text is not None:
-        write_text(text, build_report_text(facts))
+        written = render_template(TEMPLATES_DIR / "report.md.j2", described, filters=MARKDOWN_FILTERS)
+        write_text(text, written.rstrip() + "\n")
+
+
+def _loss_chart(runs: Sequence[RunFacts]) -> Any:
+    lines = []
+    for index, run in enumerate(runs):
+        if len(runs) == 1:
+            lines.append(Line(run.points("loss"), 0, "faint"))
+        lines.append(Line(run.smooth_loss, index % NUM_COLOURS))
+    # A single run has a colour to spare for what it was not trained on.
+    first = 1 if len(runs) == 1 else 0
+    lines += [Line(run.eval_losses, (index + first) % NUM_COLOURS, "points") for index, run in enumerate(runs)]
+    return line_chart(lines, title="loss by step", x_label="step", height=300)
+
+
+def _curve(runs: Sequence[RunFacts], name: str, title: str) -> Any:
+    lines = [Line(run.points(name), index % NUM_COLOURS) for index, run in enumerate(runs)]
+    return line_chart(lines, title=f"{title} by step", x_label="step", width=NARROW, height=230)

@@ -13,13 +13,14 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
+from gemma_tune.exporting.export_card import card_format
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import read_config
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
-from gemma_tune.reporting.card import CardPrompt, build_model_card, mask_private
+from gemma_tune.reporting.card import CardExport, CardPrompt, build_model_card, mask_private
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.record import write_json
 
@@ -113,6 +114,10 @@ def local_base(name: str, directory: Path) -> LocalModel:
     return LocalModel(name, directory, None, read_config(TINY_MODEL_DIR), None)
 
 
+def build(run: RunDir, *, export_format: str, **facts: Any) -> str:
+    return build_model_card(run, CardExport(card_format(export_format), **facts))
+
+
 def read(card: str) -> tuple[ModelCard, list[Any]]:
     """The card as the hub reads it, and its tokens as CommonMark with tables; a wrong front matter raises."""
     parsed = ModelCard(card)
@@ -129,7 +134,7 @@ def text_of(tokens: list[Any]) -> str:
 
 
 def test_the_hub_reads_base_data_licence_and_figures(make_run: MakeRun) -> None:
-    card, tokens = read(build_model_card(make_run(), export_format="adapter", base=hub_base(), prompt=PROMPT))
+    card, tokens = read(build(make_run(), export_format="adapter", base=hub_base(), prompt=PROMPT))
     facts = card.data.to_dict()
     assert facts["base_model"] == "google/gemma-2b"
     assert facts["base_model_relation"] == "adapter"
@@ -182,9 +187,7 @@ def test_the_hub_reads_base_data_licence_and_figures(make_run: MakeRun) -> None:
 def test_only_snippets_that_fit_the_format(
     make_run: MakeRun, export_format: Any, relation: str, library: str | None, has: tuple[str], has_not: tuple[str]
 ) -> None:
-    text = build_model_card(
-        make_run(), export_format=export_format, base=hub_base(), prompt=PROMPT, files=["Modelfile", "m.gguf"]
-    )
+    text = build(make_run(), export_format=export_format, base=hub_base(), prompt=PROMPT, files=["Modelfile", "m.gguf"])
     card, tokens = read(text)
     assert card.data.to_dict()["base_model_relation"] == relation
     assert card.data.library_name == library
@@ -198,27 +201,25 @@ def test_only_snippets_that_fit_the_format(
 
 def test_quantized_only_where_the_same_weights_are_on_the_hub(make_run: MakeRun) -> None:
     run = make_run()
-    text = build_model_card(
-        run, export_format="gguf", base=hub_base(), prompt=PROMPT, quantized_from="me/gemma-2b-dolly"
-    )
+    text = build(run, export_format="gguf", base=hub_base(), prompt=PROMPT, quantized_from="me/gemma-2b-dolly")
     assert read(text)[0].data.base_model == "me/gemma-2b-dolly"
     assert read(text)[0].data.to_dict()["base_model_relation"] == "quantized"
 
 
 def test_vllm_is_not_named_for_adapters_that_it_cannot_serve(make_run: MakeRun) -> None:
     run = make_run(recipe={"lora": {"use_dora": True}})
-    assert "vllm" not in build_model_card(run, export_format="adapter", base=hub_base(), prompt=PROMPT)
+    assert "vllm" not in build(run, export_format="adapter", base=hub_base(), prompt=PROMPT)
 
 
 def test_other_licences_and_an_unfinished_run(make_run: MakeRun) -> None:
     run = make_run(summary=None)
-    card, tokens = read(build_model_card(run, export_format="adapter", base=hub_base("gemma-4-e4b-it"), prompt=PROMPT))
+    card, tokens = read(build(run, export_format="adapter", base=hub_base("gemma-4-e4b-it"), prompt=PROMPT))
     assert card.data.license == "apache-2.0" and card.data.eval_results is None
     assert "Gemma Terms" not in text_of(tokens) and "Held-out rows" not in text_of(tokens)
-    card, _ = read(build_model_card(run, export_format="adapter", base=hub_base("gemma-tiny", None), prompt=PROMPT))
+    card, _ = read(build(run, export_format="adapter", base=hub_base("gemma-tiny", None), prompt=PROMPT))
     assert card.data.license == "cc0-1.0" and card.data.base_model is None
     base = local_base("models/mine", TINY_MODEL_DIR)
-    card, tokens = read(build_model_card(run, export_format="merged-16bit", base=base, prompt=PROMPT))
+    card, tokens = read(build(run, export_format="merged-16bit", base=base, prompt=PROMPT))
     assert card.data.license is None and card.data.base_model is None
     assert "not on record here" in text_of(tokens)
 
@@ -275,7 +276,7 @@ def test_no_secret_no_path_no_name_of_the_user_or_the_machine(
     base = local_base(f"{home}/models/my-gemma", Path(f"{home}/models/my-gemma"))
     checks = [f"compared with {home}/merged"]
     for export_format in ("adapter", "merged-16bit", "merged-4bit", "gguf"):
-        card = build_model_card(
+        card = build(
             run, export_format=export_format, base=base, prompt=prompt, files=["m.gguf", "Modelfile"], checks=checks
         )
         parsed, _ = read(card)
@@ -293,7 +294,7 @@ HOSTILE = (
 def test_text_of_others_means_nothing_in_markdown(make_run: MakeRun) -> None:
     run = make_run(data={"sources": [{"label": HOSTILE, "template": "d", "train_rows": 1}], "eval_label": HOSTILE})
     prompt = CardPrompt("kind: text\n```\n# no heading\n", False, "````\n<b>\n````", "```")
-    text = build_model_card(
+    text = build(
         run, export_format="gguf", base=hub_base(), prompt=prompt, checks=[f"1. {HOSTILE}", "- no list", "# no heading"]
     )
     parsed, tokens = read(text)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.reporting.compare_page import write_compare_page
+from gemma_tune.reporting.pages import write_compare_page
 
 EVIL = "</div><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7 * 7 }}"
 
