@@ -21,6 +21,7 @@ from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.generate import Completion
 from gemma_tune.inference.load import load_target
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import find_target
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.terminal import Terminal, make_table
@@ -43,11 +44,11 @@ def main() -> int:
     sizes = [1, *map(int, arguments.batch_sizes.split(","))]
     answers: dict[int, list[Completion]] = {}
     seconds: dict[int, float] = {}
-    loaded.complete(prompts[:2], max_new_tokens=4)  # the first pass pays for what is made lazily
+    loaded.complete(prompts[:2], AnswerSettings(max_new_tokens=4))  # the first pass pays for what is made lazily
     for _ in range(arguments.repeats):
         for size in sizes:
             started = time.perf_counter()
-            answers[size] = loaded.complete(prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=size)
+            answers[size] = loaded.complete(prompts, AnswerSettings(max_new_tokens=MAX_NEW_TOKENS, batch_size=size))
             seconds[size] = min(seconds.get(size, float("inf")), time.perf_counter() - started)
     figures = []
     for size in sizes:

@@ -156,26 +156,12 @@ def merge(
 
 
 @overload
-def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
-    target: AnyPath,
-    questions: Question,
-    *,
-    template: str | None = ...,
-    sampler: str = ...,
-    seed: int | None = ...,
-    max_new_tokens: int | None = ...,
-    batch_size: int = ...,
+def generate(
+    target: AnyPath, questions: Question, *, template: str | None = ..., sampler: str = ..., **settings: Any
 ) -> str: ...
 @overload
 def generate(
-    target: AnyPath,
-    questions: Sequence[Question],
-    *,
-    template: str | None = ...,
-    sampler: str = ...,
-    seed: int | None = ...,
-    max_new_tokens: int | None = ...,
-    batch_size: int = ...,
+    target: AnyPath, questions: Sequence[Question], *, template: str | None = ..., sampler: str = ..., **settings: Any
 ) -> list[str]: ...
 def generate(
     target: AnyPath,
@@ -184,12 +170,14 @@ def generate(
     template: str | None = None,
     sampler: str = "greedy",
     seed: int | None = None,
-    max_new_tokens: int | None = None,
-    batch_size: int = 8,
+    **settings: Any,
 ) -> str | list[str]:
     """Load a run, an adapter, a merged directory, a GGUF or a model, and answer one question or several.
 
     Every call loads it again: to ask more than once, or for a sampler's numbers, keep what `load` returns.
+
+    Args:
+        settings: as in `Gemma.generate`: max_new_tokens, max_length, stop_strings, batch_size.
 
     Raises:
         GemmaTuneError: as `load`, and a question that lacks what the template reads.
@@ -198,7 +186,7 @@ def generate(
 
     model = load(str(target), template=template)
     model.compile(sampler, seed=seed)
-    return model.generate(questions, max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return model.generate(questions, **settings)
 
 
 def score(target: AnyPath, question: Question, response: str, *, template: str | None = None) -> TextScore:

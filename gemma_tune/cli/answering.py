@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated
+from types import NoneType, UnionType
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-_SAMPLING = "How tokens are chosen"
-_LENGTH = "When an answer ends"
+from gemma_tune.inference.settings import SAMPLER, AnswerSettings, Option, Sampling, options_of
 
 TargetName = Annotated[
     str,
@@ -21,71 +24,55 @@ TargetName = Annotated[
 TemplateName = Annotated[str | None, typer.Option(help="Data template; a run brings its own.", show_default=False)]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model of a run, without its adapter.")]
 
-SamplerName = Annotated[
-    str | None,
-    typer.Option(
-        "--sampler",
-        help="greedy, random, top-k, top-p, min-p, beam, or your own function: module:function or file.py:function. "
-        "Left out, the options below say which.",
-        show_default=False,
-        rich_help_panel=_SAMPLING,
-    ),
-]
-Temperature = Annotated[
-    float | None,
-    typer.Option(help="Above 1 wilder, below tamer; 0 is greedy.", show_default=False, rich_help_panel=_SAMPLING),
-]
-TopK = Annotated[
-    int | None, typer.Option(help="Draw among the k likeliest.", show_default=False, rich_help_panel=_SAMPLING)
-]
-TopP = Annotated[
-    float | None,
-    typer.Option(help="Draw among the likeliest of this mass.", show_default=False, rich_help_panel=_SAMPLING),
-]
-MinP = Annotated[
-    float | None,
-    typer.Option(
-        help="Draw among those at least this share as likely as the likeliest.",
-        show_default=False,
-        rich_help_panel=_SAMPLING,
-    ),
-]
-Beams = Annotated[
-    int | None,
-    typer.Option("--beams", help="Follow this many continuations.", show_default=False, rich_help_panel=_SAMPLING),
-]
-RepetitionPenalty = Annotated[float, typer.Option(help="Above 1 repeats less.", rich_help_panel=_SAMPLING)]
-Seed = Annotated[int, typer.Option(help="Of what is drawn.", rich_help_panel=_SAMPLING)]
-MaxNewTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Longest answer, in tokens: 256, or what --max-length leaves.",
-        show_default=False,
-        rich_help_panel=_LENGTH,
-    ),
-]
-MaxLength = Annotated[
-    int | None,
-    typer.Option(
-        min=1, help="Longest prompt and answer together, in tokens.", show_default=False, rich_help_panel=_LENGTH
-    ),
-]
-StopStrings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        help="A text that ends the answer and is left out of it; may be given several times.",
-        show_default=False,
-        rich_help_panel=_LENGTH,
-    ),
-]
 OutputFile = Annotated[
     Path | None,
     typer.Option(
         "--output",
         "-o",
-        help="Write JSON lines to this file; the same command goes on where a killed one stopped.",
+        help="Write JSON lines to this file; the same command resumes where a killed one stopped.",
         show_default=False,
     ),
 ]
+
+
+def with_answer_settings(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Put the options of a sampler and of every field of `AnswerSettings` in the place of a command's `settings`.
+
+    Args:
+        without: fields that the command has no option for.
+    """
+    options = {"sampler": (str, SAMPLER), **options_of(Sampling), **options_of(AnswerSettings)}
+    parameters = [_to_parameter(name, *options[name]) for name in options if name not in without]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def with_settings(**given: Any) -> None:
+            from gemma_tune.inference.sampling import make_answer_settings
+
+            asked = {each.name: given.pop(each.name) for each in parameters}
+            command(**given, settings=make_answer_settings(**asked))
+
+        signature = inspect.signature(command, eval_str=True)
+        all_parameters: list[inspect.Parameter] = []
+        for each in signature.parameters.values():
+            all_parameters += parameters if each.name == "settings" else [each]
+        with_settings.__signature__ = signature.replace(parameters=all_parameters)  # type: ignore[attr-defined]
+        with_settings.__annotations__ = {each.name: each.annotation for each in all_parameters}
+        return with_settings
+
+    return decorate
+
+
+def _to_parameter(name: str, kind: Any, option: Option) -> inspect.Parameter:
+    """The parameter that Typer makes an option of."""
+    kinds = [each for each in get_args(kind) if each is not NoneType] if isinstance(kind, UnionType) else [kind]
+    plain: Any = list[str] if get_origin(kinds[0]) is Sequence else kinds[0]
+    offered = typer.Option(
+        *([option.flag] if option.flag else []),
+        help=option.help,
+        min=option.minimum,
+        show_default=option.default is not None,
+        rich_help_panel=option.panel,
+    )
+    annotation: Any = Annotated[plain if option.default is not None else plain | None, offered]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)

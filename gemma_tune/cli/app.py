@@ -21,7 +21,6 @@ from gemma_tune.cli.launch import launch
 from gemma_tune.cli.merge import merge
 from gemma_tune.cli.models import models_app
 from gemma_tune.cli.plan import plan
-from gemma_tune.cli.processes import end_process, is_one_of_several
 from gemma_tune.cli.push import push
 from gemma_tune.cli.recipes import recipes_app
 from gemma_tune.cli.report import report
@@ -31,6 +30,7 @@ from gemma_tune.cli.train import train
 from gemma_tune.cli.validate import validate
 from gemma_tune.cli.verify import verify
 from gemma_tune.errors import GemmaTuneError
+from gemma_tune.machine.processes import end_process, is_one_of_several
 from gemma_tune.secrets import mask_secrets
 from gemma_tune.terminal import Terminal
 

@@ -12,23 +12,9 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from gemma_tune.cli.answering import (
-    Base,
-    Beams,
-    MaxLength,
-    MaxNewTokens,
-    MinP,
-    RepetitionPenalty,
-    SamplerName,
-    Seed,
-    StopStrings,
-    TargetName,
-    Temperature,
-    TemplateName,
-    TopK,
-    TopP,
-)
+from gemma_tune.cli.answering import Base, TargetName, TemplateName, with_answer_settings
 from gemma_tune.errors import DataError, GemmaTuneError, did_you_mean
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -45,45 +31,20 @@ _COMMANDS = {
 _NAMES = [usage.split()[0] for usage in _COMMANDS]
 
 
+@with_answer_settings(without=["batch_size"])
 def chat(
     target: TargetName,
     template: TemplateName = None,
     base: Base = False,
-    sampler: SamplerName = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    beams: Beams = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    max_new_tokens: MaxNewTokens = None,
-    max_length: MaxLength = None,
-    stop: StopStrings = None,
+    *,
+    settings: AnswerSettings,
 ) -> None:
     """Talk with a model that knows chat turns. In a pipe, every line of stdin is a message."""
-    from gemma_tune.inference.ask import AnswerSettings
     from gemma_tune.inference.chat import Talk, require_turns
-    from gemma_tune.inference.sampling import choose_sampling
     from gemma_tune.inference.target import find_target
     from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
-    settings = AnswerSettings(
-        sampling=choose_sampling(
-            sampler,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            num_beams=beams,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        ),
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        stop_strings=tuple(stop or ()),
-    )
     is_person = sys.stdin.isatty()
     with libraries_to(None):
         found = find_target(target, template=template, without_adapter=base)

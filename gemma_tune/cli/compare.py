@@ -93,7 +93,7 @@ def compare(
     """
     from gemma_tune.evaluation.compare import compare_models, find_contenders
     from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
-    from gemma_tune.inference.ask import AnswerSettings
+    from gemma_tune.inference.settings import AnswerSettings
     from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.reporting.pages import write_compare_page
 

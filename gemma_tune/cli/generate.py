@@ -8,31 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from gemma_tune.cli.answering import (
-    Base,
-    Beams,
-    MaxLength,
-    MaxNewTokens,
-    MinP,
-    OutputFile,
-    RepetitionPenalty,
-    SamplerName,
-    Seed,
-    StopStrings,
-    TargetName,
-    Temperature,
-    TemplateName,
-    TopK,
-    TopP,
-)
+from gemma_tune.cli.answering import Base, OutputFile, TargetName, TemplateName, with_answer_settings
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.inference.ask import Answered
 
 
+@with_answer_settings()
 def generate(
     target: TargetName,
     prompt: Annotated[
@@ -58,47 +44,19 @@ def generate(
     output: OutputFile = None,
     template: TemplateName = None,
     base: Base = False,
-    sampler: SamplerName = None,
-    temperature: Temperature = None,
-    top_k: TopK = None,
-    top_p: TopP = None,
-    min_p: MinP = None,
-    beams: Beams = None,
-    repetition_penalty: RepetitionPenalty = 1.0,
-    seed: Seed = 0,
-    max_new_tokens: MaxNewTokens = None,
-    max_length: MaxLength = None,
-    stop: StopStrings = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward pass.")] = 8,
+    *,
+    settings: AnswerSettings,
     as_json: AsJson = False,
 ) -> None:
     """Ask a model, with the template it was trained with. A single answer appears as it is written."""
-    from gemma_tune.inference.ask import AnswerSettings, answer_questions, open_answer_file
+    from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
     from gemma_tune.inference.questions import questions_of, read_questions, read_stdin_question
-    from gemma_tune.inference.sampling import choose_sampling
     from gemma_tune.inference.target import find_target
     from gemma_tune.machine.quiet import libraries_to
 
     terminal = Terminal()
     if prompt and file is not None:
         raise DataError("give either --prompt or --file", hint='for example: --prompt "What does a baker make?"')
-    sampling = choose_sampling(
-        sampler,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        num_beams=beams,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
-    settings = AnswerSettings(
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        stop_strings=tuple(stop or ()),
-        batch_size=batch_size,
-    )
     with libraries_to(None):
         found = find_target(target, template=template, without_adapter=base)
         if file is not None:
@@ -106,7 +64,7 @@ def generate(
         else:
             questions = questions_of(found.template, prompt or [read_stdin_question()], context=context)
         is_single = len(questions.rows) == 1
-        streams = is_single and sampling.num_beams == 1 and not as_json and output is None
+        streams = is_single and settings.sampling.num_beams == 1 and not as_json and output is None
 
         def show(answers: list[Answered]) -> None:
             for answer in answers:
@@ -115,21 +73,29 @@ def generate(
                 elif output is None:
                     terminal.plain("" if streams else answer.completion.text)
 
+        def show_progress(done: int, total: int) -> None:
+            if not is_single:
+                reporter.progress("questions answered", done, total)
+
         with TerminalReporter(terminal) as reporter, contextlib.ExitStack() as stack:
             answer_file = None
             if output is not None:
                 answer_file = open_answer_file(output, found, questions, settings=settings)
                 stack.enter_context(answer_file)
                 if answer_file.num_found:
-                    reporter.detail(f"{answer_file.num_found:,} answers were made before; going on behind them")
+                    reporter.detail(f"{answer_file.num_found:,} answers were made before; resuming after them")
             speed = answer_questions(
                 found,
                 questions,
                 settings=settings,
                 file=answer_file,
-                on_answers=show,
-                on_progress=None if is_single else lambda done, of: reporter.progress("questions answered", done, of),
-                on_text=(lambda text: terminal.plain(text, end="")) if streams else None,
+                listener=Listener(
+                    on_answers=show,
+                    on_progress=lambda done, of: (
+                        None if is_single else reporter.progress("questions answered", done, of)
+                    ),
+                    on_text=(lambda text: terminal.plain(text, end="")) if streams else None,
+                ),
             )
     if output is not None:
         terminal.note(f"{escape(str(output))}: {len(questions.rows):,} answers")

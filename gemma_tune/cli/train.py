@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.processes import Machines, end_with_the_starter, run_processes
 from gemma_tune.cli.report import print_report
+from gemma_tune.machine.processes import Nodes, end_with_the_starter, run_processes
 from gemma_tune.terminal import Terminal, TerminalReporter
 
 
@@ -59,8 +59,8 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     world = world_of(os.environ)
     if world.size == 1 and nproc * nnodes > 1:
-        machines = Machines(nnodes, node_rank, rendezvous)
-        code = run_processes(sys.argv[1:], per_machine=nproc, machines=machines)
+        nodes = Nodes(nnodes, node_rank, rendezvous)
+        code = run_processes(sys.argv[1:], per_machine=nproc, nodes=nodes)
         raise typer.Exit(code)
     end_with_the_starter()
     if not world.is_main:

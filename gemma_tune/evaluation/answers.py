@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import Example
-from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.evaluation.metrics import is_exact_match
-from gemma_tune.inference.generate import Completion, generate_completions
+from gemma_tune.inference.generate import Completion, TransformersModel
+from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.streaming import OnProgress
 from gemma_tune.recipe.schema import EvaluationSection
 
 
@@ -30,34 +31,25 @@ class Answer:
 
 
 def answer_examples(
-    loaded: LoadedModel,
+    model: Any,
+    examples: Sequence[Example],
+    settings: AnswerSettings,
     *,
-    engine: Engine,
     tokenizer: Any,
     encoder: Encoder,
-    examples: Sequence[Example],
-    max_new_tokens: int,
-    batch_size: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> list[Completion]:
-    """Answer the last turn of each example greedily; the model is left in generation mode."""
-    engine.set_mode(loaded, training=False)
+    """Answer the last turn of each example; the engine has put the model into generation mode."""
     prompts = [encoder.encode_prompt(example.prompt_segments) for example in examples]
-    return generate_completions(
-        loaded.model,
-        tokenizer,
-        prompts,
-        stop_token_ids=encoder.stop_token_ids,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_progress=on_progress,
+    return TransformersModel(model, tokenizer, encoder.stop_token_ids).complete(
+        prompts, settings, on_progress=on_progress
     )
 
 
 def pair_answers(
     examples: Sequence[Example], before: Sequence[Completion], after: Sequence[Completion]
 ) -> list[Answer]:
-    """Put the answers of both models beside the expected ones."""
+    """Put the answers of both models next to the expected ones."""
     return [
         Answer(
             where=example.where,

@@ -22,8 +22,9 @@ from gemma_tune.evaluation.intervals import share_estimate
 from gemma_tune.evaluation.judge import JUDGE_PROMPT, Duel, Judge, Ruling
 from gemma_tune.evaluation.prompt_sets import Prompts
 from gemma_tune.evaluation.ratings import rate, win_rate
-from gemma_tune.inference.ask import AnswerSettings, answer_questions, open_answer_file
+from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
 from gemma_tune.inference.questions import questions_of
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
 from gemma_tune.runs.evaluation import Estimate
 from gemma_tune.runs.record import read_json, write_json
@@ -145,7 +146,7 @@ def _answers(
                 questions,
                 settings=settings,
                 file=answers,
-                on_progress=lambda done, total: reporter.progress("prompts answered", done, total),
+                listener=Listener(on_progress=lambda done, total: reporter.progress("prompts answered", done, total)),
             )
     found = [row["answer"] for row in _read_lines(file)]
     if len(found) != len(prompts.items):

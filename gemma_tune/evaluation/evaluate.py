@@ -13,6 +13,7 @@ from gemma_tune.errors import DataError, ModelError, did_you_mean
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, judge_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import file_hashes, file_sha256
@@ -112,8 +113,7 @@ def evaluate_run(
             answers = _answers(
                 loaded,
                 eval_rows,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
+                AnswerSettings(max_new_tokens=max_new_tokens, batch_size=batch_size),
                 expects_json=settings.expects_json,
                 reporter=reporter,
             )
@@ -186,17 +186,15 @@ def _losses(
 def _answers(
     loaded: LoadedTarget,
     rows: EvalRows,
+    settings: AnswerSettings,
     *,
-    max_new_tokens: int,
-    batch_size: int,
     expects_json: bool,
     reporter: Reporter,
 ) -> list[RowAnswer]:
     """The last turn of every row answered greedily, and compared with the expected answer."""
     completions = loaded.complete(
         [loaded.encoder.encode_prompt(example.prompt_segments) for example in rows.examples],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
+        settings,
         on_progress=lambda done, total: reporter.progress("rows answered", done, total),
     )
     return [

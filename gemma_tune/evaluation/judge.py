@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from gemma_tune.errors import ModelError
 from gemma_tune.evaluation.prompt_sets import Prompt
+from gemma_tune.inference.settings import AnswerSettings
 
 if TYPE_CHECKING:
     import httpx
@@ -230,11 +231,9 @@ class LocalJudge:
         from gemma_tune.inference.questions import questions_of
 
         loaded = load_target(self.target)
+        settings = AnswerSettings(max_new_tokens=_MAX_REPLY_TOKENS, batch_size=self.batch_size)
         for start in range(0, len(duels), self.batch_size):
             prompts = [judge_prompt(duel) for duel in duels[start : start + self.batch_size]]
             rows = questions_of(loaded.template, prompts).rows
-            completions = loaded.complete(
-                encode_questions(loaded, rows), max_new_tokens=_MAX_REPLY_TOKENS, batch_size=self.batch_size
-            )
-            for completion in completions:
+            for completion in loaded.complete(encode_questions(loaded, rows), settings):
                 yield Ruling(parse_verdict(completion.text), completion.text)

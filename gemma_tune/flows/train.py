@@ -491,6 +491,7 @@ def _train_and_summarise(
         pair_answers,
         spread_over_categories,
     )
+    from gemma_tune.inference.settings import AnswerSettings
     from gemma_tune.reporting.loss_curve import draw_loss_curve
     from gemma_tune.training.train_adapter import train_adapter
 
@@ -502,14 +503,16 @@ def _train_and_summarise(
         mine = world.share(examples) if in_shares else examples
         times = world.size if in_shares else 1
         reporter.stage(title)
+        prepared.engine.set_mode(prepared.attached.loaded, training=False)
         answers = answer_examples(
-            prepared.attached.loaded,
-            engine=prepared.engine,
+            prepared.attached.loaded.model,
+            mine,
+            AnswerSettings(
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
+            ),
             tokenizer=prepared.tokenizer,
             encoder=prepared.encoder,
-            examples=mine,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
             on_progress=lambda done, _: reporter.progress(
                 "eval rows answered", min(done * times, len(examples)), len(examples)
             ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.errors import DataError
-from gemma_tune.inference.ask import AnswerSettings
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Talk:
         self._turns.append({"role": "user", "content": text})
         try:
             prompt = self._loaded.encoder.encode_prompt(self._chat.prompt(self.messages))
-            (completion,) = self._loaded.complete([prompt], **self._settings.arguments(), on_text=on_text)
+            (completion,) = self._loaded.complete([prompt], self._settings, on_text=on_text)
         except BaseException:
             self._turns.pop()
             raise

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 from gemma_tune.data.rows.render import question_fields
 from gemma_tune.engines.table import ENGINES, start_engine
 from gemma_tune.errors import EngineError, ModelError, did_you_mean
-from gemma_tune.inference.ask import AnswerSettings, encode_questions
-from gemma_tune.inference.sampling import Sampler, Sampling, choose_sampling
+from gemma_tune.inference.ask import encode_questions
+from gemma_tune.inference.sampling import choose_sampling
+from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling
 from gemma_tune.inference.target import GgufTarget, find_target
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.models.config import TextConfig
@@ -147,85 +148,39 @@ class Gemma:
             weights_bytes=self.model.get_memory_footprint(),
         )
 
-    def compile(
-        self,
-        sampler: str | Sampler = "greedy",
-        *,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        num_beams: int | None = None,
-        repetition_penalty: float = 1.0,
-        seed: int | None = None,
-    ) -> None:
+    def compile(self, sampler: str | Sampler = "greedy", **settings: float | None) -> None:
         """Choose how the next answers are made: a sampler's name, or a function of logits [batch, vocabulary].
+
+        Args:
+            settings: fields of `Sampling`, such as temperature, top_k, top_p, min_p, num_beams, repetition_penalty and
+                seed.
 
         Raises:
             DataError: as `choose_sampling`.
         """
-        self._sampling = choose_sampling(
-            sampler,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            num_beams=num_beams,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
-        )
+        self._sampling = choose_sampling(sampler, **settings)
 
     @overload
-    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str
-        self,
-        questions: Question,
-        *,
-        max_length: int | None = ...,
-        max_new_tokens: int | None = ...,
-        stop_strings: Sequence[str] = ...,
-        batch_size: int = ...,
-    ) -> str: ...
+    def generate(self, questions: Question, **settings: Any) -> str: ...
     @overload
-    def generate(
-        self,
-        questions: Sequence[Question],
-        *,
-        max_length: int | None = ...,
-        max_new_tokens: int | None = ...,
-        stop_strings: Sequence[str] = ...,
-        batch_size: int = ...,
-    ) -> list[str]: ...
-    def generate(
-        self,
-        questions: Question | Sequence[Question],
-        *,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        stop_strings: Sequence[str] = (),
-        batch_size: int = 8,
-    ) -> str | list[str]:
+    def generate(self, questions: Sequence[Question], **settings: Any) -> list[str]: ...
+    def generate(self, questions: Question | Sequence[Question], **settings: Any) -> str | list[str]:
         """Answer one question, or several in batches; the text is the answer alone.
 
         Args:
-            max_length, max_new_tokens, stop_strings, batch_size: as in `AnswerSettings`.
+            settings: fields of `AnswerSettings`: max_length, max_new_tokens, stop_strings, batch_size.
 
         Raises:
             DataError: a question lacks what the template reads, or leaves no room for an answer.
         """
         loaded = self._asked()
-        settings = AnswerSettings(
-            sampling=self._sampling,
-            max_new_tokens=max_new_tokens,
-            max_length=max_length,
-            stop_strings=tuple(stop_strings),
-            batch_size=batch_size,
-        )
-        asked: Sequence[Question] = [questions] if isinstance(questions, str | Mapping) else questions
+        asked: Sequence[Question] = [questions] if (is_single := isinstance(questions, str | Mapping)) else questions
+        rows = [self._row(question) for question in asked]
         completions = loaded.complete(
-            encode_questions(loaded, [self._row(question) for question in asked]), **settings.arguments()
+            encode_questions(loaded, rows), AnswerSettings(sampling=self._sampling, **settings)
         )
         texts = [completion.text for completion in completions]
-        return texts[0] if isinstance(questions, str | Mapping) else texts
+        return texts[0] if is_single else texts
 
     def encode(self, question: Question) -> list[int]:
         """The token ids that ask a question, BOS and template included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TextStreamer
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.sampling import Sampler, Sampling
-from gemma_tune.inference.streaming import OnText, StreamedText, cut_at_stop
+from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling
+from gemma_tune.inference.streaming import OnProgress, OnText, StreamedText, cut_at_stop
 
 
 @dataclass(frozen=True)
@@ -30,86 +30,88 @@ class Completion:
     stopped: bool
 
 
-def generate_completions(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    stop_token_ids: Sequence[int],
-    max_new_tokens: int,
-    max_length: int | None = None,
-    batch_size: int = 8,
-    sampling: Sampling | None = None,
-    stop_strings: Sequence[str] = (),
-    on_progress: Callable[[int, int], None] | None = None,
-    on_text: OnText | None = None,
-) -> list[Completion]:
-    """Complete every prompt.
+@dataclass(frozen=True)
+class TransformersModel:
+    """A transformers model, or the PEFT model around it, that completes prompts.
 
-    Args:
-        prompts: token ids of each prompt, BOS included; rows may differ in length.
+    Attributes:
         stop_token_ids: ids that end an answer.
-        max_length: longest prompt and answer together, in tokens.
-        stop_strings: texts that end an answer and are left out of it.
-        on_text: gets the answer piece by piece; for a single prompt, without beams.
-
-    Returns:
-        One completion a prompt, in the order of the prompts.
-
-    Raises:
-        DataError: a prompt leaves no room for an answer, or the user's own sampler fails.
     """
-    sampling = sampling or Sampling()
-    budgets = answer_budgets(
-        prompts,
-        max_new_tokens=max_new_tokens,
-        max_length=max_length,
-        context_tokens=model.config.get_text_config().max_position_embeddings,
-    )
-    streamer = (
-        WordStreamer(tokenizer, on_text, stop_strings) if on_text is not None and sampling.num_beams == 1 else None
-    )
-    completions: list[Completion | None] = [None] * len(prompts)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with seeded(sampling.seed):
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
-            inputs = pad_left(
-                [prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device
-            )
-            config = to_generation_config(
-                sampling,
-                stop_token_ids=stop_token_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                max_new_tokens=max(budgets[index] for index in chosen),
-                stop_strings=stop_strings,
-            )
-            with torch.no_grad():
-                output = model.generate(
-                    **inputs,
-                    generation_config=config,
-                    logits_processor=custom_processors(sampling),
-                    streamer=streamer,
-                    tokenizer=tokenizer if stop_strings else None,
+
+    model: Any
+    tokenizer: Any
+    stop_token_ids: Sequence[int]
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: AnswerSettings,
+        *,
+        on_progress: OnProgress | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt.
+
+        Args:
+            prompts: token ids of each prompt, BOS included; rows may differ in length.
+            on_progress: is called with the number of finished prompts and of all, after each batch.
+            on_text: gets the answer piece by piece; for a single prompt, without beams.
+
+        Returns:
+            One completion a prompt, in the order of the prompts.
+
+        Raises:
+            DataError: a prompt leaves no room for an answer, or the user's own sampler fails.
+        """
+        model, tokenizer, sampling, stop_strings = self.model, self.tokenizer, settings.sampling, settings.stop_strings
+        budgets = answer_budgets(
+            prompts, settings, context_tokens=model.config.get_text_config().max_position_embeddings
+        )
+        streamer = None
+        if on_text is not None and sampling.num_beams == 1:
+            streamer = WordStreamer(tokenizer, on_text, stop_strings)
+        completions: list[Completion | None] = [None] * len(prompts)
+        by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        with seeded(sampling.seed):
+            for start in range(0, len(by_length), settings.batch_size):
+                chosen = by_length[start : start + settings.batch_size]
+                inputs = pad_left(
+                    [prompts[index] for index in chosen], pad_token_id=tokenizer.pad_token_id, device=model.device
                 )
-            for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
-                completions[index] = to_completion(
-                    row[: budgets[index]], tokenizer=tokenizer, stop_token_ids=stop_token_ids, stop_strings=stop_strings
+                config = to_generation_config(
+                    settings,
+                    max_new_tokens=max(budgets[index] for index in chosen),
+                    stop_token_ids=self.stop_token_ids,
+                    pad_token_id=tokenizer.pad_token_id,
                 )
-            if on_progress is not None:
-                on_progress(min(start + batch_size, len(prompts)), len(prompts))
-    return [completion for completion in completions if completion is not None]
+                with torch.no_grad():
+                    output = model.generate(
+                        **inputs,
+                        generation_config=config,
+                        logits_processor=custom_processors(sampling),
+                        streamer=streamer,
+                        tokenizer=tokenizer if stop_strings else None,
+                    )
+                for index, row in zip(chosen, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+                    completions[index] = to_completion(
+                        row[: budgets[index]],
+                        tokenizer=tokenizer,
+                        stop_token_ids=self.stop_token_ids,
+                        stop_strings=stop_strings,
+                    )
+                if on_progress is not None:
+                    on_progress(min(start + settings.batch_size, len(prompts)), len(prompts))
+        return [completion for completion in completions if completion is not None]
 
 
-def answer_budgets(
-    prompts: Sequence[Sequence[int]], *, max_new_tokens: int, max_length: int | None, context_tokens: int
-) -> list[int]:
+def answer_budgets(prompts: Sequence[Sequence[int]], settings: AnswerSettings, *, context_tokens: int) -> list[int]:
     """How many tokens each answer may have.
 
     Raises:
         DataError: a prompt leaves no room for one.
     """
     longest, name = context_tokens, "the model's context"
+    max_length = settings.max_length
     if max_length is not None and max_length < context_tokens:
         longest, name = max_length, "the longest length allowed"
     for number, prompt in enumerate(prompts, start=1):
@@ -119,12 +121,12 @@ def answer_budgets(
                 f"{which} has {len(prompt):,} tokens, which leaves no room for an answer: {name} is {longest:,} tokens",
                 hint="shorten the prompt" + (", or raise the length" if longest == max_length else ""),
             )
-    return [min(max_new_tokens, longest - len(prompt)) for prompt in prompts]
+    return [min(settings.longest_answer, longest - len(prompt)) for prompt in prompts]
 
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """A block whose draws follow from `seed` (anew each time with None) and leave the caller's random numbers alone."""
+    """Make the draws of a block follow from `seed`, and leave the caller's random numbers alone; None does nothing."""
     if seed is None:
         yield
         return
@@ -134,17 +136,13 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def to_generation_config(
-    sampling: Sampling,
-    *,
-    stop_token_ids: Sequence[int],
-    pad_token_id: int,
-    max_new_tokens: int,
-    stop_strings: Sequence[str] = (),
+    settings: AnswerSettings, *, max_new_tokens: int, stop_token_ids: Sequence[int], pad_token_id: int
 ) -> GenerationConfig:
-    """Translate a `Sampling` into transformers' configuration.
+    """Translate the settings of an answer into transformers' configuration.
 
     What is drawn sets every filter: one that is left out would be taken from the model's own generation_config.json.
     """
+    sampling = settings.sampling
     drawn: dict[str, Any] = {}
     if sampling.is_drawn:
         drawn = {
@@ -161,7 +159,7 @@ def to_generation_config(
         max_new_tokens=max_new_tokens,
         eos_token_id=list(stop_token_ids),
         pad_token_id=pad_token_id,
-        stop_strings=list(stop_strings) or None,
+        stop_strings=list(settings.stop_strings) or None,
         **drawn,
     )
 

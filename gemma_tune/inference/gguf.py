@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from gemma_tune.inference.generate import (
     seeded,
     to_completion,
 )
-from gemma_tune.inference.sampling import Sampling
-from gemma_tune.inference.streaming import OnText, cut_at_stop
+from gemma_tune.inference.settings import AnswerSettings, Sampling
+from gemma_tune.inference.streaming import OnProgress, OnText, cut_at_stop
 
 # Keys and values of the whole context are allocated at once: 1.9 GB for Gemma 7B in float16.
 CONTEXT_TOKENS = 4096
@@ -43,7 +43,7 @@ class GgufModel:
 
         Raises:
             EngineError: llama-cpp-python is not installed.
-            ModelError: it is no GGUF file, or one that this llama.cpp cannot load.
+            ModelError: it is not a GGUF file, or one that this llama.cpp cannot load.
         """
         if importlib.util.find_spec("llama_cpp") is None:
             raise EngineError(
@@ -52,7 +52,7 @@ class GgufModel:
             )
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"{path} is no GGUF file", hint="export it again, or download it again")
+                raise ModelError(f"{path} is not a GGUF file", hint="export it again, or download it again")
         import llama_cpp
 
         self._library: Any = llama_cpp
@@ -62,44 +62,33 @@ class GgufModel:
             raise ModelError(f"llama.cpp cannot load {path}: {error}", hint="export it again") from None
         trained = int(llama_cpp.llama_model_n_ctx_train(self._llama.model))
         self.context_tokens = min(CONTEXT_TOKENS, trained)
-        self.tokenizer = GgufTokenizer(self._llama)
+        self.tokenizer = LlamaTokenizer(self._llama)
 
     def complete(
         self,
         prompts: Sequence[Sequence[int]],
+        settings: AnswerSettings,
         *,
-        max_new_tokens: int,
-        max_length: int | None = None,
-        batch_size: int = 1,
-        sampling: Sampling | None = None,
-        stop_strings: Sequence[str] = (),
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
         on_text: OnText | None = None,
     ) -> list[Completion]:
-        """`generate_completions`, one prompt after the other whatever the batch size.
+        """As `TransformersModel.complete`, one prompt after the other whatever the batch size.
 
         Raises:
             EngineError: beams are asked for, which llama.cpp does not have.
         """
-        sampling = sampling or Sampling()
-        if sampling.num_beams > 1:
+        if settings.sampling.num_beams > 1:
             raise EngineError("llama.cpp has no beam search", hint="ask the run or the merged directory instead")
-        budgets = answer_budgets(
-            prompts, max_new_tokens=max_new_tokens, max_length=max_length, context_tokens=self.context_tokens
-        )
+        budgets = answer_budgets(prompts, settings, context_tokens=self.context_tokens)
         completions = []
-        with seeded(sampling.seed):
+        with seeded(settings.sampling.seed):
             for number, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True), start=1):
-                streamer = WordStreamer(self.tokenizer, on_text, stop_strings) if on_text is not None else None
-                row = self._complete_one(
-                    prompt, budget=budget, sampling=sampling, stop_strings=stop_strings, streamer=streamer
-                )
                 completions.append(
                     to_completion(
-                        row,
+                        self._complete_one(prompt, settings, budget=budget, on_text=on_text),
                         tokenizer=self.tokenizer,
                         stop_token_ids=self.tokenizer.stop_token_ids,
-                        stop_strings=stop_strings,
+                        stop_strings=settings.stop_strings,
                     )
                 )
                 if on_progress is not None:
@@ -107,14 +96,10 @@ class GgufModel:
         return completions
 
     def _complete_one(
-        self,
-        prompt: Sequence[int],
-        *,
-        budget: int,
-        sampling: Sampling,
-        stop_strings: Sequence[str],
-        streamer: WordStreamer | None,
+        self, prompt: Sequence[int], settings: AnswerSettings, *, budget: int, on_text: OnText | None
     ) -> list[int]:
+        sampling, stop_strings = settings.sampling, settings.stop_strings
+        streamer = WordStreamer(self.tokenizer, on_text, stop_strings) if on_text is not None else None
         processors = _processors(sampling)
         token_ids, row = list(prompt), []
         self._llama.reset()
@@ -174,7 +159,7 @@ class _Encoding:
     ids: list[int]
 
 
-class GgufTokenizer:
+class LlamaTokenizer:
     """The tokenizer of a GGUF file, with the names that `Encoder`, `ChatRenderer` and the streamer read."""
 
     def __init__(self, llama: Any) -> None:

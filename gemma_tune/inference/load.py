@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,28 +16,24 @@ from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.engines.base import Engine
 from gemma_tune.engines.table import start_engine
 from gemma_tune.errors import ModelError
-from gemma_tune.inference.generate import Completion, generate_completions
+from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.inference.gguf import GgufModel
-from gemma_tune.inference.sampling import Sampling
-from gemma_tune.inference.streaming import OnText
+from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.machine.precision import decide_precision, detect_device
 from gemma_tune.models.tokenizer import load_tokenizer
 
 
 class Complete(Protocol):
-    """`generate_completions` of one model."""
+    """`TransformersModel.complete`, or that of a GGUF."""
 
     def __call__(
         self,
         prompts: Sequence[Sequence[int]],
+        settings: AnswerSettings,
         *,
-        max_new_tokens: int,
-        max_length: int | None = None,
-        batch_size: int = 8,
-        sampling: Sampling | None = None,
-        stop_strings: Sequence[str] = (),
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: OnProgress | None = None,
         on_text: OnText | None = None,
     ) -> list[Completion]: ...
 
@@ -107,7 +102,7 @@ def loaded_target(model: Any, *, tokenizer_directory: Path, template: DataTempla
     model.config.use_cache = True
     tokenizer = load_tokenizer(tokenizer_directory)
     encoder = Encoder(tokenizer)
-    complete = functools.partial(generate_completions, model, tokenizer, stop_token_ids=encoder.stop_token_ids)
+    complete = TransformersModel(model, tokenizer, encoder.stop_token_ids).complete
     chat = ChatRenderer.from_tokenizer(tokenizer) if template.kind == "chat" else None
     return LoadedTarget(model, tokenizer, encoder, template, chat, complete)
 

@@ -5,47 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import DataError, did_you_mean
-
-# Logits [batch, vocabulary] -> token ids [batch], or logits [batch, vocabulary] that a token is drawn from.
-Sampler = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. The default, temperature 0 and one beam, is greedy and deterministic.
-
-    Attributes:
-        temperature: the logits are divided by it; 0 takes the likeliest token.
-        top_k: only the k likeliest tokens are drawn from.
-        top_p: only the likeliest tokens whose probabilities sum up to it.
-        min_p: only tokens at least this share as likely as the likeliest.
-        num_beams: continuations that are followed side by side; the likeliest as a whole is the answer.
-        repetition_penalty: logits of tokens that have occurred are divided by it (multiplied where negative).
-        seed: of the draws; None draws anew each time.
-        custom: chooses instead of `temperature` to `num_beams`, from logits divided by `temperature` (1 where it is 0).
-        custom_name: `module:function` of it.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    num_beams: int = 1
-    repetition_penalty: float = 1.0
-    seed: int | None = None
-    custom: Sampler | None = field(default=None, repr=False)
-    custom_name: str | None = None
-
-    @property
-    def is_drawn(self) -> bool:
-        """Whether tokens are drawn, rather than the likeliest taken."""
-        return self.temperature > 0 or self.custom is not None
+from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling, check_bounds, options_of
 
 
 @dataclass(frozen=True)
@@ -66,45 +32,35 @@ SAMPLERS: dict[str, _Named] = {
     "beam": _Named(("num_beams",), {"num_beams": 4}),
 }
 _CUSTOM = _Named(("temperature",))
-# What each setting may be, as a test and in words.
-_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "temperature": (lambda value: 0 <= value < float("inf"), "0 or more"),
-    "top_k": (lambda value: value >= 1, "at least 1"),
-    "top_p": (lambda value: 0 < value <= 1, "above 0, at most 1"),
-    "min_p": (lambda value: 0 <= value <= 1, "between 0 and 1"),
-    "num_beams": (lambda value: value >= 2, "at least 2"),
-    "repetition_penalty": (lambda value: 0 < value < float("inf"), "above 0; 1 changes nothing"),
-}
+# What every sampler takes.
+_ALWAYS = ("repetition_penalty", "seed")
 
 
-def choose_sampling(
-    sampler: str | Sampler | None = None,
-    *,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    num_beams: int | None = None,
-    repetition_penalty: float = 1.0,
-    seed: int | None = None,
-) -> Sampling:
+def make_answer_settings(sampler: str | Sampler | None = None, **settings: Any) -> AnswerSettings:
+    """Make the settings of an answer from a flat list: a sampler, and fields of `Sampling` and of `AnswerSettings`.
+
+    Raises:
+        DataError: as `choose_sampling`, or a setting of the answer is out of its bounds.
+    """
+    of_answer = {name: settings.pop(name) for name in options_of(AnswerSettings) if name in settings}
+    given = {name: value for name, value in of_answer.items() if value is not None}
+    return AnswerSettings(choose_sampling(sampler, **settings), **given)
+
+
+def choose_sampling(sampler: str | Sampler | None = None, **settings: Any) -> Sampling:
     """The sampling that a name, a function or the settings alone ask for.
 
     Args:
         sampler: a name of SAMPLERS, `module:function`, `file.py:function`, a callable, or None: then the settings say
             which one, and without any it is greedy.
+        settings: fields of `Sampling`; None leaves one to the sampler.
 
     Raises:
         DataError: an unknown name, a setting out of its bounds or one that the sampler does not take.
     """
-    asked = {
-        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "num_beams": num_beams,
-    }  # fmt: skip
-    given = {name: value for name, value in asked.items() if value is not None}
-    for name, value in [*given.items(), ("repetition_penalty", repetition_penalty)]:
-        is_allowed, words = _BOUNDS[name]
-        if not is_allowed(value):
-            raise DataError(f"{name} is {value:g}", hint=f"allowed: {words}")
+    check_bounds(Sampling, settings)
+    given = {name: value for name, value in settings.items() if value is not None}
+    always = {name: given.pop(name) for name in _ALWAYS if name in given}
     custom = custom_name = None
     if sampler is None:
         sampler = _implied(given)
@@ -127,12 +83,10 @@ def choose_sampling(
             raise DataError(
                 f"the sampler {name} takes no {setting}", hint=f"leave it out, or use one of: {', '.join(others)}"
             )
-    settings: dict[str, Any] = {**named.defaults, **given}
-    if name != "random" and not settings.get("temperature", 1.0):
+    chosen: dict[str, Any] = {**named.defaults, **given}
+    if name != "random" and not chosen.get("temperature", 1.0):
         raise DataError(f"the sampler {name} needs a temperature above 0", hint="temperature 0 is --sampler greedy")
-    return Sampling(
-        **settings, repetition_penalty=repetition_penalty, seed=seed, custom=custom, custom_name=custom_name
-    )
+    return Sampling(**chosen, **always, custom=custom, custom_name=custom_name)
 
 
 def _implied(given: Mapping[str, float]) -> str:

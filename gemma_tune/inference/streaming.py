@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 OnText = Callable[[str], None]
+# Called with how many are done, and of how many.
+OnProgress = Callable[[int, int], None]
 
 
 def cut_at_stop(text: str, stop_strings: Sequence[str]) -> tuple[str, bool]:
@@ -31,12 +33,12 @@ class StreamedText:
         if self._has_ended:
             return
         self._held, self._has_ended = cut_at_stop(self._held + text, self._stop_strings)
-        if not self._has_begun:
-            self._held = self._held.lstrip()
         is_last = is_last or self._has_ended
         sure = self._held[: len(self._held) if is_last else self._sure_length()].rstrip()
-        if sure:
-            self._on_text(sure)
+        # Not before: white space at the beginning of the answer may be that of a stop string.
+        shown = sure if self._has_begun else sure.lstrip()
+        if shown:
+            self._on_text(shown)
             self._has_begun = True
             self._held = self._held[len(sure) :]
 

@@ -123,7 +123,7 @@ def test_a_killed_file_goes_on_to_the_same_bytes(folder: Path) -> None:
     killed.wait()
     left = partial.read_bytes()
     assert not (folder / "killed.jsonl").exists() and left.count(b"\n") < 40
-    assert "answers were made before; going on behind them" in run(*command, "--output", "killed.jsonl").stderr
+    assert "answers were made before; resuming after them" in run(*command, "--output", "killed.jsonl").stderr
     assert run(*command, "--output", "whole.jsonl").exit_code == 0
     whole = (folder / "whole.jsonl").read_bytes()
     assert (folder / "killed.jsonl").read_bytes() == whole

@@ -8,10 +8,11 @@ import pytest
 
 from gemma_tune.errors import DataError
 from gemma_tune.inference import load as load_module
-from gemma_tune.inference.ask import Answered, AnswerSettings, answer_questions, open_answer_file
+from gemma_tune.inference.ask import Answered, Listener, answer_questions, open_answer_file
 from gemma_tune.inference.load import LoadedTarget
 from gemma_tune.inference.questions import questions_of
 from gemma_tune.inference.sampling import choose_sampling
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 
 WORDS = ("The town", "A goat", "One plus one", "Once upon a time a", "In", "A baker needs", "Ida", "Who lives in", "No")
@@ -41,7 +42,7 @@ def test_a_killed_file_goes_on_to_the_same_bytes(target: Target, tmp_path: Path,
                 raise KeyboardInterrupt
 
         with open_answer_file(path, target, questions, settings=settings) as file:
-            answer_questions(target, questions, settings=settings, file=file, on_answers=count)
+            answer_questions(target, questions, settings=settings, file=file, listener=Listener(on_answers=count))
         return seen
 
     assert answer(tmp_path / "whole.jsonl") == [4, 4, 1]
@@ -57,7 +58,10 @@ def test_answers_come_with_their_rows_and_the_speed(target: Target) -> None:
     progress: list[tuple[int, int]] = []
     settings = AnswerSettings(max_new_tokens=5, batch_size=2)
     speed = answer_questions(
-        target, questions, settings=settings, on_answers=got.extend, on_progress=lambda *each: progress.append(each)
+        target,
+        questions,
+        settings=settings,
+        listener=Listener(on_answers=got.extend, on_progress=lambda *each: progress.append(each)),
     )
     assert [answer.row for answer in got] == list(questions.rows)
     assert got[0].to_json().keys() == {"prompt", "answer", "num_tokens", "stopped"}
@@ -84,6 +88,6 @@ def test_settings_have_bounds(wrong: dict[str, Any]) -> None:
 
 
 def test_the_longest_answer() -> None:
-    assert AnswerSettings().arguments()["max_new_tokens"] == 256
-    assert AnswerSettings(max_length=999).arguments()["max_new_tokens"] == 999
-    assert AnswerSettings(max_length=999, max_new_tokens=5).arguments()["max_new_tokens"] == 5
+    assert AnswerSettings().longest_answer == 256
+    assert AnswerSettings(max_length=999).longest_answer == 999
+    assert AnswerSettings(max_length=999, max_new_tokens=5).longest_answer == 5

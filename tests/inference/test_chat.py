@@ -12,10 +12,10 @@ from gemma_tune.data.open import build_datasets
 from gemma_tune.data.rows.chat_template import ChatRenderer, control_strings
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
-from gemma_tune.inference.ask import AnswerSettings
 from gemma_tune.inference.chat import Talk, require_turns
 from gemma_tune.inference.generate import Completion
 from gemma_tune.inference.load import LoadedTarget
+from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.recipe.schema import DataSection
 
 SYSTEM_TEMPLATE = (
@@ -33,7 +33,7 @@ def scripted(loaded: LoadedTarget, answers: list[str]) -> tuple[LoadedTarget, li
     """The same with answers that are known before, and the prompts that it was asked."""
     prompts: list[list[int]] = []
 
-    def complete(asked: Any, **_: Any) -> list[Completion]:
+    def complete(asked: Any, *_: Any, **__: Any) -> list[Completion]:
         prompts.extend(asked)
         return [Completion(answers[len(prompts) - 1], 3, True)]
 

@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.generate import Completion, generate_completions, pad_left, to_generation_config
+from gemma_tune.inference.generate import Completion, TransformersModel, pad_left, to_generation_config
 from gemma_tune.inference.load import LoadedTarget
-from gemma_tune.inference.sampling import Sampling, choose_sampling
+from gemma_tune.inference.sampling import choose_sampling, make_answer_settings
+from gemma_tune.inference.settings import AnswerSettings, Sampling
 
 TEXTS = [
     "The",
@@ -42,7 +43,9 @@ def oracle(tiny: LoadedTarget, prompt: list[int], *, seed: int = 0, **settings: 
 def test_batches_answer_as_single_prompts_in_the_given_order(tiny: LoadedTarget, prompts: list[list[int]]) -> None:
     calls: list[tuple[int, int]] = []
     together = tiny.complete(
-        prompts, max_new_tokens=24, batch_size=3, on_progress=lambda done, total: calls.append((done, total))
+        prompts,
+        AnswerSettings(max_new_tokens=24, batch_size=3),
+        on_progress=lambda done, total: calls.append((done, total)),
     )
     assert together == [oracle(tiny, prompt, do_sample=False) for prompt in prompts]
     assert calls == [(3, 4), (4, 4)]
@@ -66,7 +69,7 @@ def test_samplers_equal_those_of_transformers(
     tiny: LoadedTarget, prompts: list[list[int]], asked: dict[str, Any], settings: dict[str, Any]
 ) -> None:
     for seed, prompt in enumerate(prompts[1:3]):
-        (ours,) = tiny.complete([prompt], max_new_tokens=24, sampling=choose_sampling(**asked, seed=seed))
+        (ours,) = tiny.complete([prompt], make_answer_settings(max_new_tokens=24, seed=seed, **asked))
         assert ours == oracle(tiny, prompt, seed=seed, **settings)
 
 
@@ -74,8 +77,8 @@ def test_a_seed_repeats_and_leaves_the_callers_random_numbers_alone(
     tiny: LoadedTarget, prompts: list[list[int]]
 ) -> None:
     def sample(seed: int) -> list[str]:
-        sampling = Sampling(temperature=1.5, seed=seed)
-        return [each.text for each in tiny.complete(prompts, max_new_tokens=16, sampling=sampling)]
+        settings = AnswerSettings(Sampling(temperature=1.5, seed=seed), max_new_tokens=16)
+        return [each.text for each in tiny.complete(prompts, settings)]
 
     torch.manual_seed(9)
     wanted = torch.rand(3)
@@ -91,9 +94,9 @@ def test_the_models_own_settings_do_not_leak_in(tiny: LoadedTarget, prompts: lis
     model = copy.copy(tiny.model)
     model.generation_config = GenerationConfig(do_sample=True, top_k=1, top_p=0.1, temperature=0.1)
     for sampling in (Sampling(), Sampling(temperature=1.0, seed=3)):
-        given: dict[str, Any] = {"stop_token_ids": [1, 107], "max_new_tokens": 12, "sampling": sampling}
-        ours = generate_completions(model, tiny.tokenizer, prompts[:1], **given)
-        assert ours == generate_completions(tiny.model, tiny.tokenizer, prompts[:1], **given)
+        settings = AnswerSettings(sampling, max_new_tokens=12)
+        ours = TransformersModel(model, tiny.tokenizer, [1, 107]).complete(prompts[:1], settings)
+        assert ours == tiny.complete(prompts[:1], settings)
 
 
 def test_a_sampler_of_ones_own(tiny: LoadedTarget, prompts: list[list[int]]) -> None:
@@ -104,7 +107,7 @@ def test_a_sampler_of_ones_own(tiny: LoadedTarget, prompts: list[list[int]]) -> 
         return logits.argmax(-1)
 
     def draw(**given: Any) -> list[Completion]:
-        return tiny.complete(prompts, max_new_tokens=12, batch_size=4, sampling=choose_sampling(**given, seed=5))
+        return tiny.complete(prompts, make_answer_settings(max_new_tokens=12, batch_size=4, seed=5, **given))
 
     assert draw(sampler=likeliest) == draw(sampler="greedy")
     assert set(shapes) == {(4, 2304)}
@@ -127,25 +130,25 @@ def test_a_sampler_of_ones_own(tiny: LoadedTarget, prompts: list[list[int]]) -> 
 )
 def test_a_sampler_that_is_wrong_is_told(tiny: LoadedTarget, sampler: Any, told: str) -> None:
     with pytest.raises(DataError, match=told):
-        tiny.complete([[2, 5]], max_new_tokens=2, sampling=choose_sampling(sampler))
+        tiny.complete([[2, 5]], AnswerSettings(choose_sampling(sampler), max_new_tokens=2))
 
 
 def test_max_length_counts_the_prompt_of_each_row(tiny: LoadedTarget, prompts: list[list[int]]) -> None:
-    completions = tiny.complete(prompts, max_new_tokens=99, max_length=17, batch_size=4)
+    completions = tiny.complete(prompts, AnswerSettings(max_new_tokens=99, max_length=17, batch_size=4))
     for prompt, completion in zip(prompts, completions, strict=True):
-        (alone,) = tiny.complete([prompt], max_new_tokens=17 - len(prompt))
+        (alone,) = tiny.complete([prompt], AnswerSettings(max_new_tokens=17 - len(prompt)))
         assert completion == alone
         assert completion.stopped or len(prompt) + completion.num_tokens == 17
     with pytest.raises(DataError, match=r"prompt 2 of 4 has 8 tokens.*the longest length allowed is 6 tokens"):
-        tiny.complete(prompts, max_new_tokens=9, max_length=6)
+        tiny.complete(prompts, AnswerSettings(max_new_tokens=9, max_length=6))
     with pytest.raises(DataError, match=r"the prompt has 8,192 tokens.*the model's context is 8,192"):
-        tiny.complete([[2] * 8192], max_new_tokens=1)
+        tiny.complete([[2] * 8192], AnswerSettings(max_new_tokens=1))
 
 
 def test_stop_strings_end_each_row_for_itself(tiny: LoadedTarget, prompts: list[list[int]]) -> None:
-    plain = tiny.complete(prompts, max_new_tokens=24, batch_size=4)
-    stop = [plain[0].text[4:7], plain[3].text[9:12]]
-    stopped = tiny.complete(prompts, max_new_tokens=24, batch_size=4, stop_strings=stop)
+    plain = tiny.complete(prompts, AnswerSettings(max_new_tokens=24, batch_size=4))
+    stop = (plain[0].text[4:7], plain[3].text[9:12])
+    stopped = tiny.complete(prompts, AnswerSettings(max_new_tokens=24, batch_size=4, stop_strings=stop))
     for before, after in zip(plain, stopped, strict=True):
         ends = [at for string in stop if (at := before.text.find(string)) >= 0]
         assert after.text == before.text[: min(ends, default=None)].strip()
@@ -156,10 +159,12 @@ def test_stop_strings_end_each_row_for_itself(tiny: LoadedTarget, prompts: list[
 
 def test_streamed_pieces_are_the_answer(tiny: LoadedTarget, prompts: list[list[int]]) -> None:
     for prompt in prompts:
-        (plain,) = tiny.complete([prompt], max_new_tokens=24)
+        (plain,) = tiny.complete([prompt], AnswerSettings(max_new_tokens=24))
         for stop in ((), (plain.text[5:8],)):
             pieces: list[str] = []
-            (completion,) = tiny.complete([prompt], max_new_tokens=24, stop_strings=stop, on_text=pieces.append)
+            (completion,) = tiny.complete(
+                [prompt], AnswerSettings(max_new_tokens=24, stop_strings=stop), on_text=pieces.append
+            )
             assert "".join(pieces) == completion.text
             assert len(pieces) > 3 or stop
 
@@ -171,6 +176,6 @@ def test_left_padding() -> None:
 
 
 def test_greedy_is_the_default() -> None:
-    config = to_generation_config(Sampling(), stop_token_ids=[1, 107], pad_token_id=0, max_new_tokens=5)
+    config = to_generation_config(AnswerSettings(), max_new_tokens=5, stop_token_ids=[1, 107], pad_token_id=0)
     assert not config.do_sample
     assert config.eos_token_id == [1, 107]

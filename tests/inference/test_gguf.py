@@ -104,7 +104,7 @@ def test_what_a_gguf_cannot_do(gguf: Gemma, path: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"no such file"):
         load(str(tmp_path / "none.gguf"))
     (tmp_path / "bad.gguf").write_bytes(b"version https://git-lfs")
-    with pytest.raises(ModelError, match=r"is no GGUF file"):
+    with pytest.raises(ModelError, match=r"is not a GGUF file"):
         load(str(tmp_path / "bad.gguf"))
     (tmp_path / "bad.gguf").write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ModelError, match=r"llama.cpp cannot load"):

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.sampling import SAMPLERS, Sampling, choose_sampling, load_sampler
+from gemma_tune.inference.sampling import SAMPLERS, choose_sampling, load_sampler
+from gemma_tune.inference.settings import Sampling
 
 OWN = """
 def sample(logits):
@@ -44,6 +45,7 @@ def test_settings_alone_say_which_sampler() -> None:
         ({"temperature": float("nan")}, r"temperature is nan"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty is 0"),
         ({"sampler": lambda logits: logits, "top_k": 3}, r"takes no top_k"),
+        ({"topk": 3}, r"no setting 'topk'; did you mean 'top_k'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(asked: dict[str, Any], told: str) -> None:

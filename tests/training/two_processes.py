@@ -61,7 +61,7 @@ def run_together(base: Path, output: Path, tasks: Sequence[Task]) -> None:
 
 
 def main() -> None:
-    from gemma_tune.cli.processes import end_process
+    from gemma_tune.machine.processes import end_process
     from gemma_tune.machine.world import joined_processes, world_of
     from tests.training.random_rows import Rows, make_rows
     from tests.training.small_runs import recipe_of, train

@@ -14,20 +14,20 @@ from pathlib import Path
 import psutil
 import pytest
 
-from gemma_tune.cli.processes import Machines
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.processes import Nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 # The starter in a process of its own, with a worker of ours in the place of gemma-tune.
 _STARTER = """
 import sys
-from gemma_tune.cli import processes
-from gemma_tune.cli.processes import Machines, run_processes
+from gemma_tune.machine import processes
+from gemma_tune.machine.processes import Nodes, run_processes
 from gemma_tune.errors import GemmaTuneError
 processes.PROGRAM = (sys.executable, sys.argv[1])
 processes._SECONDS_TO_END, processes._SECONDS_TO_OBEY = 1.0, 1.0
 try:
-    sys.exit(run_processes(["train", "x.yaml"], per_machine=2, machines=Machines(*eval(sys.argv[2]))))
+    sys.exit(run_processes(["train", "x.yaml"], per_machine=2, nodes=Nodes(*eval(sys.argv[2]))))
 except GemmaTuneError as error:
     print(error.message, file=sys.stderr)
     sys.exit(error.exit_code)
@@ -35,7 +35,7 @@ except GemmaTuneError as error:
 _WORKER_BEGINS = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
-from gemma_tune.cli.processes import end_with_the_starter
+from gemma_tune.machine.processes import end_with_the_starter
 rank = int(os.environ["RANK"])
 end_with_the_starter()
 """
@@ -159,17 +159,17 @@ def test_the_processes_end_with_a_starter_that_is_killed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("machines", "told"),
+    ("nodes", "told"),
     [
-        (Machines(2, 0), r"--nnodes 2 needs --rendezvous"),
-        (Machines(2, 2, "head:1"), r"--node-rank 2 with --nnodes 2"),
-        (Machines(2, 0, "head"), r"--rendezvous head is not HOST:PORT"),
-        (Machines(2, 0, "head:70000"), r"--rendezvous head:70000 is not HOST:PORT"),
+        (Nodes(2, 0), r"--nnodes 2 needs --rendezvous"),
+        (Nodes(2, 2, "head:1"), r"--node-rank 2 with --nnodes 2"),
+        (Nodes(2, 0, "head"), r"--rendezvous head is not HOST:PORT"),
+        (Nodes(2, 0, "head:70000"), r"--rendezvous head:70000 is not HOST:PORT"),
     ],
 )
-def test_machines_that_cannot_meet(machines: Machines, told: str) -> None:
+def test_machines_that_cannot_meet(nodes: Nodes, told: str) -> None:
     with pytest.raises(EngineError, match=told):
-        machines.address()
+        nodes.address()
 
 
 def test_of_two_that_end_at_once_the_one_that_lost_the_other_is_not_named(tmp_path: Path) -> None:

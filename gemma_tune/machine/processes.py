@@ -31,8 +31,8 @@ _POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Machines:
-    """The machines that train together.
+class Nodes:
+    """The machines that train together, as torchrun counts them.
 
     Attributes:
         count: how many.
@@ -78,7 +78,7 @@ class _Worker:
     output: IO[bytes] | None
 
 
-def run_processes(arguments: Sequence[str], *, per_machine: int, machines: Machines) -> int:
+def run_processes(arguments: Sequence[str], *, per_machine: int, nodes: Nodes) -> int:
     """Run `gemma-tune` with these arguments in several processes of this machine; returns the exit code.
 
     Process 0 has our terminal. The code is that of the process that ended first of those that failed.
@@ -87,11 +87,11 @@ def run_processes(arguments: Sequence[str], *, per_machine: int, machines: Machi
         ProcessLost: a process failed, and it was not process 0 on our terminal that told why.
         EngineError: the machines are not described well.
     """
-    host, port = machines.address()
+    host, port = nodes.address()
     shared = {
         "MASTER_ADDR": host,
         "MASTER_PORT": port,
-        "WORLD_SIZE": str(per_machine * machines.count),
+        "WORLD_SIZE": str(per_machine * nodes.count),
         "LOCAL_WORLD_SIZE": str(per_machine),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // per_machine, 1)),
         _LAUNCHED: "1",
@@ -100,7 +100,7 @@ def run_processes(arguments: Sequence[str], *, per_machine: int, machines: Machi
         workers: list[_Worker] = []
         stack.callback(_kill, workers)
         for local_rank in range(per_machine):
-            rank = machines.rank * per_machine + local_rank
+            rank = nodes.rank * per_machine + local_rank
             own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
             output = None if rank == 0 else stack.enter_context(tempfile.TemporaryFile())
             workers.append(_start(arguments, rank=rank, environment=shared | own, output=output))
