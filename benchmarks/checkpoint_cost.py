@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-    from gemma_tune.engines.table import choose_engine, start_engine
+    from gemma_tune.engines.choose import decide_engine, start_engine
     from gemma_tune.flows import train as flow
     from gemma_tune.machine.precision import detect_device
     from gemma_tune.recipe.load import load_recipe
@@ -69,7 +69,7 @@ def main() -> None:
         )
         loaded = load_recipe(Path(arguments.recipe), [*settings, *arguments.overrides])
         recipe = loaded.recipe
-        start_engine(choose_engine(recipe.model, training=recipe.training, device=detect_device()).name)
+        start_engine(decide_engine(recipe, device=detect_device()).choice.name)
         from gemma_tune.training import train_adapter as training_run
         from gemma_tune.training.guards import GuardCallback
         from gemma_tune.training.loop import TokenWeightedTrainer

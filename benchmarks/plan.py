@@ -30,6 +30,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flagship import SHAPES, write_dolly_like_rows, write_random_gemma
+from gemma_tune.engines.choose import decide_engine
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.precision import Precision, detect_device
 from gemma_tune.models.config import read_config
@@ -118,7 +120,9 @@ def _cpu_point(
         batch=Batch(rows, tokens, padded=False),
         numerics=Numerics(compute=2, stream=2, autocast=True),
         adapter=Adapter(LoraSection().rank, _TARGETS),
-        execution=Execution("transformers", "eager" if family == "gemma2" else "sdpa", checkpointing, "chunked"),
+        execution=Execution(
+            ENGINES["transformers"], "eager" if family == "gemma2" else "sdpa", checkpointing, "chunked"
+        ),
         bits="4bit",
     )
     what = f"{family} H {hidden} I {ffn} heads {heads}/{kv_heads} checkpointing {checkpointing}"
@@ -171,11 +175,9 @@ def gpu_points(shapes: Sequence[str]) -> Iterator[Point]:
 
 
 def _plan(overrides: Sequence[str]) -> Plan:
-    from gemma_tune.machine.precision import decide_precision
-
     recipe = load_recipe(Path("gemma-7b-dolly"), overrides).recipe
-    precision = decide_precision(recipe.model.dtype, device=detect_device())
-    return plan_recipe(recipe, card=detect_card(), precision=precision, engine=recipe.model.engine, suggest=False)
+    decision = decide_engine(recipe, device=detect_device())
+    return plan_recipe(recipe, card=detect_card(), decision=decision, suggest=False)
 
 
 def _train(overrides: Sequence[str]) -> int | None:

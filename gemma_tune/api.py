@@ -50,15 +50,13 @@ def plan(recipe: AnyPath | LoadedRecipe, overrides: Sequence[str] = (), *, gpu: 
     Raises:
         EngineError: no such card, or it cannot compute what the recipe asks.
     """
-    from gemma_tune.engines.settle import settle
-    from gemma_tune.machine.cards import CARDS, detect_card, find_card
+    from gemma_tune.engines.choose import decide_for_card
+    from gemma_tune.machine.cards import detect_card, find_card
     from gemma_tune.planning.plan import plan_recipe
 
     loaded = _loaded(recipe, overrides)
     card = find_card(gpu) if gpu else detect_card()
-    # Without a card, bfloat16 as on any card since 2020.
-    precision, engine = settle(loaded.recipe, card=card or CARDS["l4"])
-    return plan_recipe(loaded.recipe, card=card, precision=precision, engine=engine)
+    return plan_recipe(loaded.recipe, card=card, decision=decide_for_card(loaded.recipe, card=card))
 
 
 def train(

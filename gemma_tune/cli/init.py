@@ -256,21 +256,14 @@ def _proposer(
 ) -> Callable[[str], Proposal | None]:
     """What proposes a recipe for a model; rows are measured once for each tokenizer that is here."""
     from gemma_tune.data.look.glance import measure_rows
-    from gemma_tune.engines.settle import settle
-    from gemma_tune.machine.precision import Precision
     from gemma_tune.planning.propose import RowFacts, propose
-    from gemma_tune.recipe.schema import DataSection, Recipe
 
     @functools.cache
     def facts(tokenizer: Path | None) -> RowFacts:
         lengths = measure_rows(inputs, tokenizer=tokenizer)
         return RowFacts(source, template, columns, lengths.num_rows, lengths.tokens)
 
-    def decide(on: Card) -> tuple[Precision, str]:
-        usual = Recipe(data=DataSection(source=source, max_seq_tokens=8))
-        return settle(usual, card=on)
-
-    return lambda model: propose(model, facts(_tokenizer_of(model)), card=card, decide=decide)
+    return lambda model: propose(model, facts(_tokenizer_of(model)), card=card)
 
 
 def _tokenizer_of(model: str) -> Path | None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gemma_tune.machine.cards import Card
-    from gemma_tune.machine.precision import Precision
     from gemma_tune.planning.changes import Change
     from gemma_tune.planning.plan import Part, Plan
     from gemma_tune.recipe.schema import Recipe
@@ -47,6 +46,7 @@ def plan(
 
     Exit code 0: it fits; 1: it does not.
     """
+    from gemma_tune.engines.choose import decide_for_card
     from gemma_tune.machine.cards import CARDS, TABLE_CARDS, detect_card, find_card
     from gemma_tune.planning.plan import plan_recipe, plan_table
     from gemma_tune.recipe.load import load_recipe
@@ -55,14 +55,9 @@ def plan(
     loaded = load_recipe(recipe, overrides or ())
     card = find_card(gpu) if gpu else detect_card()
 
-    def decide(for_card: Card) -> tuple[Precision, str]:
-        return _decide(loaded.recipe, card=for_card)
-
-    # Without a card, bfloat16 as on any card since 2020.
-    precision, engine = decide(card or CARDS["l4"])
-    planned = plan_recipe(loaded.recipe, card=card, precision=precision, engine=engine, processes=nproc)
-    cards = [] if card else [CARDS[name] for name in TABLE_CARDS if _can(loaded.recipe, CARDS[name])]
-    lengths, rows = plan_table(loaded.recipe, cards or ([card] if card else []), decide=decide)
+    decision = decide_for_card(loaded.recipe, card=card)
+    planned = plan_recipe(loaded.recipe, card=card, decision=decision, processes=nproc)
+    lengths, rows = plan_table(loaded.recipe, [card] if card else [CARDS[name] for name in TABLE_CARDS])
     if as_json:
         terminal.json(
             {
@@ -82,24 +77,6 @@ def plan(
         _print_table(terminal, lengths, rows, recipe=loaded.recipe)
     if planned.verdict == "does not fit":
         raise typer.Exit(1)
-
-
-def _decide(recipe: Recipe, *, card: Card) -> tuple[Precision, str]:
-    """Precision and engine on a card, as `train` would settle them there."""
-    from gemma_tune.engines.settle import settle
-
-    return settle(recipe, card=card)
-
-
-def _can(recipe: Recipe, card: Card) -> bool:
-    """Whether a card computes in what the recipe asks for."""
-    from gemma_tune.errors import EngineError
-
-    try:
-        _decide(recipe, card=card)
-    except EngineError:
-        return False
-    return True
 
 
 def _as_dict(planned: Plan) -> dict[str, Any]:

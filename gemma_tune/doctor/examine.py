@@ -18,11 +18,11 @@ from gemma_tune.doctor.machine import (
     used_places,
 )
 from gemma_tune.doctor.packages import check_gguf, check_packages
-from gemma_tune.engines.table import choose_engine
+from gemma_tune.engines.choose import decide_engine
 from gemma_tune.errors import EngineError, GemmaTuneError
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.child import Probed, run_probes
-from gemma_tune.machine.precision import Device, decide_precision
+from gemma_tune.machine.precision import Device
 from gemma_tune.planning.plan import Plan, plan_recipe
 from gemma_tune.recipe.schema import Recipe
 
@@ -107,10 +107,8 @@ def _plan(recipe: Recipe, device: Device | None) -> tuple[Plan | None, Finding |
     if device is None:
         return None, None
     try:
-        choice = choose_engine(recipe.model, training=recipe.training, device=device)
-        precision = decide_precision(recipe.model.dtype, device=device)
         card = detect_card() if device.kind == "cuda" else None
-        plan = plan_recipe(recipe, card=card, precision=precision, engine=choice.name)
+        plan = plan_recipe(recipe, card=card, decision=decide_engine(recipe, device=device))
     except EngineError as error:
         return None, Finding("plan", "fail", error.message, error.hint)
     except GemmaTuneError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.child import Probed
 from gemma_tune.runs.record import installed_version
 
@@ -28,30 +29,24 @@ def check_bitsandbytes(probe: Probed) -> Finding:
 
 
 def check_engine(probe: Probed) -> list[Finding]:
-    """Unsloth (or transformers) and TRL, as a run imports them."""
-    facts, findings = probe.facts, []
-    engine = facts.get("engine")
-    unsloth = installed_version("unsloth")
-    if engine is None:
-        wanted = ("unsloth", "unsloth-zoo") if "unsloth" in probe.step else ("transformers",)
-        fix = _install(*wanted)
-        findings.append(
-            Finding(wanted[0], "fail", probe.trouble, f"{fix}; or model.engine=transformers" if unsloth else fix)
-        )
-        return findings
-    if engine == "unsloth":
-        findings.append(
-            Finding("unsloth", "ok", f"{unsloth} with unsloth_zoo {installed_version('unsloth_zoo')} imports")
-        )
+    """The fastest engine that is installed, and TRL, as a run imports them."""
+    fastest = next(iter(ENGINES.values()))
+    plain = next(each for each in ENGINES.values() if not each.packages)
+    name = probe.facts.get("engine")
+    if name is None:
+        broken = next((each for each in ENGINES.values() if each.name in probe.step), plain)
+        fix = _install(*(broken.packages or (broken.name,)))
+        other = "" if broken is plain else f"; or model.engine={plain.name}"
+        return [Finding(broken.name, "fail", probe.trouble, fix + other)]
+    if name == fastest.name:
+        others = " and ".join(f"{package} {installed_version(package)}" for package in fastest.packages[1:])
+        finding = Finding(name, "ok", f"{installed_version(name)} with {others} imports")
     else:
-        findings.append(
-            Finding("unsloth", "warn", "not installed: plain transformers trains, more slowly", _install("unsloth"))
-        )
+        found = f"not installed: plain {name} trains, more slowly"
+        finding = Finding(fastest.name, "warn", found, _install(*fastest.packages))
     if probe.outcome != "done":
-        findings.append(Finding("trl", "fail", probe.trouble, _install("trl", "transformers", "datasets")))
-    else:
-        findings.append(Finding("trl", "ok", f"{installed_version('trl')} imports beside it"))
-    return findings
+        return [finding, Finding("trl", "fail", probe.trouble, _install("trl", "transformers", "datasets"))]
+    return [finding, Finding("trl", "ok", f"{installed_version('trl')} imports beside it")]
 
 
 def check_hub(probe: Probed) -> Finding:

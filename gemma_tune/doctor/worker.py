@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -104,9 +103,10 @@ def probe_bitsandbytes(tell: Teller, arguments: Mapping[str, Any]) -> None:
 
 def probe_engine(tell: Teller, arguments: Mapping[str, Any]) -> None:
     """Import what trains, in the order of a run: the engine, then the trainer."""
-    from gemma_tune.engines.table import start_engine
+    from gemma_tune.engines.choose import is_installed, start_engine
+    from gemma_tune.engines.facts import ENGINES
 
-    engine = "unsloth" if importlib.util.find_spec("unsloth") is not None else "transformers"
+    engine = next(each.name for each in ENGINES.values() if is_installed(each))
     tell.step(f"importing {engine}")
     start_engine(engine)
     tell.facts(engine=engine)

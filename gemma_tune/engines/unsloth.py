@@ -15,12 +15,13 @@ import torch
 
 from gemma_tune.engines.attention import choose_attention
 from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.engines.facts import ENGINES, Checkpointing
 from gemma_tune.engines.lora import check_attached, require_targets, to_lora_settings
 from gemma_tune.engines.quantized import require_quantized
 from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
-_CHECKPOINTING: dict[str, str | bool] = {"off": False, "on": True, "unsloth": "unsloth"}
+_CHECKPOINTING: dict[Checkpointing, str | bool] = {"off": False, "on": True, "offload": "unsloth"}
 
 
 class UnslothEngine:
@@ -61,7 +62,7 @@ class UnslothEngine:
         self, loaded: LoadedModel, *, section: LoraSection, gradient_checkpointing: str, seed: int
     ) -> AttachedLora:
         require_targets(loaded.model, section=section)
-        self._checkpointing = _CHECKPOINTING[gradient_checkpointing]
+        self._checkpointing = _CHECKPOINTING[ENGINES[self.name].checkpointing(gradient_checkpointing)]
         # FastLanguageModel leaves the towers of a multimodal Gemma alone by itself.
         model = FastLanguageModel.get_peft_model(
             loaded.model,

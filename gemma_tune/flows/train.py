@@ -21,12 +21,12 @@ from gemma_tune.data.encode.pack import require_rows_fit
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.open import load_data, open_data
 from gemma_tune.engines.base import AttachedLora, Engine
-from gemma_tune.engines.table import EngineChoice, choose_engine, start_engine
+from gemma_tune.engines.choose import EngineDecision, decide_engine, start_engine
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
 from gemma_tune.exporting.formats.table import find_formats
 from gemma_tune.flows.export import export_model
 from gemma_tune.machine.cards import detect_card
-from gemma_tune.machine.precision import Device, Precision, decide_precision, detect_device
+from gemma_tune.machine.precision import detect_device
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE, World, joined_processes, lost_processes_told
 from gemma_tune.models.fetch import LocalModel
@@ -73,9 +73,7 @@ class Setting:
     recipe: Recipe
     base: LocalModel
     inputs: Inputs
-    device: Device
-    precision: Precision
-    choice: EngineChoice
+    engine: EngineDecision
     adapter: StartAdapter | None
 
 
@@ -231,14 +229,11 @@ def decide(recipe: Recipe) -> Setting:
                 f"{item.source.label} holds preference pairs, which are checked but cannot be trained yet",
                 hint="look at them with: gemma-tune data audit; to learn the chosen answers, give them as messages",
             )
-    device = detect_device()
     return Setting(
         recipe=recipe,
         base=base,
         inputs=inputs,
-        device=device,
-        precision=decide_precision(recipe.model.dtype, device=device),
-        choice=choose_engine(recipe.model, training=recipe.training, device=device),
+        engine=decide_engine(recipe, device=detect_device()),
         adapter=find_adapter(recipe.model.adapter, lora=recipe.lora) if recipe.model.adapter else None,
     )
 
@@ -352,11 +347,12 @@ def _prepare(
     """Data first, so that bad rows are told before a model is loaded."""
     recipe, base = setting.recipe, setting.base
     reporter.stage("engine")
-    reporter.detail(f"{setting.choice.name}: {setting.choice.reason}")
-    reporter.detail(f"{setting.precision.compute} on {setting.device.name}: {setting.precision.reason}")
-    if setting.device.kind == "cuda":
+    choice, precision, device = setting.engine.choice, setting.engine.precision, setting.engine.device
+    reporter.detail(f"{choice.name}: {choice.reason}")
+    reporter.detail(f"{precision.compute} on {device.name}: {precision.reason}")
+    if device.kind == "cuda":
         _tell_plan(run, setting, reporter=reporter, world=world)
-    engine = start_engine(setting.choice.name)
+    engine = start_engine(choice.name)
 
     reporter.stage("data")
     tokenizer, encoder, datasets = world.in_turn(lambda: load_data(recipe, base=base, inputs=setting.inputs))
@@ -386,7 +382,7 @@ def _prepare(
     model = engine.load(
         base.directory,
         section=recipe.model,
-        precision=setting.precision,
+        precision=precision,
         max_seq_tokens=recipe.data.max_seq_tokens,
         will_be_sharded=world.shards(recipe.training.data_parallel),
     )
@@ -427,8 +423,7 @@ def _tell_plan(run: RunDir, setting: Setting, *, reporter: Reporter, world: Worl
     planned = plan_recipe(
         setting.recipe,
         card=detect_card(),
-        precision=setting.precision,
-        engine=setting.choice.name,
+        decision=setting.engine,
         base=Base(base.name, base.config, base.model, True),
         processes=world.size,
     )
@@ -461,9 +456,9 @@ def lock_of(loaded: LoadedRecipe, setting: Setting, *, data: dict[str, Any], wor
         overrides=list(loaded.overrides),
         base={"name": base.name, "revision": base.revision, "files": file_hashes(base.directory)},
         data=data,
-        engine=asdict(setting.choice),
-        precision=asdict(setting.precision),
-        hardware=asdict(setting.device),
+        engine=asdict(setting.engine.choice),
+        precision=asdict(setting.engine.precision),
+        hardware=asdict(setting.engine.device),
         seed=setting.recipe.training.seed,
         processes=world.size,
         adapter={"name": setting.adapter.name, "sha256": setting.adapter.sha256} if setting.adapter else None,
@@ -545,9 +540,9 @@ def _train_and_summarise(
     count = len(answers) if recipe.evaluation.exact_match else 0
     summary = RunSummary(
         model=setting.base.name,
-        engine=setting.choice.name,
+        engine=setting.engine.choice.name,
         quantization=_quantization(recipe),
-        precision=setting.precision.compute,
+        precision=setting.engine.precision.compute,
         train_rows=len(datasets.train),
         eval_rows=len(datasets.eval),
         dropped_rows=datasets.report.dropped_too_long,

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gemma_tune.data.rows.render import question_fields
-from gemma_tune.engines.table import ENGINES, start_engine
-from gemma_tune.errors import EngineError, ModelError, did_you_mean
+from gemma_tune.engines.choose import start_engine
+from gemma_tune.engines.facts import ENGINES
+from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.sampling import choose_sampling
 from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling
@@ -42,7 +43,7 @@ def load(
     Args:
         name: a run, an adapter, a merged directory, a GGUF file, a short name or hub id, or a KerasNLP preset such as
             gemma_2b_en.
-        engine: transformers or unsloth; Unsloth wants to be imported before transformers is.
+        engine: one of `engines.facts.ENGINES`; Unsloth wants to be imported before transformers is.
         load_in_4bit: NF4 or not; a run is loaded as it was trained unless given.
         dtype: auto, bfloat16, float16 or float32.
         template: the data template that questions go through; a run brings its own, and a base model that has none
@@ -56,11 +57,7 @@ def load(
     with libraries_to(None):
         if not load_weights:
             return _random(name, dtype=dtype, template=template, load_in_4bit=load_in_4bit)
-        if engine not in ENGINES:
-            near = did_you_mean(engine, ENGINES)
-            raise EngineError(
-                f"there is no engine {engine!r}" + (f"; {near}" if near else ""), hint=f"engines: {', '.join(ENGINES)}"
-            )
+        ENGINES.find(engine, error=EngineError)
         target = find_target(name, template=template, default_template="completion", without_adapter=without_adapter)
         try:
             started = None if isinstance(target, GgufTarget) else start_engine(engine)  # before transformers

@@ -14,7 +14,7 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.engines.base import Engine
-from gemma_tune.engines.table import start_engine
+from gemma_tune.engines.choose import start_engine
 from gemma_tune.errors import ModelError
 from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.inference.gguf import GgufModel

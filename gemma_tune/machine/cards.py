@@ -12,6 +12,7 @@ import subprocess
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import EngineError, did_you_mean
+from gemma_tune.machine.precision import Device
 
 _MIB = 2**20
 _GIB = 2**30
@@ -29,6 +30,11 @@ class Card:
     compute_capability: tuple[int, int]
     tera_flops: float | None
     gigabytes_per_second: float | None
+
+    @property
+    def device(self) -> Device:
+        """The device that a training on this card would find."""
+        return Device("cuda", self.name, self.compute_capability, self.memory_bytes)
 
     @property
     def usable_bytes(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from gemma_tune.engines.facts import EngineFacts
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.models.config import TextConfig
 from gemma_tune.planning import memory
@@ -72,7 +73,7 @@ def find_changes(
     recipe: Recipe,
     *,
     config: TextConfig,
-    engine: str,
+    engine: EngineFacts,
     is_tuned: bool,
     replan: Callable[[Recipe], Outcome],
     seconds: Callable[[Recipe], float],
@@ -129,7 +130,7 @@ class _Option:
     harm: int = 0
 
 
-def _levers(recipe: Recipe, *, engine: str) -> list[list[_Option]]:
+def _levers(recipe: Recipe, *, engine: EngineFacts) -> list[list[_Option]]:
     """For each lever its settings, the recipe's own first: optimizer, checkpointing, batch, bits, rank, length."""
     model, training, lora, data = recipe.model, recipe.training, recipe.lora, recipe.data
     optimizers = [_Option({})]
@@ -137,7 +138,7 @@ def _levers(recipe: Recipe, *, engine: str) -> list[list[_Option]]:
         optimizers.append(_Option({"training.optimizer": "adamw_8bit"}))
     if training.optimizer not in memory.PAGED:
         optimizers.append(_Option({"training.optimizer": "paged_adamw_8bit"}))
-    ladder = ["off", "on"] + (["unsloth"] if engine == "unsloth" else [])
+    ladder = ["off", "on", *filter(None, [engine.own_checkpointing])]
     now = training.gradient_checkpointing if training.gradient_checkpointing in ladder else "on"
     checkpointing = [_Option({})] + [
         _Option({"training.gradient_checkpointing": mode}) for mode in ladder[ladder.index(now) + 1 :]

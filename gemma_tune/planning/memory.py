@@ -17,14 +17,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from gemma_tune.engines.facts import Checkpointing, EngineFacts, Head
 from gemma_tune.models.config import LayerShape, TextConfig
 from gemma_tune.models.describe import LayerRow, count_weight_bytes, select_lora_rows, summarize
 
 Bits = Literal["4bit", "8bit", "plain"]
-Kernels = Literal["transformers", "unsloth"]
 Attention = Literal["sdpa", "eager", "flash"]
-Checkpointing = Literal["off", "on", "offload"]
-Head = Literal["chunked", "fused"]
 Shapes = tuple[tuple[int, ...], ...]
 
 _GIB = 2**30
@@ -91,16 +89,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Execution:
-    """How the engine computes a step: whose kernels, which attention, what is recomputed, how the loss is taken."""
+    """How the engine computes a step: whose code, which attention, what is recomputed, how the loss is taken."""
 
-    kernels: Kernels
+    engine: EngineFacts
     attention: Attention
     checkpointing: Checkpointing
     head: Head
 
     def fuses(self, config: TextConfig) -> bool:
-        """Unsloth has hand-written backward passes for some families; the others run transformers' code."""
-        return self.kernels == "unsloth" and config.facts.has_unsloth_kernels
+        """Whether the engine has a hand-written backward pass for this family; others run transformers' code."""
+        return config.family in self.engine.fused_families
 
 
 # --- weights, adapter, gradients, optimizer ---------------------------------------------------------------------------
@@ -148,12 +146,9 @@ def unquantized_bytes(config: TextConfig, *, bits: Bits, numerics: Numerics) -> 
     return kept * numerics.stream
 
 
-def tower_bytes(num_params: int, *, bits: Bits, kernels: Kernels) -> int:
-    """Image and audio towers of a multimodal checkpoint, which are loaded and never trained.
-
-    Unsloth leaves them in 16 bits (SKIP_QUANTIZATION_MODULES of unsloth_zoo.peft_utils); transformers quantises them.
-    """
-    if kernels == "transformers" and bits != "plain":
+def tower_bytes(num_params: int, *, bits: Bits, engine: EngineFacts) -> int:
+    """Image and audio towers of a multimodal checkpoint, which are loaded and never trained."""
+    if engine.quantizes_towers and bits != "plain":
         return round(num_params * (4.127 / 8 if bits == "4bit" else 1))
     return 2 * num_params
 

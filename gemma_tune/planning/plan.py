@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from gemma_tune.errors import ModelError
+from gemma_tune.engines.choose import EngineDecision, decide_for_card
+from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.catalogue import MODELS, GemmaModel, resolve_model
 from gemma_tune.models.config import TextConfig, read_config
@@ -17,7 +17,7 @@ from gemma_tune.models.describe import summarize
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.planning import memory
 from gemma_tune.planning.changes import Change, Verdict, find_changes, length_overrides, with_overrides
-from gemma_tune.planning.memory import Adapter, Attention, Batch, Bits, Checkpointing, Execution, Kernels, Numerics
+from gemma_tune.planning.memory import Adapter, Attention, Batch, Bits, Execution, Numerics
 from gemma_tune.planning.schedule import RowCount, Schedule, count_rows, pass_seconds, plan_schedule
 from gemma_tune.recipe.schema import Recipe
 
@@ -38,17 +38,6 @@ _TOKENIZER_BYTES = 40_000_000
 TABLE_TOKENS = (512, 1024, 2048, 4096, 8192)
 # llama.cpp's block formats: bytes and weights of a block.
 _Q4_K, _Q5_K, _Q6_K, _Q8_0 = 144 / 256, 176 / 256, 210 / 256, 34 / 32
-
-
-class PrecisionFacts(Protocol):
-    """What a plan needs of `engines.precision.Precision`, which this package does not know."""
-
-    @property
-    def compute(self) -> str: ...
-    @property
-    def storage(self) -> str: ...
-    @property
-    def autocast(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -173,8 +162,7 @@ def plan_recipe(
     recipe: Recipe,
     *,
     card: Card | None,
-    precision: PrecisionFacts,
-    engine: str,
+    decision: EngineDecision,
     base: Base | None = None,
     processes: int = 1,
     suggest: bool = True,
@@ -185,8 +173,7 @@ def plan_recipe(
 
     Args:
         card: None plans without a verdict.
-        precision: as `engines.precision.decide_precision` settles it for the card.
-        engine: `unsloth` or `transformers`.
+        decision: engine and precision, as `engines.choose` decides them for the card.
         base: the model, where it is known already.
         processes: cards that train together, each as this one. A sharded model is counted whole, as it is loaded whole.
         suggest: look for changes that would fit where the recipe does not.
@@ -196,7 +183,7 @@ def plan_recipe(
     """
     base = base or find_base(recipe.model.name)
     config = base.config
-    setup = _set_up(recipe, config=config, precision=precision, engine=engine)
+    setup = _set_up(recipe, config=config, decision=decision)
     resident = _resident(recipe, base=base, setup=setup, processes=processes)
     free = None if card is None else card.usable_bytes - CONTEXT_BYTES - sum(part.bytes for part in resident)
     activations = memory.activations(
@@ -215,8 +202,8 @@ def plan_recipe(
         num_params=memory.count_all(config),
         num_trained=memory.count_trained(config, setup.adapter),
         card=card,
-        engine=engine,
-        compute=precision.compute,
+        engine=decision.engine.name,
+        compute=decision.precision.compute,
         resident=resident,
         moments=moments,
         context_bytes=CONTEXT_BYTES,
@@ -246,27 +233,24 @@ def plan_recipe(
     changes = find_changes(
         recipe,
         config=config,
-        engine=engine,
+        engine=decision.engine,
         is_tuned=base.model is not None and base.model.is_instruction_tuned,
         replan=lambda changed: plan_recipe(
             changed,
             card=card,
-            precision=precision,
-            engine=engine,
+            decision=decision,
             base=base if changed.model.name == recipe.model.name else None,
             processes=processes,
             suggest=False,
         ),
-        seconds=lambda changed: _row_seconds(changed, config=config, card=card, precision=precision, engine=engine),
+        seconds=lambda changed: _row_seconds(changed, config=config, card=card, decision=decision),
     )
     return replace(plan, changes=changes)
 
 
-def _row_seconds(
-    recipe: Recipe, *, config: TextConfig, card: Card | None, precision: PrecisionFacts, engine: str
-) -> float:
+def _row_seconds(recipe: Recipe, *, config: TextConfig, card: Card | None, decision: EngineDecision) -> float:
     """Time of a row of 512 tokens, or fewer. A card of unknown speed counts as an L4."""
-    setup = _set_up(recipe, config=config, precision=precision, engine=engine)
+    setup = _set_up(recipe, config=config, decision=decision)
     length = min(setup.batch.tokens, 512)
     seconds = pass_seconds(
         config,
@@ -281,24 +265,21 @@ def _row_seconds(
     return seconds / setup.batch.rows
 
 
-def plan_table(
-    recipe: Recipe, cards: Sequence[Card], *, decide: Callable[[Card], tuple[PrecisionFacts, str]]
-) -> tuple[tuple[int, ...], list[tuple[Card, list[Plan]]]]:
-    """Plans for cards × sequence lengths: the lengths, and a row of plans for each card.
-
-    `decide` says precision and engine on a card.
-    """
+def plan_table(recipe: Recipe, cards: Sequence[Card]) -> tuple[tuple[int, ...], list[tuple[Card, list[Plan]]]]:
+    """Plan cards × sequence lengths: the lengths, and a row of plans for each card that can do what the recipe asks."""
     base = find_base(recipe.model.name)
     lengths = tuple(tokens for tokens in TABLE_TOKENS if tokens <= base.config.context_tokens)
     rows = []
     for card in cards:
-        precision, engine = decide(card)
+        try:
+            decision = decide_for_card(recipe, card=card)
+        except EngineError:
+            continue
         plans = [
             plan_recipe(
                 with_overrides(recipe, length_overrides(recipe, tokens)),
                 card=card,
-                precision=precision,
-                engine=engine,
+                decision=decision,
                 base=base,
                 suggest=False,
             )
@@ -322,20 +303,19 @@ class _Setup:
     execution: Execution
 
 
-def _set_up(recipe: Recipe, *, config: TextConfig, precision: PrecisionFacts, engine: str) -> _Setup:
+def _set_up(recipe: Recipe, *, config: TextConfig, decision: EngineDecision) -> _Setup:
     model, lora, training = recipe.model, recipe.lora, recipe.training
-    kernels: Kernels = "unsloth" if engine == "unsloth" else "transformers"
-    # Unsloth keeps everything in the compute type where transformers keeps float32 islands (unsloth_engine.py).
-    stream = precision.compute if kernels == "unsloth" else precision.storage
+    engine, precision = decision.engine, decision.precision
+    stream = precision.compute if engine.stream_in_compute_dtype else precision.storage
     attention = _attention(model.attention, config=config)
     execution = Execution(
-        kernels=kernels,
+        engine=engine,
         attention=attention,
-        checkpointing=_checkpointing(training.gradient_checkpointing, kernels=kernels),
-        head="fused" if kernels == "unsloth" else "chunked",
+        checkpointing=engine.checkpointing(training.gradient_checkpointing),
+        head=engine.head,
     )
     # Packed rows are kept apart by positions in flash attention and in Unsloth, by a mask in transformers' sdpa.
-    needs_mask = not (training.packing and (kernels == "unsloth" or attention == "flash"))
+    needs_mask = not (training.packing and (engine.has_own_forward or attention == "flash"))
     tokens = (training.pack_tokens if training.packing else None) or recipe.data.max_seq_tokens
     return _Setup(
         bits="4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else "plain",
@@ -351,12 +331,6 @@ def _attention(asked: str, *, config: TextConfig) -> Attention:
     if asked == "flash_attention_2":
         return "flash"
     return "eager" if asked == "eager" or config.attention_softcap is not None else "sdpa"
-
-
-def _checkpointing(asked: str, *, kernels: Kernels) -> Checkpointing:
-    if asked == "off":
-        return "off"
-    return "offload" if asked == "unsloth" and kernels == "unsloth" else "on"
 
 
 def _resident(recipe: Recipe, *, base: Base, setup: _Setup, processes: int) -> tuple[Part, ...]:
@@ -379,7 +353,7 @@ def _resident(recipe: Recipe, *, base: Base, setup: _Setup, processes: int) -> t
         ),
         Part(
             "image and audio towers",
-            memory.tower_bytes(base.num_tower_params, bits=bits, kernels=setup.execution.kernels),
+            memory.tower_bytes(base.num_tower_params, bits=bits, engine=setup.execution.engine),
             "loaded, never trained",
         ),
         Part("adapter", memory.adapter_bytes(config, setup.adapter), "r·(in + out) a target, float32"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.machine.cards import Card
 from gemma_tune.models.catalogue import TINY
 from gemma_tune.planning.changes import with_overrides
-from gemma_tune.planning.plan import Base, Plan, PrecisionFacts, find_base, plan_recipe
+from gemma_tune.planning.plan import Base, Plan, find_base, plan_recipe
 from gemma_tune.recipe.commented import Setting
 from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
 
@@ -102,9 +103,7 @@ def _is_comfortable(proposal: Proposal) -> bool:
     return plan.need_bytes <= COMFORTABLE * plan.card.usable_bytes and (plan.schedule.seconds or 0) <= LONG_SECONDS
 
 
-def propose(
-    model: str, rows: RowFacts, *, card: Card | None, decide: Callable[[Card], tuple[PrecisionFacts, str]]
-) -> Proposal | None:
+def propose(model: str, rows: RowFacts, *, card: Card | None) -> Proposal | None:
     """The recipe for a model on a card; None where it fits with no setting that keeps most of the rows.
 
     Nothing is given up before it has to be: first the rows of a batch (their number a step stays), then the precision
@@ -112,7 +111,6 @@ def propose(
 
     Args:
         card: None for a processor.
-        decide: precision and engine on a card.
 
     Raises:
         ModelError: no such model, or nothing is known of it.
@@ -135,14 +133,16 @@ def propose(
         overrides = {"training.batch_size": batch, "training.gradient_accumulation": per_step // batch}
         recipe = with_overrides(start, overrides)
         return Proposal(model, recipe, _explain(recipe, rows, base=base, wanted=wanted, dtype_why=""), None)
-    precision, engine = decide(card)
+    decision = decide_for_card(start, card=card)
     lengths = [tokens for tokens in _halved(wanted) if tokens == wanted or rows.share_longer(tokens) <= _MOST_LEFT_OUT]
     ways = _ways(lengths, per_step=per_step)
-    found = _search(start, ways, base=base, card=card, precision=precision, engine=engine)
+    found = _search(start, ways, base=base, card=card, decision=decision)
     if found is None:
         return None
     recipe, plan = found
-    dtype_why = "" if precision.compute == "bfloat16" else f"{card.name} has no bfloat16: float16 beside float32"
+    dtype_why = (
+        "" if decision.precision.compute == "bfloat16" else f"{card.name} has no bfloat16: float16 beside float32"
+    )
     return Proposal(model, recipe, _explain(recipe, rows, base=base, wanted=wanted, dtype_why=dtype_why), plan)
 
 
@@ -193,14 +193,13 @@ def _search(
     *,
     base: Base,
     card: Card,
-    precision: PrecisionFacts,
-    engine: str,
+    decision: EngineDecision,
 ) -> tuple[Recipe, Plan] | None:
     """The first way that fits, or the first that is tight."""
     tight = None
     for overrides in ways:
         recipe = with_overrides(start, overrides)
-        plan = plan_recipe(recipe, card=card, precision=precision, engine=engine, base=base, suggest=False)
+        plan = plan_recipe(recipe, card=card, decision=decision, base=base, suggest=False)
         if plan.verdict == "fits":
             return recipe, plan
         if plan.verdict == "tight" and tight is None:

@@ -24,8 +24,6 @@ from gemma_tune.models.config import TextConfig
 from gemma_tune.models.describe import summarize
 from gemma_tune.planning.memory import Adapter, Batch, Bits, Execution, count_all, count_trained
 
-# Share of the peak rate that large matrix products reach, from the increase of the time from 1,024 to 2,048 tokens.
-_EFFICIENCY = {"transformers": 0.43, "unsloth": 0.53}
 # What is left at 1,024 tokens after arithmetic and expansion, a layer: Python and kernel launches.
 _LAUNCH_SECONDS = 0.002
 # A 4-bit weight is read (0.5), written and read again in 16 bits (2 + 2) each time it is multiplied.
@@ -160,7 +158,7 @@ def pass_seconds(
     if card.tera_flops is None or card.gigabytes_per_second is None:
         return None
     operations = step_operations(config, tokens=tokens, row_tokens=row_tokens, adapter=adapter, execution=execution)
-    arithmetic = operations / (card.tera_flops * 1e12 * _EFFICIENCY[execution.kernels])
+    arithmetic = operations / (card.tera_flops * 1e12 * execution.engine.peak_share)
     multiplications = 2 if execution.checkpointing == "off" else 3
     moved = count_all(config) * _EXPANDED_BYTES[bits] * multiplications
     expansion = moved / (card.gigabytes_per_second * 1e9 * _BANDWIDTH_SHARE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -79,7 +80,9 @@ def problem_of(error: ErrorDetails, names_of_section: Sequence[str]) -> Problem:
     if error["type"] == "missing":
         return Problem(path, "is required and missing")
     found = _found(error["input"])
-    return Problem(path, f"{_allowed(error)}, found {found}", fix=_SERVED_BY.get(f"{path}={found}"))
+    near = did_you_mean(found, re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))))
+    message = f"{_allowed(error)}, found {found}" + (f"; {near}" if near else "")
+    return Problem(path, message, fix=_SERVED_BY.get(f"{path}={found}"))
 
 
 def raise_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, int]) -> None:

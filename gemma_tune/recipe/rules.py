@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.recipe.problems import Problem
 from gemma_tune.recipe.schema import Recipe
 
@@ -91,8 +92,9 @@ def _shards_what_can_be(recipe: Recipe) -> list[Problem]:
     training, model = recipe.training, recipe.model
     if training.data_parallel == "ddp":
         return []
+    why_not_sharded = ENGINES[model.engine].why_not_sharded if model.engine in ENGINES else None
     refused = (
-        (model.engine == "unsloth", "model.engine", "unsloth's kernels need whole weights", "model.engine=auto"),
+        (why_not_sharded is not None, "model.engine", why_not_sharded, "model.engine=auto"),
         (
             model.load_in_8bit,
             "model.load_in_8bit",

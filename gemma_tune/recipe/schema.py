@@ -10,10 +10,18 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from gemma_tune.engines.facts import ENGINES
+from gemma_tune.recipe.choices import OneOf
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+EngineName = Annotated[str, OneOf(lambda: ("auto", *ENGINES))]
+CheckpointingName = Annotated[
+    str,
+    OneOf(lambda: ("off", "on", *(each.own_checkpointing for each in ENGINES.values() if each.own_checkpointing))),
+]
 # YAML gives lists; pydantic's strict mode would refuse them for a tuple.
 Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
 
@@ -38,7 +46,7 @@ class ModelSection(Section):
     revision: NonEmpty | None = Field(
         None, description="Hub commit, tag or branch; null takes the newest and records its commit."
     )
-    engine: Literal["auto", "unsloth", "transformers"] = Field(
+    engine: EngineName = Field(
         "auto", description="What loads and patches the model; auto takes unsloth where it works and says why."
     )
     adapter: NonEmpty | None = Field(
@@ -223,7 +231,7 @@ class TrainingSection(Section):
     neftune_alpha: PositiveFloat | None = Field(
         None, description="Noise on the embeddings while training (arXiv:2310.05914)."
     )
-    gradient_checkpointing: Literal["off", "on", "unsloth"] = Field(
+    gradient_checkpointing: CheckpointingName = Field(
         "unsloth",
         description="Recompute activations to save memory; unsloth also offloads them (as `on` with the "
         "transformers engine).",

@@ -17,6 +17,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.catalogue import LICENCE_IDS
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.recipe.load import load_recipe
@@ -33,7 +34,6 @@ CARD_FILE = "README.md"
 REPOSITORY = "OWNER/NAME"
 
 # Tags of the hub by engine.
-_ENGINE_TAGS = {"unsloth": ("unsloth",)}
 # ISO 639-1, for rows whose language is on record.
 _LANGUAGES = {"databricks/databricks-dolly-15k": "en", "tiny-world": "en"}
 _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)\[[^\]]*\]")
@@ -221,7 +221,7 @@ def _front_matter(facts: _Facts) -> str:
         pipeline_tag="text-generation",
         tags=[
             *("gemma", "gemma-tune", "qlora" if facts.recipe.model.load_in_4bit else "lora", "trl", "sft"),
-            *_ENGINE_TAGS.get(facts.lock["engine"]["name"], ()),
+            *(engine.tags if (engine := ENGINES.get(facts.lock["engine"]["name"])) else ()),
             *(["conversational"] if export.prompt.in_chat_turns else []),
             *export.format.tags,
         ],

@@ -17,6 +17,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.precision import Precision
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
@@ -224,13 +225,13 @@ def join_rows_for(loaded: LoadedModel, *, pad_token_id: int) -> JoinRows:
     card, and lets the sequence be longer than the `max_seq_length` of the load.
     """
     on_cuda = loaded.model.device.type == "cuda"
-    unsloth_forward = on_cuda and loaded.engine == "unsloth"
+    own_forward = on_cuda and ENGINES[loaded.engine].has_own_forward
     attention = getattr(loaded.model.config, "_attn_implementation", None) or ""
     return JoinRows(
         pad_token_id,
         pad_to_multiple_of=_pad_multiple(on_cuda=on_cuda),
-        in_one_sequence=unsloth_forward or "flash" in attention or attention == ROW_ATTENTION,
-        with_row_lengths=unsloth_forward,
+        in_one_sequence=own_forward or "flash" in attention or attention == ROW_ATTENTION,
+        with_row_lengths=own_forward,
     )
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.machine.cards import Card, find_card
-from gemma_tune.machine.precision import Device, Precision, decide_precision
 from gemma_tune.planning.changes import Change
 from gemma_tune.planning.plan import Plan, plan_recipe
 from gemma_tune.recipe.load import load_recipe
@@ -18,15 +18,14 @@ def _recipe(name: str, *overrides: str) -> Recipe:
     return load_recipe(Path(name), overrides).recipe
 
 
-def _precision(recipe: Recipe, card: Card) -> Precision:
-    return decide_precision(
-        recipe.model.dtype, device=Device("cuda", card.name, card.compute_capability, card.memory_bytes)
-    )
+def _decide(recipe: Recipe, card: Card, *, engine: str) -> EngineDecision:
+    model = recipe.model.model_copy(update={"engine": engine})
+    return decide_for_card(recipe.model_copy(update={"model": model}), card=card)
 
 
 def _plan(recipe: Recipe, gpu: str, *, engine: str = "unsloth") -> Plan:
     card = find_card(gpu)
-    return plan_recipe(recipe, card=card, precision=_precision(recipe, card), engine=engine)
+    return plan_recipe(recipe, card=card, decision=_decide(recipe, card, engine=engine))
 
 
 def _changes(recipe: Recipe, gpu: str, *, engine: str = "unsloth") -> tuple[Change, ...]:

@@ -11,6 +11,7 @@ import torch
 from transformers.optimization import Adafactor
 from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning import measure
 from gemma_tune.planning.memory import (
@@ -154,7 +155,7 @@ def test_what_layers_keep(
         batch=Batch(ROWS, TOKENS, padded),
         numerics=numerics,
         adapter=Adapter(8, SEVEN),
-        execution=Execution("transformers", attention, "off", "chunked"),
+        execution=Execution(ENGINES["transformers"], attention, "off", "chunked"),
     )
     assert (measured[0] - measured[1]) / 2 == pytest.approx(planned, rel=0.02)
 
@@ -182,7 +183,7 @@ def test_what_adapters_keep(build: Build, lora: dict[str, Any], adapter: Adapter
         batch=Batch(ROWS, TOKENS, padded=False),
         numerics=numerics,
         adapter=adapter,
-        execution=Execution("transformers", "sdpa", "off", "chunked"),
+        execution=Execution(ENGINES["transformers"], "sdpa", "off", "chunked"),
     )
     assert (measured[0] - measured[1]) / 2 == pytest.approx(planned, rel=0.02)
 
@@ -211,7 +212,7 @@ def test_peak_of_a_backward_pass(
         batch=Batch(rows, tokens, padded=False),
         numerics=BF16,
         adapter=Adapter(8, SEVEN),
-        execution=Execution("transformers", attention, checkpointing, "chunked"),
+        execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
         bits="4bit",
     )
     assert peaks[0] == pytest.approx(planned.backward, rel=0.08)
@@ -226,7 +227,7 @@ def test_checkpointing_keeps_an_input_a_layer(build: Build, num_layers: int) -> 
         batch=Batch(ROWS, TOKENS, padded=False),
         numerics=BF16,
         adapter=Adapter(16, SEVEN),
-        execution=Execution("transformers", "sdpa", "on", "chunked"),
+        execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
         bits="4bit",
     )
     assert saved == pytest.approx(planned.stored - planned.masks, rel=0.02)
@@ -268,7 +269,7 @@ def test_the_float32_stream_of_a_t4_costs_copies() -> None:
             batch=Batch(1, 128),
             numerics=numerics,
             adapter=Adapter(16, SEVEN),
-            execution=Execution("transformers", "sdpa", "on", "chunked"),
+            execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
         )
 
     more = saved(Numerics(compute=2, stream=4, autocast=True)) - saved(BF16)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.errors import ModelError
 from gemma_tune.machine.cards import CARDS, Card, find_card
-from gemma_tune.machine.precision import Device, Precision, decide_precision
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.paths import RECIPES_DIR, TINY_MODEL_DIR
 from gemma_tune.planning.plan import Plan, find_base, plan_recipe, plan_table
@@ -28,15 +28,14 @@ def _recipe(name: str, *overrides: str) -> Recipe:
     return load_recipe(Path(name), overrides).recipe
 
 
-def _precision(recipe: Recipe, card: Card) -> Precision:
-    return decide_precision(
-        recipe.model.dtype, device=Device("cuda", card.name, card.compute_capability, card.memory_bytes)
-    )
+def _decide(recipe: Recipe, card: Card, *, engine: str) -> EngineDecision:
+    model = recipe.model.model_copy(update={"engine": engine})
+    return decide_for_card(recipe.model_copy(update={"model": model}), card=card)
 
 
 def _plan(recipe: Recipe, gpu: str, *, engine: str = "unsloth", **options: Any) -> Plan:
     card = find_card(gpu)
-    return plan_recipe(recipe, card=card, precision=_precision(recipe, card), engine=engine, **options)
+    return plan_recipe(recipe, card=card, decision=_decide(recipe, card, engine=engine), **options)
 
 
 @pytest.mark.parametrize("engine", ["unsloth", "transformers"])
@@ -67,7 +66,7 @@ def test_a_card_without_room_is_told_in_a_line() -> None:
     recipe = _recipe("gemma-7b-dolly")
     assert _plan(recipe, "GB=4").line.startswith("plan: does not fit: needs ")
     assert "of the 23.7 GB of L4" in _plan(recipe, "l4").line
-    none = plan_recipe(recipe, card=None, precision=_precision(recipe, CARDS["l4"]), engine="unsloth")
+    none = plan_recipe(recipe, card=None, decision=decide_for_card(recipe, card=None))
     assert none.verdict is None and none.line.startswith("plan: needs ")
 
 
@@ -110,10 +109,8 @@ def test_exports_and_downloads() -> None:
 
 
 def test_a_table_has_a_row_a_card_and_a_column_a_length() -> None:
-    recipe = _recipe("gemma-7b-dolly")
-    lengths, rows = plan_table(
-        recipe, [CARDS["t4"], CARDS["h100"]], decide=lambda card: (_precision(recipe, card), "transformers")
-    )
+    recipe = _recipe("gemma-7b-dolly", "model.engine=transformers")
+    lengths, rows = plan_table(recipe, [CARDS["t4"], CARDS["h100"]])
     assert lengths == (512, 1024, 2048, 4096, 8192)
     for _, plans in rows:
         needs = [plan.need_bytes for plan in plans]
@@ -138,13 +135,12 @@ def test_a_plan_imports_no_torch_and_takes_under_a_second() -> None:
         "from pathlib import Path\n"
         "from gemma_tune.recipe.load import load_recipe\n"
         "from gemma_tune.machine.cards import CARDS\n"
+        "from gemma_tune.engines.choose import decide_for_card\n"
         "from gemma_tune.planning.plan import plan_recipe\n"
-        "from gemma_tune.machine.precision import Precision\n"
         "started = time.perf_counter()\n"
         "recipe = load_recipe(Path('gemma-7b-dolly')).recipe\n"
-        "precision = Precision('bfloat16', 'bfloat16', 'bf16', '')\n"
-        "lines = [plan_recipe(recipe, card=CARDS[name], precision=precision, engine='unsloth').line\n"
-        "         for name in ('t4', 'l4', 'a100-40', 'h100')]\n"
+        "cards = [CARDS[name] for name in ('t4', 'l4', 'a100-40', 'h100')]\n"
+        "lines = [plan_recipe(recipe, card=card, decision=decide_for_card(recipe, card=card)).line for card in cards]\n"
         "print(json.dumps([time.perf_counter() - started, sorted({name.split('.')[0] for name in sys.modules})]))\n"
     )
     done = subprocess.run(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.cards import CARDS
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import TextConfig, check_config
@@ -26,9 +27,9 @@ LOGITS_IN_PLACE = 2
 # Apple's CCE, which Unsloth used for these, keeps no logits.
 NO_LOGITS = 0
 
-HF = Execution("transformers", "flash", "on", "chunked")
-UNSLOTH = Execution("unsloth", "flash", "on", "fused")
-UNSLOTH_OFFLOAD = Execution("unsloth", "flash", "offload", "fused")
+HF = Execution(ENGINES["transformers"], "flash", "on", "chunked")
+UNSLOTH = Execution(ENGINES["unsloth"], "flash", "on", "fused")
+UNSLOTH_OFFLOAD = Execution(ENGINES["unsloth"], "flash", "offload", "fused")
 
 
 def _llama(hidden: int, ffn: int, kv_heads: int, vocab: int) -> TextConfig:
@@ -179,7 +180,7 @@ def test_gemma_2_fills_a_card(name: str, tokens: int, card_gb: int) -> None:
         find_model(name).config,
         rows=1,
         tokens=tokens,
-        execution=Execution("transformers", "eager", "on", "chunked"),
+        execution=Execution(ENGINES["transformers"], "eager", "on", "chunked"),
         rank=32,
         optimizer="adamw_8bit",
         bytes_per_logit=LOGITS_OF_2024 + 4,  # the tanh of capped logits

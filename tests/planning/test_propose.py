@@ -7,18 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from gemma_tune.engines.settle import settle
+from gemma_tune.engines.choose import decide_for_card
 from gemma_tune.machine.cards import CARDS, Card, find_card
-from gemma_tune.machine.precision import Precision
 from gemma_tune.models.catalogue import MODELS
 from gemma_tune.planning.plan import plan_recipe
 from gemma_tune.planning.propose import COMFORTABLE, LONG_SECONDS, Proposal, RowFacts, choose_model, models_for, propose
-from gemma_tune.recipe.schema import DataSection, Recipe
-
-
-def decide(card: Card) -> tuple[Precision, str]:
-    usual = Recipe(data=DataSection(source="x", max_seq_tokens=8))
-    return settle(usual, card=card)
+from gemma_tune.recipe.schema import Recipe
 
 
 def rows(lengths: Sequence[int] = (200,), num_rows: int = 15_000) -> RowFacts:
@@ -26,7 +20,7 @@ def rows(lengths: Sequence[int] = (200,), num_rows: int = 15_000) -> RowFacts:
 
 
 def proposed(model: str, facts: RowFacts, card: Card | None) -> Proposal:
-    found = propose(model, facts, card=card, decide=decide)
+    found = propose(model, facts, card=card)
     assert found is not None
     return found
 
@@ -36,8 +30,8 @@ def proposed(model: str, facts: RowFacts, card: Card | None) -> Proposal:
 def test_the_planner_says_that_it_fits(model: str, card: str) -> None:
     facts = rows([2000])
     found = proposed(model, facts, CARDS[card])
-    precision, engine = decide(CARDS[card])
-    assert plan_recipe(found.recipe, card=CARDS[card], precision=precision, engine=engine) == found.plan
+    decision = decide_for_card(found.recipe, card=CARDS[card])
+    assert plan_recipe(found.recipe, card=CARDS[card], decision=decision) == found.plan
     assert found.plan is not None and found.plan.verdict in ("fits", "tight")
     training = found.recipe.training
     assert training.batch_size * training.gradient_accumulation == 16
@@ -63,9 +57,9 @@ def test_the_batch_shrinks_before_the_optimizer_and_the_length() -> None:
     why = {setting.path: setting.why for setting in smaller[-1].settings}
     assert "would not fit on the card" in why["data.max_seq_tokens"]
     assert "about 15.0% of the rows are longer" in why["data.max_seq_tokens"]
-    assert propose("gemma-7b", long, card=find_card("GB=4"), decide=decide) is None
+    assert propose("gemma-7b", long, card=find_card("GB=4")) is None
     # Where a shorter length would leave out more than a fifth of the rows, the model does not fit.
-    assert propose("gemma-7b", rows([8000]), card=find_card("GB=11"), decide=decide) is None
+    assert propose("gemma-7b", rows([8000]), card=find_card("GB=11")) is None
 
 
 def test_nearly_every_row_fits_the_length() -> None:
@@ -105,7 +99,7 @@ def test_the_default_model_is_the_largest_with_room_that_is_done_in_a_night(card
     facts = rows(num_rows=num_rows)
     names = models_for(CARDS[card], chat=False)
     assert [MODELS[name].num_params for name in names] == sorted((MODELS[n].num_params for n in names), reverse=True)
-    proposals = [found for name in names if (found := propose(name, facts, card=CARDS[card], decide=decide))]
+    proposals = [found for name in names if (found := propose(name, facts, card=CARDS[card]))]
     chosen = choose_model(proposals)
     assert is_comfortable(chosen)
     assert not any(is_comfortable(each) for each in proposals[: proposals.index(chosen)])

@@ -10,13 +10,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GemmaConfig
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.cards import CARDS, find_card
 from gemma_tune.models.config import check_config
 from gemma_tune.planning.memory import Adapter, Batch, Execution
 from gemma_tune.planning.schedule import RowCount, count_rows, pass_seconds, plan_schedule, step_operations
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-UNSLOTH = Execution("unsloth", "sdpa", "offload", "fused")
+UNSLOTH = Execution(ENGINES["unsloth"], "sdpa", "offload", "fused")
 SHAPE = {
     "vocab_size": 640,
     "hidden_size": 96,
@@ -73,7 +74,7 @@ def test_operations_of_a_frozen_model() -> None:
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=inputs).logits.sum().backward()
     # One adapter of rank 1 on one target is next to nothing. Full attention is counted here, half of it there.
-    execution = Execution("transformers", "eager", "off", "fused")
+    execution = Execution(ENGINES["transformers"], "eager", "off", "fused")
     planned = step_operations(
         check_config({"model_type": "gemma", **SHAPE}, "test"),
         tokens=rows * tokens,
@@ -130,7 +131,7 @@ def test_recomputing_costs_time_and_a_faster_card_saves_it() -> None:
             tokens=4096,
             row_tokens=1024,
             adapter=Adapter(16, SEVEN),
-            execution=Execution("unsloth", "sdpa", checkpointing, "fused"),  # type: ignore[arg-type]
+            execution=Execution(ENGINES["unsloth"], "sdpa", checkpointing, "fused"),  # type: ignore[arg-type]
             bits="4bit",
         )
         assert taken is not None

@@ -64,7 +64,6 @@ class Family:
         norm_adds_one: a norm multiplies by 1 + weight.
         has_post_norms: there are norms after attention and MLP, too.
         has_head_norms: the queries and keys of each head are normed.
-        has_unsloth_kernels: Unsloth has hand-written backward passes for it; it runs transformers' code for the others.
         towers: modules for images and audio, which a text run never trains; they, too, have a q_proj.
         renames: beginnings of weight names that have changed, applied in this order.
         turn_end: the token that ends a turn in the family's chat template.
@@ -86,7 +85,6 @@ class Family:
     norm_adds_one: bool = True
     has_post_norms: bool = True
     has_head_norms: bool = True
-    has_unsloth_kernels: bool = False
     towers: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     turn_end: str = "<end_of_turn>"

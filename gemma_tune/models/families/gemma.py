@@ -19,6 +19,5 @@ GEMMA = Family(
     },
     has_post_norms=False,
     has_head_norms=False,
-    has_unsloth_kernels=True,
     gguf=GgufFacts(architecture="gemma", full_attention_every=1, ties_head=True),
 )

@@ -23,7 +23,6 @@ GEMMA_2 = Family(
     },
     full_attention_every=2,
     has_head_norms=False,
-    has_unsloth_kernels=True,
     gguf=GgufFacts(
         architecture="gemma2",
         full_attention_every=2,

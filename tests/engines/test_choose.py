@@ -1,4 +1,4 @@
-"""The choice of an engine, with its reason."""
+"""The choice of an engine, with its reason, on this machine and for a card that is not here."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import importlib.util
 
 import pytest
 
-from gemma_tune.engines.table import choose_engine
+from gemma_tune.engines.choose import choose_engine, decide_for_card
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.cards import CARDS
 from gemma_tune.machine.precision import Device
-from gemma_tune.recipe.schema import ModelSection, TrainingSection
+from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe, TrainingSection
 
 CPU = Device("cpu", "Xeon")
 L4 = Device("cuda", "NVIDIA L4", (8, 9), 24_000_000_000)
@@ -42,3 +43,21 @@ def test_gpu_optimizers_are_refused_on_a_cpu(optimizer: str) -> None:
 def test_gpu_settings_are_refused_on_a_cpu(model: dict[str, object]) -> None:
     with pytest.raises(EngineError, match="needs a CUDA card"):
         choose(CPU, **model)
+
+
+def _recipe(**model: object) -> Recipe:
+    return Recipe(data=DataSection(source="x", max_seq_tokens=8), model=ModelSection.model_validate(model))
+
+
+def test_the_card_decides_the_precision() -> None:
+    assert decide_for_card(_recipe(), card=CARDS["t4"]).precision.compute == "float16"
+    assert decide_for_card(_recipe(), card=CARDS["l4"]).precision.compute == "bfloat16"
+    assert decide_for_card(_recipe(), card=None).precision.compute == "bfloat16"
+    with pytest.raises(EngineError, match=r"would be emulated"):
+        decide_for_card(_recipe(dtype="bfloat16"), card=CARDS["t4"])
+
+
+def test_an_engine_for_another_card_need_not_be_installed_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert decide_for_card(_recipe(), card=CARDS["l4"]).engine.name == "transformers"
+    assert decide_for_card(_recipe(engine="unsloth"), card=CARDS["l4"]).engine.name == "unsloth"
