@@ -395,9 +395,11 @@ def run_in_process_of_its_own(target: Any, *args: Any, **kwargs: Any) -> None:
 def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[str], tokenizer_dir: Path) -> Flagship:
     """Make the inputs in `folder` and run the recipe on them. One call a process, as with every engine."""
     from gemma_tune.flows import train as flow
+    from gemma_tune.identity import installed_version
     from gemma_tune.machine.precision import detect_device
     from gemma_tune.recipe.load import load_recipe
-    from gemma_tune.runs.record import RECORDED_PACKAGES, installed_version, read_metrics
+    from gemma_tune.runs.lock import RECORDED_PACKAGES
+    from gemma_tune.runs.metrics import read_metrics
     from gemma_tune.runs.summary import read_summary
 
     changes = [

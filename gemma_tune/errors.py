@@ -6,9 +6,6 @@ The command line prints both and exits with `exit_code`; nothing else in the pac
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-
 
 class GemmaTuneError(Exception):
     """A problem that the user can mend. `exit_code` is 2 unless a subclass says otherwise."""
@@ -80,14 +77,3 @@ class TrainingInterrupted(GemmaTuneError):
     """
 
     exit_code = 75
-
-
-def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """Return `did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
-    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else ""
-
-
-def counted(count: int, noun: str) -> str:
-    """`1 row`, `1,250 rows`."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

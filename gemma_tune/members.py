@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
-from gemma_tune.errors import GemmaTuneError, did_you_mean
+from gemma_tune.errors import GemmaTuneError
+from gemma_tune.text import did_you_mean
 
 
 class Named(Protocol):

@@ -16,9 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.errors import GemmaTuneError
-from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.runs.reporter import StepProgress
 from gemma_tune.secrets import mask_secrets
+from gemma_tune.text import format_bytes, format_seconds
 
 # Control characters besides line break and tab, each shown as a sign of its own: text of rows and models must not move
 # the cursor, rename the window or colour what follows.

@@ -24,7 +24,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = (
     {"errors", "paths", "text", "templates"},
     {"members"},
-    {"disk", "identity", "secrets", "yaml_io"},
+    {"identity", "secrets", "yaml_io"},
+    {"disk"},
     {"machine"},
     {"models", "engines.facts"},
     {"recipe"},

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.disk import read_json, write_text
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import append_metrics, read_json, start_manifest, update_manifest, write_text
+from gemma_tune.runs.manifest import start_manifest, update_manifest
+from gemma_tune.runs.metrics import append_metrics
 from gemma_tune.secrets import mask_secrets
 
 HUB = "hf_" + "AbCd1234" * 4

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.text import did_you_mean
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.audit import AuditReport

@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.text import Text
 
 from gemma_tune.cli.answering import Base, TargetName, TemplateName, with_answer_settings
-from gemma_tune.errors import DataError, GemmaTuneError, did_you_mean
+from gemma_tune.errors import DataError, GemmaTuneError
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.terminal import Terminal
+from gemma_tune.text import did_you_mean
 
 if TYPE_CHECKING:
     from gemma_tune.inference.chat import Talk

@@ -11,8 +11,8 @@ from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides
 from gemma_tune.errors import GemmaTuneError
-from gemma_tune.reporting.numbers import format_bytes
 from gemma_tune.terminal import Terminal, TerminalReporter
+from gemma_tune.text import format_bytes
 
 data_app = typer.Typer(help="What is trained: look at it, audit it.", no_args_is_help=True)
 RowsOrRecipe = Annotated[

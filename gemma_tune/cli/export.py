@@ -12,8 +12,8 @@ from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import ExportError
-from gemma_tune.reporting.numbers import format_bytes
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.text import format_bytes
 
 if TYPE_CHECKING:
     from gemma_tune.exporting.export import Exported, ExportOutcome

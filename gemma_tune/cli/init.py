@@ -15,8 +15,8 @@ from rich.prompt import Prompt
 from rich.text import Text
 
 from gemma_tune.errors import DataError, EngineError, GemmaTuneError, ModelError, RecipeError
-from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.text import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from gemma_tune.data.inputs import Inputs

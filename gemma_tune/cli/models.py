@@ -11,8 +11,8 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.text import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from gemma_tune.models.catalogue import GemmaModel

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.reporting.numbers import format_seconds
 from gemma_tune.terminal import Terminal
+from gemma_tune.text import format_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,9 +10,8 @@ import typer
 from rich.markup import escape
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.errors import counted
-from gemma_tune.reporting.numbers import format_bytes
 from gemma_tune.terminal import Terminal, TerminalReporter
+from gemma_tune.text import counted, format_bytes
 
 
 def push(

@@ -16,13 +16,13 @@ from gemma_tune.cli.evaluate import print_stored_evaluation
 from gemma_tune.cli.export import print_exports
 from gemma_tune.errors import RunError
 from gemma_tune.reporting.facts import differing_settings, gather_facts, results_side_by_side
-from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.reporting.write_report import HTML_FILE, write_report, write_reports
 from gemma_tune.runs.evaluation import read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.runs.record import read_manifest
+from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.text import format_bytes, format_seconds
 
 
 def report(

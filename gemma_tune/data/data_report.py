@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemma_tune.errors import counted
+from gemma_tune.text import counted
 
 MAX_SAMPLES = 20  # kept of each kind, and shown where each one needs mending
 _MAX_ON_A_LINE = 3

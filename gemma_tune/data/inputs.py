@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
 from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection, MixSection
+from gemma_tune.text import did_you_mean
 
 # What `template: auto` tries, in this order: for a base model, and before those for a model that knows chat turns.
 _AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "text")

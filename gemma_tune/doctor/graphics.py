@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.doctor.finding import Finding
+from gemma_tune.doctor.probe import Probed
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.child import Probed, run_command
+from gemma_tune.machine.child import run_command
 from gemma_tune.machine.precision import Device, decide_precision
 
 _GET_TORCH = "https://pytorch.org/get-started/locally/"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
+from gemma_tune.doctor.probe import Probed
 from gemma_tune.engines.facts import ENGINES
-from gemma_tune.machine.child import Probed
-from gemma_tune.runs.record import installed_version
+from gemma_tune.identity import installed_version
 
 # Relative; the layer computes in float32, or in the card's TF32.
 _MAX_LAYER_ERROR = 0.02

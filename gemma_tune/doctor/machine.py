@@ -11,7 +11,9 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from gemma_tune.disk import free_bytes, nearest_directory
 from gemma_tune.doctor.finding import Finding, Verdict
+from gemma_tune.text import format_bytes
 
 _GB = 10**9
 # Importing Unsloth and TRL takes about 1 GB; with gemma-tiny trained in it a process reaches 1.5 GB (measured).
@@ -55,11 +57,11 @@ def check_memory(*, needed: int = 0, root: Path = Path("/")) -> Finding:
     available = facts.get("MemAvailable", total)
     swap = facts.get("SwapTotal", 0)
     limit = _container_limit(root, "memory.max", "memory/memory.limit_in_bytes")
-    found = f"{_size(available)} of {_size(total)} free, {_size(swap) if swap else 'no'} swap"
+    found = f"{format_bytes(available)} of {format_bytes(total)} free, {format_bytes(swap) if swap else 'no'} swap"
     if limit is not None and limit < total:
-        found += f"; this container may use {_size(limit)}"
+        found += f"; this container may use {format_bytes(limit)}"
         available = min(available, limit)
-    found += f"; about {_size(needed)} needed" if needed else ""
+    found += f"; about {format_bytes(needed)} needed" if needed else ""
     is_low = available < (needed or _LOW_MEMORY)
     verdict: Verdict = "fail" if available < _MIN_MEMORY else "warn" if is_low else "ok"
     fix = None if verdict == "ok" else "close other programs, or take a machine or container with more memory"
@@ -76,15 +78,16 @@ def check_disks(places: Mapping[str, Path], *, needed: Mapping[str, int] | None 
     systems: dict[int, list[str]] = {}
     findings = []
     for name, path in places.items():
-        folder = _existing(path)
+        folder = nearest_directory(path)
         if not os.access(folder, os.W_OK):
             found = f"{path} ({name}) cannot be written to"
             findings.append(Finding("disk", "fail", found, f"choose another folder: {_MOVES[name]}"))
         systems.setdefault(folder.stat().st_dev, []).append(name)
     for names in systems.values():
-        free = shutil.disk_usage(_existing(places[names[0]])).free
+        free = free_bytes(places[names[0]])
         wanted = sum((needed or {}).get(name, 0) for name in names)
-        found = f"{_size(free)} free for {', '.join(names)}" + (f"; {_size(wanted)} needed" if wanted else "")
+        found = f"{format_bytes(free)} free for {', '.join(names)}"
+        found += f"; {format_bytes(wanted)} needed" if wanted else ""
         verdict: Verdict = "ok"
         if free < max(_MIN_DISK, wanted):
             verdict = "fail"
@@ -123,11 +126,11 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
         return None
     total = shutil.disk_usage(folder).total
     if total >= _LOW_SHARED:
-        return Finding("shared memory", "ok", _size(total))
+        return Finding("shared memory", "ok", format_bytes(total))
     return Finding(
         "shared memory",
         "warn",
-        f"{_size(total)}: enough for one card, too little for training on several",
+        f"{format_bytes(total)}: enough for one card, too little for training on several",
         "docker run --shm-size=8g",
     )
 
@@ -140,10 +143,6 @@ def used_places(output_dir: str, *, hub_cache: Path, token_cache: Path) -> dict[
         "token cache": token_cache,
         "temporary files": Path(tempfile.gettempdir()),
     }
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
 def _meminfo(root: Path) -> dict[str, int]:
@@ -190,7 +189,3 @@ def _unlimited(number: int) -> int:
 
 def _count(number: int) -> str:
     return "unlimited" if number >= _UNLIMITED else f"{number:,}"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / _GB:.1f} GB" if num_bytes >= _GB else f"{num_bytes / 1e6:.0f} MB"

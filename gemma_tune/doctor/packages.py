@@ -16,8 +16,8 @@ from packaging.specifiers import BaseSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from gemma_tune.doctor.finding import Finding
+from gemma_tune.identity import installed_version
 from gemma_tune.paths import PACKAGE_DIR
-from gemma_tune.runs.record import installed_version
 
 # The packages that reach into each other; what these ask of each other is checked.
 STACK = (

@@ -8,9 +8,10 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gemma_tune.engines.base import AttachedLora, LoadedModel
-from gemma_tune.errors import EngineError, did_you_mean
+from gemma_tune.errors import EngineError
 from gemma_tune.models.families.known import tower_names
 from gemma_tune.recipe.schema import LoraSection
+from gemma_tune.text import did_you_mean
 
 _INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 

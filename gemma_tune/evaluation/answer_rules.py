@@ -8,8 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
 from gemma_tune.evaluation.metrics import count_words, is_json
+from gemma_tune.text import did_you_mean
 
 # A refusal says so at its beginning. Phrases of English models; a refusal in other words counts as an answer.
 _REFUSAL_CHARS = 300

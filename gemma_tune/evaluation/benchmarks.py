@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tune.data.sources.source import open_source, read_whole
-from gemma_tune.errors import DataError, EngineError, ModelError, did_you_mean
+from gemma_tune.disk import read_json, write_json
+from gemma_tune.errors import DataError, EngineError, ModelError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchmark
-from gemma_tune.evaluation.identity import target_identity
 from gemma_tune.evaluation.intervals import share_estimate
+from gemma_tune.identity import file_sha256, installed_version
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.models.safetensors import file_sha256
 from gemma_tune.runs.evaluation import Estimate
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import installed_version, read_json, utc_now, write_json
 from gemma_tune.runs.reporter import Reporter
+from gemma_tune.text import did_you_mean, utc_now
 
 if TYPE_CHECKING:
     from gemma_tune.inference.load import LoadedTarget
@@ -296,7 +296,7 @@ def run_benchmarks(
     if isinstance(target, GgufTarget):
         raise ModelError("a GGUF is not benchmarked here", hint="give the run, or the merged directory it was made of")
     sides: tuple[BenchmarkSide, ...] = ("base", "tuned") if target.adapter is not None else ("model",)
-    identity = target_identity(target)
+    identity = target.identity()
     kept = {} if run is None else {_place(result): result for result in read_benchmarks(run)}
     wanted = [(chosen, side, _key(chosen, side, identity, settings)) for chosen in tasks for side in sides]
     done = {

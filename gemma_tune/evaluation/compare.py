@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import broken_rules
 from gemma_tune.evaluation.comparison import Comparison, JudgeFacts, PairResult, PassRate, Question
-from gemma_tune.evaluation.identity import target_identity
 from gemma_tune.evaluation.intervals import share_estimate
 from gemma_tune.evaluation.judge import JUDGE_PROMPT, Duel, Judge, Ruling
 from gemma_tune.evaluation.prompt_sets import Prompts
 from gemma_tune.evaluation.ratings import rate, win_rate
+from gemma_tune.identity import text_sha256
 from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
 from gemma_tune.inference.questions import questions_of
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
 from gemma_tune.runs.evaluation import Estimate
-from gemma_tune.runs.record import read_json, write_json
 from gemma_tune.runs.reporter import Reporter
 
 _BASE_SUFFIX = "@base"
@@ -110,7 +110,7 @@ def _open_directory(
 ) -> None:
     """Make the directory, or check that it holds this comparison."""
     deciding = {
-        "models": {contender.label: target_identity(contender.target) for contender in contenders},
+        "models": {contender.label: contender.target.identity() for contender in contenders},
         "prompts": {"label": prompts.label, "count": len(prompts.items), "sha256": prompts.sha256},
         "answers": settings.to_json(),
     }
@@ -256,7 +256,7 @@ def _judge_all(
 def _slug(judge: Judge, shown: str | None) -> str:
     if shown is None:
         return judge.name
-    return "model-" + hashlib.sha256(f"{judge.name}\n{shown}".encode()).hexdigest()[:8]
+    return "model-" + text_sha256(f"{judge.name}\n{shown}")[:8]
 
 
 def _turns(prompts: Prompts, labels: Sequence[str], *, both_orders: bool) -> Iterator[Turn]:

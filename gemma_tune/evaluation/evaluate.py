@@ -9,14 +9,16 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.data.encode.arrays import EncodedRows
-from gemma_tune.errors import DataError, ModelError, did_you_mean
+from gemma_tune.disk import read_json, write_text
+from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, judge_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
+from gemma_tune.identity import files_sha256, installed_version
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.safetensors import file_hashes, file_sha256
+from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import (
@@ -28,8 +30,8 @@ from gemma_tune.runs.evaluation import (
     write_evaluation,
 )
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import installed_version, read_json, utc_now, write_text
 from gemma_tune.runs.reporter import Reporter
+from gemma_tune.text import did_you_mean, utc_now
 
 if TYPE_CHECKING:
     from gemma_tune.inference.load import LoadedTarget
@@ -157,7 +159,7 @@ def _key(
 ) -> dict[str, Any]:
     """Everything that decides the figures. The batch size is not among it: it moves a loss in its last digits."""
     return {
-        "adapter": {path.name: file_sha256(path) for path in sorted(run.adapter.glob("adapter_*"))},
+        "adapter": files_sha256(sorted(run.adapter.glob("adapter_*"))),
         "base": read_json(run.lock)["base"],
         "template": target.template.sha256,
         "rows": rows.key,

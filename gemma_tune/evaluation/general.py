@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.segments import Segment
+from gemma_tune.identity import json_sha256
 from gemma_tune.models.fetch import LocalModel
 from tools.tiny.documents import iter_documents
 from tools.tiny.world import build_world
@@ -40,7 +40,7 @@ class GeneralSet:
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps([astuple(text) for text in self.texts]).encode()).hexdigest()
+        return json_sha256([astuple(text) for text in self.texts])
 
     @property
     def kinds(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import time
@@ -15,6 +14,7 @@ from urllib.parse import urlsplit
 
 from gemma_tune.errors import ModelError
 from gemma_tune.evaluation.prompt_sets import Prompt
+from gemma_tune.identity import text_sha256
 from gemma_tune.inference.settings import AnswerSettings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Judge(Protocol):
 def judge_prompt(duel: Duel) -> str:
     """What a judge model reads. The mark follows from the texts, so that no answer can hold it."""
     texts = (duel.prompt.text, duel.first, duel.second)
-    mark = f"[[{hashlib.sha256(repr(texts).encode()).hexdigest()[:12]}]]"
+    mark = f"[[{text_sha256(repr(texts))[:12]}]]"
     reference = "" if duel.prompt.reference is None else f"{mark} A RIGHT ANSWER\n{duel.prompt.reference}\n"
     return JUDGE_PROMPT.format(
         mark=mark, question=duel.prompt.text, reference=reference, first=duel.first, second=duel.second

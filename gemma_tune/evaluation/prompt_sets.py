@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.sources.source import open_source, read_whole
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import check_rules
+from gemma_tune.identity import json_sha256
+from gemma_tune.text import did_you_mean
 
 _FOLDER = Path(__file__).with_name("prompts")
 PROMPT_SETS = ("factuality", "instruction_following", "safety", "creativity")
@@ -45,7 +45,7 @@ class Prompts:
     @property
     def sha256(self) -> str:
         """Of what a model is asked and what its answer is held against."""
-        return hashlib.sha256(json.dumps([asdict(item) for item in self.items]).encode()).hexdigest()
+        return json_sha256([asdict(item) for item in self.items])
 
     def first(self, count: int | None) -> Prompts:
         """The first prompts of each group, or all of them."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
 from gemma_tune.exporting.export_record import (
     RECORD_FILE,
@@ -36,12 +37,12 @@ from gemma_tune.exporting.formats.table import (
 )
 from gemma_tune.exporting.formats.writers import Job, find_gguf
 from gemma_tune.exporting.merge.plan import STORED_DTYPE_OF, MergeDtype
-from gemma_tune.exporting.output_dir import require_free_disk
-from gemma_tune.exporting.source import TEMPLATE_FILE, ExportSource, hash_of_json, open_source
+from gemma_tune.exporting.source import TEMPLATE_FILE, ExportSource, open_source
 from gemma_tune.exporting.text_files import NOTICE_FILE, licence_notice
 from gemma_tune.exporting.verify.forms import Form, Measure, measure_in_child
 from gemma_tune.exporting.verify.probe import Probe
 from gemma_tune.exporting.verify.prove import Candidate, FormReport, ParityReport, Source, verify_exports
+from gemma_tune.identity import json_sha256
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, directory_bytes, stored_tensors
 from gemma_tune.reporting.card import CARD_FILE
 from gemma_tune.runs.layout import RunDir
@@ -181,7 +182,7 @@ def _plan(
             parent = _parent(FORMATS[name], asked, source, dtype)
             chosen: dict[str, Any] = {"dtype": dtype} if name != ADAPTER else {}
             chosen |= {"max_shard_bytes": max_shard_bytes} if name in (MERGED, MERGED_4BIT) else {}
-            fingerprint = hash_of_json({**settings, **chosen, "format": name, "made_from": parent})
+            fingerprint = json_sha256({**settings, **chosen, "format": name, "made_from": parent})
             final, part = output / name, output / PARTS_DIR / f"{name}-{fingerprint[:12]}"
             is_part = name not in names and not _is_finished(final, fingerprint)
             place = part if is_part else final

@@ -13,9 +13,9 @@ from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate, load_template
 from gemma_tune.data.sources.items import SourceRow
+from gemma_tune.disk import output_file
 from gemma_tune.exporting.export_record import ExportRecord, read_record, stored_result
 from gemma_tune.exporting.formats.table import ADAPTER, MERGED, MERGED_4BIT
-from gemma_tune.exporting.output_dir import output_file
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.reporting.card import CARD_FILE, CardExport, CardFormat, CardPrompt, build_model_card
 from gemma_tune.runs.layout import RunDir

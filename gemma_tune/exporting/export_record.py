@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import RunError
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
+from gemma_tune.identity import installed_version
 from gemma_tune.reporting.card import CARD_FILE
-from gemma_tune.runs.record import RECORDED_PACKAGES, installed_version, read_json, utc_now, write_json
+from gemma_tune.runs.lock import RECORDED_PACKAGES
+from gemma_tune.text import utc_now
 
 RECORD_FILE = "export.json"
 _CHANGING = (RECORD_FILE, CARD_FILE)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, HubError
 from gemma_tune.exporting.export_record import RECORD_FILE, read_record
 from gemma_tune.exporting.text_files import portable_settings
@@ -30,7 +31,6 @@ from gemma_tune.models.safetensors import (
 )
 from gemma_tune.reporting.card import CARD_FILE, REPOSITORY, mask_private
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json
 
 _NAMES = frozenset(
     {

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, RunError
 from gemma_tune.exporting.formats.adapter import public_name
+from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.safetensors import file_hashes, file_sha256
+from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.runs.record import read_json
 
 if TYPE_CHECKING:
     from gemma_tune.exporting.merge.combine import CombineMethod
@@ -60,12 +59,7 @@ class ExportSource:
     def adapter_hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of the adapter's config and weights."""
         files = (self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_WEIGHTS_FILE)
-        return {path.name: file_sha256(path) for path in files}
-
-
-def hash_of_json(values: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode("utf-8")).hexdigest()
+        return files_sha256(files)
 
 
 @dataclass(frozen=True)
@@ -92,7 +86,7 @@ def combine_sources(source: ExportSource, combination: Combination, *, directory
 
     opened = [source, *(open_source(path) for path in combination.others)]
     decided = {**asdict(combination), "others": [each.adapter_hashes() for each in opened]}
-    output = directory / f"combined-{hash_of_json(decided)[:12]}"
+    output = directory / f"combined-{json_sha256(decided)[:12]}"
     if not (output / ADAPTER_CONFIG_FILE).is_file():
         combine_adapters(
             [each.adapter for each in opened],

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import write_text
 from gemma_tune.models.catalogue import GEMMA_TERMS, GemmaModel
 from gemma_tune.models.safetensors import (
     CHAT_TEMPLATE_FILES,
@@ -16,7 +17,6 @@ from gemma_tune.models.safetensors import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
 )
-from gemma_tune.runs.record import write_text
 
 NOTICE_FILE = "NOTICE"
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", NOTICE_FILE, "USE_POLICY.md")

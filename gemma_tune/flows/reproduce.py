@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
 from gemma_tune.flows.train import decide, lock_of, train
+from gemma_tune.identity import file_sha256
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE
-from gemma_tune.models.safetensors import file_sha256
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import (
-    read_json,
-    read_manifest,
-)
+from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.runs.resume import lock_differences
 

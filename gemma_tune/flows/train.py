@@ -20,6 +20,7 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.encode.pack import require_rows_fit
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.open import load_data, open_data
+from gemma_tune.disk import read_json, write_json, write_text
 from gemma_tune.engines.base import AttachedLora, Engine
 from gemma_tune.engines.choose import EngineDecision, decide_engine, start_engine
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
@@ -44,22 +45,14 @@ from gemma_tune.runs.checkpoints import (
     step_of,
 )
 from gemma_tune.runs.layout import RunDir, create_run, discard_run, find_interrupted
-from gemma_tune.runs.record import (
-    Lock,
-    Status,
-    keep_metrics_until,
-    read_json,
-    read_manifest,
-    start_manifest,
-    update_manifest,
-    utc_now,
-    write_json,
-    write_text,
-)
+from gemma_tune.runs.lock import Lock
+from gemma_tune.runs.manifest import Status, read_manifest, start_manifest, update_manifest
+from gemma_tune.runs.metrics import keep_metrics_until
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.runs.resume import Differences, hold_run, interrupted_run, lock_differences, recipe_differences
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
 from gemma_tune.runs.warm_start import StartAdapter, find_adapter
+from gemma_tune.text import utc_now
 from gemma_tune.training.trackers import require_trackers
 
 # Room for the small files of a run: metrics, logs, answers, plot.

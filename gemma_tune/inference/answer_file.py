@@ -1,6 +1,6 @@
 """A file of answers, a JSON object a line in the order of the questions, that a killed process goes on with.
 
-Until it is complete it lies beside its name as `NAME.partial`, with the settings that made it in `NAME.partial.json`.
+Until it is complete it lies next to its name as `NAME.partial`, with the settings that made it in `NAME.partial.json`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gemma_tune.disk import sync_directory, write_json
 from gemma_tune.errors import DataError
-from gemma_tune.runs.record import write_json
 
 
 class AnswerFile:
@@ -50,6 +50,7 @@ class AnswerFile:
         self._file.close()
         if error is None:
             self._partial.replace(self.path)
+            sync_directory(self.path.parent)
         if not (self._partial.is_file() and self._partial.stat().st_size):
             self._partial.unlink(missing_ok=True)
             self._settings_file.unlink()
@@ -73,7 +74,7 @@ class AnswerFile:
             told = "; ".join(f"{name}: {before.get(name)!r}, now {settings[name]!r}" for name in changed)
             raise DataError(
                 f"{self._partial} holds answers that were made otherwise ({told})",
-                hint="go on with the same settings, or remove that file to begin anew",
+                hint="resume with the same settings, or remove that file to begin again",
             )
 
     def _keep_whole_windows(self, window: int) -> int:

@@ -16,7 +16,6 @@ from gemma_tune.inference.questions import Questions
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.models.safetensors import file_stamp
 
 if TYPE_CHECKING:
     from gemma_tune.inference.generate import Completion
@@ -148,20 +147,5 @@ def open_answer_file(
     Raises:
         DataError: as `AnswerFile`.
     """
-    deciding = {
-        "weights": _stamps(target),
-        "template": target.template.sha256,
-        "questions": questions.sha256,
-        **settings.to_json(),
-    }
+    deciding = {**target.identity(), "questions": questions.sha256, **settings.to_json()}
     return AnswerFile(path, settings=deciding, window=settings.window)
-
-
-def _stamps(target: Target | GgufTarget) -> dict[str, list[int]]:
-    """Size and time of change of every file that holds weights: enough to tell that a model was made again."""
-    if isinstance(target, GgufTarget):
-        files: list[Path] = [target.path]
-    else:
-        directories = [target.base.directory, *([target.adapter] if target.adapter else [])]
-        files = [path for directory in directories for path in sorted(directory.glob("*.safetensors"))]
-    return {path.name: file_stamp(path) for path in files}

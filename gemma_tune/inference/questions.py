@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from gemma_tune.data.rows.render import question_fields
 from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError
+from gemma_tune.identity import text_sha256
 
 STDIN = "-"
 # A column that holds a bare question, whatever the data template calls its own field.
@@ -119,4 +119,4 @@ def _row(template: DataTemplate, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _hashed(rows: Sequence[dict[str, Any]]) -> Questions:
     text = json.dumps(list(rows), sort_keys=True, ensure_ascii=False)
-    return Questions(tuple(rows), hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).hexdigest())
+    return Questions(tuple(rows), text_sha256(text))

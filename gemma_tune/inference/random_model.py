@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gemma_tune.disk import read_json_object
 from gemma_tune.engines.attention import choose_attention
 from gemma_tune.errors import ModelError
 from gemma_tune.machine.precision import decide_precision, detect_device
 from gemma_tune.models.catalogue import ARCHITECTURES, TINY, find_model
-from gemma_tune.models.config import TextConfig, read_config, read_json
+from gemma_tune.models.config import TextConfig, read_config
 from gemma_tune.models.describe import count_params
 from gemma_tune.paths import TINY_MODEL_DIR
 
@@ -29,7 +30,7 @@ def make_random_model(name: str, *, dtype: str = "auto", seed: int = 0) -> tuple
     """
     directory = _directory(name)
     if directory is not None:
-        facts, values = read_config(directory), read_json(directory / "config.json")
+        facts, values = read_config(directory), read_json_object(directory / "config.json", error=ModelError)
     else:
         row = find_model(name)
         facts, values = row.config, dict(ARCHITECTURES[row.architecture])

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
 from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling, check_bounds, options_of
+from gemma_tune.text import did_you_mean
 
 
 @dataclass(frozen=True)

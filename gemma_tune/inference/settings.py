@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
 
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
+from gemma_tune.text import did_you_mean
 
 # Logits [batch, vocabulary] -> token ids [batch], or logits [batch, vocabulary] that a token is drawn from.
 Sampler = Callable[[Any], Any]

@@ -5,17 +5,18 @@ No heavy imports: a wrong path is told at once.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.data.rows.template import DataTemplate, load_template
+from gemma_tune.disk import read_json
 from gemma_tune.errors import ModelError, RunError
+from gemma_tune.identity import file_stamp, files_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import ModelSection
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.runs.record import read_json
 
 TEMPLATE_FILE = "template.yaml"
 
@@ -38,6 +39,18 @@ class Target:
     template: DataTemplate
     section: ModelSection
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides its answers: adapter by hash, the base's by stamp (17 GB take a minute to hash)."""
+        return {
+            "template": self.template.sha256,
+            "base": self.base.name,
+            "revision": self.base.revision,
+            "weights": {path.name: file_stamp(path) for path in sorted(self.base.directory.glob("*.safetensors"))},
+            "load_in_4bit": self.section.load_in_4bit,
+            "dtype": self.section.dtype,
+            "adapter": files_sha256(sorted(self.adapter.glob("adapter_*"))) if self.adapter else {},
+        }
+
 
 @dataclass(frozen=True)
 class GgufTarget:
@@ -49,6 +62,10 @@ class GgufTarget:
 
     path: Path
     template: DataTemplate
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides its answers."""
+        return {"template": self.template.sha256, "weights": {self.path.name: file_stamp(self.path)}}
 
 
 def find_target(
@@ -113,7 +130,7 @@ def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Ta
 
 
 def _from_adapter(directory: Path, *, template: str | None, default: str | None, without_adapter: bool) -> Target:
-    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "adapter_config.json", error=ModelError)
     name = config.get("base_model_name_or_path")
     if not name:
         raise ModelError(

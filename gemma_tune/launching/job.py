@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shlex
@@ -15,6 +14,7 @@ from gemma_tune.data.rows.template import list_templates
 from gemma_tune.data.sources.files import is_row_file
 from gemma_tune.data.sources.source import TINY_WORLD
 from gemma_tune.errors import LaunchError, ModelError
+from gemma_tune.identity import text_sha256
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import LoadedRecipe
@@ -98,7 +98,7 @@ class Job:
         """The run's name as a DNS label; two runs never share one."""
         name = f"gemma-tune-{self.run_name}"
         label = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:_MAX_LABEL].strip("-")
-        return label if label == name else f"{label[: _MAX_LABEL - 7]}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+        return label if label == name else f"{label[: _MAX_LABEL - 7]}-{text_sha256(name)[:6]}"
 
     def command(self, recipe: str, *more: str) -> list[str]:
         """The command line, but for the number of the machine and the address of the first.

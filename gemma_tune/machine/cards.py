@@ -11,8 +11,9 @@ import shutil
 import subprocess
 from dataclasses import dataclass, replace
 
-from gemma_tune.errors import EngineError, did_you_mean
+from gemma_tune.errors import EngineError
 from gemma_tune.machine.precision import Device
+from gemma_tune.text import did_you_mean
 
 _MIB = 2**20
 _GIB = 2**30

@@ -1,9 +1,17 @@
-"""Runs what may crash or hang in a process of its own: imports of native libraries, drivers, the network."""
+"""Runs a function in a process of its own: what may crash, hang, or abort where a library should raise.
+
+`run_child("module:function", request)` starts this file as a program, which calls `function(send, **request)`. JSON
+crosses the border, a line a message: the request on stdin, which stays open while its starter lives; then what the
+function sends, and last what it returns or raises, on a copy of stdout. What libraries print, C code included, is kept
+as the end of a log.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import math
 import os
 import queue
 import signal
@@ -12,17 +20,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any
 
+from gemma_tune.errors import GemmaTuneError
+from gemma_tune.paths import PACKAGE_DIR
+
+Send = Callable[..., None]
 _KILLED_SECONDS = 2.0
-_TAIL_CHARS = 2_000
+_POLL_SECONDS = 1.0
+_LOG_CHARS = 4_000
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended: its exit code, the signal that killed it, or neither when it was stopped for its time."""
+    """How a command ended: its exit code, the signal that killed it, or neither when it was stopped for its time."""
 
     code: int | None
     signal: str | None
@@ -31,51 +45,114 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Probed:
-    """What a probe of worker.py told.
+class ChildEnd:
+    """How a function in a process of its own ended.
 
     Attributes:
-        outcome: done, failed (an exception), crashed (a signal) or hung (stopped after its time).
-        step: what it was doing last, such as `importing torch`.
-        facts: everything it told until then.
-        error: the exception in a line, the signal, or the time it had.
+        has_result: it returned; `result` is what.
+        error: what it raised, in a line, or None. `is_ours`: a GemmaTuneError, whose `hint` this is.
+        code: exit code of a process that told neither result nor error; None of one that was killed.
+        signal: name of the signal that killed it, or None. Without code, signal, result and error it ran out of time.
+        log: the end of what was printed.
     """
 
-    outcome: Literal["done", "failed", "crashed", "hung"]
-    step: str
-    facts: Mapping[str, Any]
-    error: str
-    seconds: float
+    has_result: bool
+    result: Any
+    error: str | None
+    hint: str | None
+    is_ours: bool
+    code: int | None
+    signal: str | None
+    log: str
 
-    @property
-    def trouble(self) -> str:
-        """The failure as words for the table; only of a probe that is not done."""
-        return f"{self.error} while {self.step}"
+    def last_lines(self, count: int) -> list[str]:
+        """Return the last lines of the log that are not empty."""
+        return [line.strip() for line in self.log.splitlines() if line.strip()][-count:]
 
 
-def run_probe(name: str, request: Mapping[str, Any] | None = None, *, seconds: float) -> Probed:
-    """Run the probe `name` of worker.py with its arguments, at most `seconds` long."""
-    start = time.monotonic()
-    # -P: a torch.py in the folder where the command is run is no concern of a run, and must be none of a probe.
-    command = [sys.executable, "-P", "-m", "gemma_tune.doctor.worker", name, str(seconds), json.dumps(request or {})]
-    ended = run_command(command, seconds=seconds)
-    facts: dict[str, Any] = {}
-    step, error = "starting", None
-    for line in ended.stdout.splitlines():
+def run_child(
+    function: str,
+    request: Mapping[str, Any],
+    *,
+    on_message: Callable[[dict[str, Any]], None] = lambda message: None,
+    seconds: float | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> ChildEnd:
+    """Call a function of this package in a new process.
+
+    Args:
+        function: `module:function`; it is given a `send` whose keyword arguments become a message, and the request.
+        request: its keyword arguments, as JSON.
+        on_message: called with each message, in this thread.
+        seconds: after this time the process is killed with all that it started.
+        environment: variables to set, above those of this process.
+    """
+    # -P leaves out the working directory, where a user's `torch.py` may lie; so a checkout must be named.
+    command = [sys.executable, "-P", "-m", "gemma_tune.machine.child", function, str(seconds or 0)]
+    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
+    deadline = math.inf if seconds is None else time.monotonic() + seconds
+    final: dict[str, Any] = {}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables, start_new_session=True
+        )
+        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        for job in (_write_request, _read_lines):
+            threading.Thread(target=job, args=(process, request, lines), daemon=True).start()
+        try:
+            for message in _messages(process, lines, deadline=deadline):
+                if "final" in message:
+                    final = message["final"]
+                    break
+                on_message(message)
+            code = None if final else _wait(process, deadline - time.monotonic())
+        finally:
+            _kill(process)
+        log.seek(0)
+        text = log.read().decode(errors="replace")[-_LOG_CHARS:]
+    return ChildEnd(
+        has_result="result" in final,
+        result=final.get("result"),
+        error=final.get("error"),
+        hint=final.get("hint"),
+        is_ours=final.get("is_ours", False),
+        code=code if code is None or code >= 0 else None,
+        signal=_signal_name(-code) if code is not None and code < 0 else None,
+        log=text,
+    )
+
+
+def _write_request(process: subprocess.Popen[bytes], request: Mapping[str, Any], _: queue.SimpleQueue[bytes]) -> None:
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):  # it ended before it read
+        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.flush()
+
+
+def _read_lines(process: subprocess.Popen[bytes], _: object, lines: queue.SimpleQueue[bytes]) -> None:
+    """Read in a thread that may stay behind: a process in the kernel that cannot be killed holds the pipe open."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        lines.put(line)
+    lines.put(b"")
+
+
+def _messages(
+    process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes], *, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """Yield what arrives until the stream ends, the time is up, or the process has gone and left nothing."""
+    while (rest := deadline - time.monotonic()) > 0:
+        try:
+            line = lines.get(timeout=min(rest, _POLL_SECONDS))
+        except queue.Empty:
+            if process.poll() is not None:  # the stream is held open by what it started
+                return
+            continue
+        if not line:
+            return
         with contextlib.suppress(ValueError):  # a process that was killed may leave half a line
-            told = json.loads(line)
-            facts.update(told.get("facts", {}))
-            step = told.get("step", step)
-            error = told.get("error", error)
-    took = time.monotonic() - start
-    if ended.signal is not None:
-        return Probed("crashed", step, facts, f"crashed ({ended.signal})", took)
-    if ended.code is None:
-        return Probed("hung", step, facts, f"no answer within {seconds:.0f} s", took)
-    if ended.code != 0 or error is not None:
-        last = "".join(f" ({line})" for line in ended.stderr.strip().splitlines()[-1:])
-        return Probed("failed", step, facts, error or f"ended with code {ended.code}{last}", took)
-    return Probed("done", step, facts, "", took)
+            yield json.loads(line)
 
 
 def run_command(command: Sequence[str], *, seconds: float) -> Ended:
@@ -91,20 +168,37 @@ def run_command(command: Sequence[str], *, seconds: float) -> Ended:
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True, close_fds=True
         )
         try:
-            code: int | None = process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            code = None
+            code = _wait(process, seconds)
         finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=_KILLED_SECONDS)
-        out.seek(0)
-        err.seek(0)
-        stdout, stderr = out.read().decode(errors="replace"), err.read().decode(errors="replace")[-_TAIL_CHARS:]
+            _kill(process)
+        stdout, stderr = _read(out), _read(err)[-_LOG_CHARS:]
     if code is not None and code < 0:
         return Ended(None, _signal_name(-code), stdout, stderr)
     return Ended(code, None, stdout, stderr)
+
+
+def _read(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> int | None:
+    """Return the exit code, or None where the time is up before."""
+    try:
+        return process.wait(timeout=None if seconds == math.inf else max(seconds, 0))
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with all that it started; one that hangs in the kernel is left to it."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=_KILLED_SECONDS)
 
 
 def _signal_name(number: int) -> str:
@@ -113,26 +207,52 @@ def _signal_name(number: int) -> str:
     return f"signal {number}"
 
 
-def run_probes(
-    wanted: Mapping[str, tuple[float, Mapping[str, Any]]], *, progress: Callable[[str, int, int], None]
-) -> dict[str, Probed]:
-    """Run several probes at the same time; each has its seconds and arguments.
+# --- in the process -------------------------------------------------------------------------------------------------
 
-    Args:
-        progress: called with the name of a probe that is done, how many are, and of how many.
-    """
-    results: queue.Queue[tuple[str, Probed]] = queue.Queue()
 
-    def run(name: str) -> None:
-        seconds, arguments = wanted[name]
-        results.put((name, run_probe(name, arguments, seconds=seconds)))
+def _serve(function: str, seconds: float) -> None:
+    """Read the request, call the function, and end."""
+    if seconds and hasattr(signal, "alarm"):
+        # Ends this process even where the one that started it is gone, and where native code hangs.
+        signal.alarm(math.ceil(seconds) + 1)
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print goes to the log, C code included
+    request = json.loads(os.fdopen(os.dup(0), "rb").readline())
+    threading.Thread(target=_end_with_starter, daemon=True).start()
 
-    for name in wanted:
-        # Daemons: Ctrl-C does not wait for them, and the processes that they started end by themselves.
-        threading.Thread(target=run, args=(name,), daemon=True).start()
-    probed: dict[str, Probed] = {}
-    while len(probed) < len(wanted):
-        name, result = results.get()
-        probed[name] = result
-        progress(name, len(probed), len(wanted))
-    return probed
+    def send(**message: Any) -> None:
+        try:
+            channel.write(json.dumps(message) + "\n")
+            channel.flush()
+        except OSError:
+            os._exit(1)  # nobody listens any more
+
+    module_name, name = function.split(":")
+    try:
+        result = getattr(importlib.import_module(module_name), name)(send, **request)
+    except GemmaTuneError as error:
+        send(final={"error": error.message, "hint": error.hint, "is_ours": True})
+    except Exception as error:
+        traceback.print_exc()
+        send(final={"error": one_line(error)})
+    else:
+        send(final={"result": result})
+    sys.stderr.flush()
+    # No clean-up: a library's exit handler must not decide over a function that has told everything.
+    os._exit(0)
+
+
+def _end_with_starter() -> None:
+    """End when stdin does: whoever started this was killed, and another may begin to write the same file."""
+    os.read(0, 1)
+    os._exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an exception's class and the first line of what it says."""
+    said = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], float(sys.argv[2]))

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_tune.errors import ModelError, did_you_mean
-from gemma_tune.models.config import TextConfig, check_config, read_config, read_json
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import ModelError
+from gemma_tune.models.config import TextConfig, check_config, read_config
 from gemma_tune.models.describe import count_params
 from gemma_tune.models.untrusted import check_no_code
 from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.text import did_you_mean
 
 Modality = Literal["text", "text+image", "text+image+audio"]
 
@@ -555,7 +557,7 @@ def check_directory(directory: Path) -> TextConfig:
     for file_name in _CONFIG_FILES:
         path = directory / file_name
         if path.is_file():
-            check_no_code(read_json(path), str(path))
+            check_no_code(read_json_object(path, error=ModelError), str(path))
     for path in _weight_files(directory):
         _check_safetensors(path)
     if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
@@ -572,7 +574,7 @@ def _refuse_adapter(directory: Path) -> None:
     path = directory / ("adapter/adapter_config.json" if is_run else "adapter_config.json")
     if not path.is_file():
         return
-    base = read_json(path).get("base_model_name_or_path") or NOT_KNOWN
+    base = read_json_object(path, error=ModelError).get("base_model_name_or_path") or NOT_KNOWN
     what = "a run with a LoRA adapter" if is_run else "a LoRA adapter"
     raise ModelError(
         f"{directory}: is {what} for the base model {base!r}, not a model",
@@ -587,7 +589,7 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     files = [single] if single.is_file() else []
     if index.is_file():
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_json_object(index, error=ModelError).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{index}: has no weight_map")
         for entry in sorted(set(map(str, weight_map.values()))):

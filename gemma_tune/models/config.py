@@ -6,7 +6,6 @@ defaults of each configuration class are repeated in `families/`; the tests comp
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ModelError
 from gemma_tune.models.families.family import Family
 from gemma_tune.models.families.known import FAMILIES, find_family, supported_types
@@ -101,19 +101,6 @@ class TextConfig:
         return sum(layer.attention == "sliding" for layer in self.layers)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object. Raises ModelError when the file is missing, unreadable or no object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: holds a {type(content).__name__}, a JSON object is expected")
-    return content
-
-
 def read_config(directory: Path) -> TextConfig:
     """Read `<directory>/config.json`. Raises ModelError when it is missing or not a Gemma's."""
     path = directory / "config.json"
@@ -122,7 +109,7 @@ def read_config(directory: Path) -> TextConfig:
             f"{directory}: has no config.json",
             hint="A model directory holds config.json, a tokenizer and *.safetensors files.",
         )
-    return check_config(read_json(path), str(path))
+    return check_config(read_json_object(path, error=ModelError), str(path))
 
 
 def check_config(content: Json, where: str) -> TextConfig:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from gemma_tune.errors import ModelError, did_you_mean
+from gemma_tune.errors import ModelError
 from gemma_tune.models.config import LayerShape, TextConfig
+from gemma_tune.text import did_you_mean
 
 Kind = Literal["Embedding", "Linear", "RMSNorm", "Experts", "Parameters", "DecoderLayer"]
 Shape = tuple[int | None, ...]

@@ -6,16 +6,15 @@ raw bytes; https://github.com/huggingface/safetensors#format.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ModelError
+from gemma_tune.identity import files_sha256
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -109,7 +108,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> file name of an index, each a plain base name (CVE class: `weight_map` with `../`)."""
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json_object(index, error=ModelError, hint="download the file again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map", hint="download the index file again")
     for name in set(map(str, weight_map.values())):
@@ -187,29 +186,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_FILE
     if not path.is_file():
         raise ModelError(f"{directory}: no {CONFIG_FILE}", hint="give the directory of a Hugging Face model")
-    return _read_json(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not JSON ({error})", hint="download the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: not a mapping", hint="download the file again")
-    return value
+    return read_json_object(path, error=ModelError, hint="download the file again")
 
 
 def file_hashes(directory: Path) -> dict[str, str]:
     """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer: the model's identity."""
     others = (INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
-    return _hashes(weight_files(directory) + [directory / name for name in others if (directory / name).is_file()])
+    return files_sha256(weight_files(directory) + [directory / name for name in others if (directory / name).is_file()])
 
 
 def tokenizer_hashes(directory: Path) -> dict[str, str]:
     """File name -> sha256 (hex) of what decides how text becomes tokens, and messages text."""
     names = (*TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
-    return _hashes([directory / name for name in names if (directory / name).is_file()])
+    return files_sha256([directory / name for name in names if (directory / name).is_file()])
 
 
 def has_chat_template(directory: Path) -> bool:
@@ -221,25 +210,6 @@ def has_chat_template(directory: Path) -> bool:
         return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
     except (OSError, ValueError):
         return False
-
-
-def _hashes(paths: Sequence[Path]) -> dict[str, str]:
-    # hashlib releases the interpreter lock while it hashes, so two shards are hashed at once.
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        hashes = pool.map(file_sha256, paths)
-        return dict(sorted(zip((path.name for path in paths), hashes, strict=True)))
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits; the file is read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def file_stamp(path: Path) -> list[int]:
-    """Bytes and time of the last change (ns): enough to tell that a large file was made again, without reading it."""
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
 
 
 def directory_bytes(directory: Path) -> int:

@@ -14,11 +14,12 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from gemma_tune.errors import RecipeError, did_you_mean
+from gemma_tune.errors import RecipeError
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.problems import Problem, problem_of, raise_problems
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.text import did_you_mean
 
 MAX_RECIPE_BYTES = 256 * 1024
 # For a look at rows without a recipe.

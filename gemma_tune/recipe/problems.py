@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pydantic_core import ErrorDetails
 
-from gemma_tune.errors import RecipeError, did_you_mean
+from gemma_tune.errors import RecipeError
+from gemma_tune.text import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from gemma_tune.disk import read_json
 from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.catalogue import LICENCE_IDS
 from gemma_tune.models.fetch import LocalModel
@@ -25,7 +26,6 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
 from gemma_tune.reporting.pages import TEMPLATES_DIR
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.templates import render_template
 

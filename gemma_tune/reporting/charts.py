@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemma_tune.errors import counted
+from gemma_tune.text import counted
 
 if TYPE_CHECKING:
     from markupsafe import Markup

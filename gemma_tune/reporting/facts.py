@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.errors import counted
+from gemma_tune.disk import read_json
 from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, smoothed
-from gemma_tune.reporting.numbers import format_bytes, format_seconds
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import Manifest, read_json, read_manifest, read_metrics
+from gemma_tune.runs.manifest import Manifest, read_manifest
+from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
+from gemma_tune.text import counted, format_bytes, format_seconds
 
 PLAN_FILE = "plan.json"
 # Settings in which two runs differ without learning otherwise.

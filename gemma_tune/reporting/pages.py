@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.errors import counted
 from gemma_tune.reporting.charts import bar_chart
 from gemma_tune.templates import render_template
+from gemma_tune.text import counted
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
 

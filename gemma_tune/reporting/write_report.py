@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import cannot_write, write_text
 from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Line, line_chart
 from gemma_tune.reporting.facts import (
     RunFacts,
@@ -19,7 +20,6 @@ from gemma_tune.reporting.facts import (
 from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
 from gemma_tune.reporting.pages import TEMPLATES_DIR, write_page
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import cannot_write, write_text
 from gemma_tune.templates import render_template
 
 HTML_FILE, TEXT_FILE = "report.html", "report.md"

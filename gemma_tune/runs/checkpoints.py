@@ -16,15 +16,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from gemma_tune.disk import (
+    free_bytes,
+    read_json,
+    replaced_directory,
+    require_free_disk,
+    sync_tree,
+    to_json,
+    write_json,
+)
 from gemma_tune.errors import RunError
-from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.identity import file_sha256
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, sync_directory, sync_file, to_json, write_json
+from gemma_tune.text import format_bytes
 
 SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 _HIDDEN = re.compile(r"\.checkpoint-\d+\.(partial|removed)")  # a save or a removal that a crash cut short
-_NOTHING_LOST = "make space, and go on with --resume: the earlier checkpoints are whole"
+_NOTHING_LOST = "make space, and resume with --resume: the earlier checkpoints are whole"
 _SMALL_FILES_BYTES = 1_000_000  # of a checkpoint: configuration, scheduler, seal
 
 
@@ -48,50 +57,37 @@ def write_checkpoint(run: RunDir, *, step: int, tensor_bytes: int, write: Callab
         RunError: there is too little space, or the files cannot be written.
     """
     final = checkpoint_path(run, step)
-    partial = _hidden(final, "partial")
     needed = tensor_bytes + _SMALL_FILES_BYTES
-    shutil.rmtree(partial, ignore_errors=True)
-    require_free(run.path, needed, what=final.name)
-    try:
-        partial.mkdir(parents=True)
+    require_free(final, needed, what="it")
+
+    def explain(cause: Exception) -> Exception:
+        if not isinstance(cause, OSError | SafetensorError | RunError):
+            return cause
+        return RunError(
+            f"{final.name} could not be saved: {getattr(cause, 'strerror', None) or cause}; it needs "
+            f"{format_bytes(needed, digits=2)}, {format_bytes(free_bytes(final), digits=2)} were free in {run.path}",
+            hint=_NOTHING_LOST,
+        )
+
+    with replaced_directory(final, explain=explain, displace=set_aside) as partial:
         write(partial)
         seal_checkpoint(partial)
-        if final.exists():
-            set_aside(final)
-        partial.rename(final)
-        sync_directory(run.checkpoints)
-        fault = _fault_at_a_glance(final)
-    except (OSError, SafetensorError, RunError) as error:
-        free = shutil.disk_usage(run.path).free
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"{final.name} could not be saved: {getattr(error, 'strerror', None) or error}; it needs "
-            f"{_megabytes(needed)}, {_megabytes(free)} were free in {run.path}",
-            hint=_NOTHING_LOST,
-        ) from None
+    fault = _fault_at_a_glance(final)
     if fault is not None:
         raise RunError(f"{final.name} could not be saved: {fault}", hint=_NOTHING_LOST)
     return final
 
 
-def require_free(folder: Path, needed_bytes: int, *, what: str) -> None:
-    """Raise a `RunError` with both figures when a folder's disk has fewer bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RunError(
-            f"not enough space for {what}: {_megabytes(needed_bytes)} are needed and {_megabytes(free)} free in "
-            f"{folder}",
-            hint=_NOTHING_LOST,
-        )
+def require_free(path: Path, needed_bytes: int, *, what: str) -> None:
+    """Raise a `RunError` with both figures when the disk of `path` has fewer bytes free."""
+    require_free_disk(path, needed_bytes, what=what, error=RunError, hint=_NOTHING_LOST, spare_bytes=0)
 
 
 def seal_checkpoint(path: Path) -> None:
     """Flush every file of a finished checkpoint to disk and record its name, size in bytes and SHA-256."""
+    sync_tree(path)
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != SEAL)
-    for file in files:
-        sync_file(file)
     write_json(path / SEAL, {"files": {file.relative_to(path).as_posix(): _facts(file) for file in files}})
-    sync_directory(path)
 
 
 def remove_old_checkpoints(run: RunDir, *, keep: int, protected: Iterable[Path]) -> None:
@@ -101,7 +97,7 @@ def remove_old_checkpoints(run: RunDir, *, keep: int, protected: Iterable[Path])
     for path in complete[keep:]:
         if path in safe:
             continue
-        hidden = _hidden(path, "removed")
+        hidden = path.with_name(f".{path.name}.removed")
         shutil.rmtree(hidden, ignore_errors=True)
         with contextlib.suppress(OSError):  # one too many is no reason to lose a run
             path.rename(hidden)  # at once, so that a crash leaves no half checkpoint in the list
@@ -218,13 +214,5 @@ def _listed(run: RunDir) -> list[Path]:
     )
 
 
-def _hidden(checkpoint: Path, state: str) -> Path:
-    return checkpoint.with_name(f".{checkpoint.name}.{state}")
-
-
 def _facts(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"

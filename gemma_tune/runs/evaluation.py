@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, write_json
 
 Side = Literal["base", "tuned"]
 SIDES: tuple[Side, ...] = ("base", "tuned")

@@ -12,6 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import RunError
 
 # Names that Windows reserves for devices, whatever their extension (S4).
@@ -121,7 +122,10 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
     try:
         made = _make_parents(output_dir)
         try:
-            _require_free(output_dir, needed_bytes)
+            require_free_disk(
+                output_dir, needed_bytes, what="the run", error=RunError, spare_bytes=0,
+                hint="free some space, or set run.output_dir to another disk",
+            )  # fmt: skip
             return RunDir(_make_named(output_dir, name) if name else _make_numbered(output_dir, recipe_name))
         except (RunError, OSError):
             for folder in reversed(made):  # leave nothing behind that was not there
@@ -187,15 +191,6 @@ def _numbered_runs(output_dir: Path, recipe_name: str) -> dict[int, Path]:
         if start == recipe_name and len(number) >= 3 and number.isdecimal():
             found[int(number)] = path
     return found
-
-
-def _require_free(folder: Path, needed_bytes: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise RunError(
-            f"not enough space in {folder}: the run needs {needed_bytes / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free",
-            hint="free some space, or set run.output_dir to another disk",
-        )
 
 
 def open_run(path: Path) -> RunDir:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import take_lock
 from gemma_tune.errors import RunError
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir, newest_run
-from gemma_tune.runs.record import read_manifest, take_lock
+from gemma_tune.runs.manifest import read_manifest
 
 # Settings that may change between a run and its resumption: none of them decides what a step computes. Base and rows
 # may be somewhere else, as the lock holds hashes of what is in them.

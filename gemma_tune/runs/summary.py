@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, write_json
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
-from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.identity import file_sha256
 from gemma_tune.recipe.schema import LoraSection
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

@@ -17,7 +17,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import append_metrics, update_manifest
+from gemma_tune.runs.manifest import update_manifest
+from gemma_tune.runs.metrics import append_metrics
 from gemma_tune.runs.reporter import Reporter, StepProgress
 
 _SECONDS_OF_ONE_SIGTERM = 3.0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,13 @@ from safetensors import SafetensorError
 from transformers import set_seed
 
 from gemma_tune.data.encode.encode_rows import Datasets
+from gemma_tune.disk import replaced_directory
 from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_manifest, update_manifest
+from gemma_tune.runs.manifest import read_manifest, update_manifest
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.training.adapter_weights import name_base, write_adapter
 from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
@@ -254,21 +253,17 @@ def _closing_loss(trainer: TokenWeightedTrainer) -> float:
 
 
 def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: Any, directory: Path) -> None:
-    """Write the adapter with the tokenizer beside it; the directory appears when it is whole."""
-    partial = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
+    """Write the adapter with the tokenizer next to it; the directory appears when it is whole."""
+
+    def explain(cause: Exception) -> Exception:
+        if not isinstance(cause, OSError | SafetensorError):
+            return cause
+        return RunError(
+            f"the adapter could not be saved into {directory}: {getattr(cause, 'strerror', None) or cause}",
+            hint="make space, and resume with --resume: the last checkpoint holds everything",
+        )
+
+    # What is there already is of a run that was trained on after its end.
+    with replaced_directory(directory, explain=explain) as partial:
         write_adapter(model, partial, weights=weights)
         tokenizer.save_pretrained(str(partial))
-        for file in partial.iterdir():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-        shutil.rmtree(directory, ignore_errors=True)  # of a run that was trained on after its end
-        partial.rename(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise RunError(
-            f"the adapter could not be saved into {directory}: {getattr(error, 'strerror', None) or error}",
-            hint="make space, and go on with --resume: the last checkpoint holds everything",
-        ) from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.cli.report import report
-from gemma_tune.runs.record import update_manifest
+from gemma_tune.runs.manifest import update_manifest
 from tests.reporting.made_runs import make_run_in
 
 

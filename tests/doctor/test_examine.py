@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.doctor.examine import _disks, _plan, _wanted
-from gemma_tune.machine.child import Probed
+from gemma_tune.doctor.probe import Probed
 from gemma_tune.machine.precision import Device
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import DataSection, Recipe

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +13,8 @@ import pytest
 
 from gemma_tune.doctor.examine import PROBE_SECONDS
 from gemma_tune.doctor.libraries import check_bitsandbytes, check_engine
-from gemma_tune.machine.child import Probed, run_command, run_probe, run_probes
+from gemma_tune.doctor.probe import Probed, run_probe, run_probes
+from gemma_tune.machine.child import run_command
 from tests.doctor.conftest import Stub
 
 
@@ -36,8 +39,12 @@ def test_a_library_that_hangs(stub_module: Stub) -> None:
 def test_native_code_that_hangs_after_its_starter_is_gone(stub_module: Stub) -> None:
     """What blocks the signals that Python handles is still ended by the alarm."""
     stub_module("torch", "import time\ntime.sleep(600)")
-    command = [sys.executable, "-m", "gemma_tune.doctor.worker", "torch", "0.5", "{}"]
-    assert run_command(command, seconds=30).signal == "SIGALRM"
+    command = [sys.executable, "-m", "gemma_tune.machine.child", "gemma_tune.doctor.worker:probe_torch", "0.5"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        assert child.stdin is not None
+        child.stdin.write(b"{}\n")
+        child.stdin.flush()
+        assert child.wait(30) == -signal.SIGALRM
 
 
 def test_a_library_that_fails_or_ends_the_process(stub_module: Stub) -> None:

@@ -15,13 +15,14 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.open import build_datasets
 from gemma_tune.data.rows.template import load_template
+from gemma_tune.disk import write_json
 from gemma_tune.models.fetch import fetch_model
 from gemma_tune.models.safetensors import file_hashes, tokenizer_hashes
 from gemma_tune.paths import TINY_MODEL_DIR, TINY_ROWS_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import start_manifest, update_manifest, write_json
+from gemma_tune.runs.manifest import start_manifest, update_manifest
 
 NUM_ROWS = 10
 MAX_NEW_TOKENS = 16

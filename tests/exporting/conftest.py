@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -181,16 +179,3 @@ def make_gguf_source(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
         return directory
 
     return make
-
-
-@pytest.fixture
-def read_only_directory(tmp_path: Path) -> Path:
-    """A directory in which nothing can be made, for root neither."""
-    directory = tmp_path / "read-only"
-    directory.mkdir()
-    directory.chmod(0o500)
-    if not os.access(directory, os.W_OK):
-        return directory
-    if sys.platform != "linux":
-        pytest.skip("root may write anywhere here")
-    return Path("/sys")

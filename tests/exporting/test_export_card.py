@@ -18,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.data.rows.template import list_templates, load_template
+from gemma_tune.disk import write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_card import describe_prompt, write_model_card
 from gemma_tune.exporting.export_record import ExportRecord
@@ -29,7 +30,7 @@ from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import Lock, write_json
+from gemma_tune.runs.lock import Lock
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_tune.errors import ExportError, GemmaTuneError
-from gemma_tune.exporting.source import Combination, combine_sources, hash_of_json, open_source
+from gemma_tune.exporting.source import Combination, combine_sources, open_source
+from gemma_tune.identity import json_sha256
 from gemma_tune.paths import TINY_MODEL_DIR
 
 
@@ -61,4 +62,4 @@ def test_adapters_are_combined_once(adapters: tuple[Path, Path], tmp_path: Path)
 
 
 def test_the_order_of_keys_does_not_matter() -> None:
-    assert hash_of_json({"a": 1, "b": [2]}) == hash_of_json({"b": [2], "a": 1}) != hash_of_json({"a": 1, "b": [3]})
+    assert json_sha256({"a": 1, "b": [2]}) == json_sha256({"b": [2], "a": 1}) != json_sha256({"a": 1, "b": [3]})

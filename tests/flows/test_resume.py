@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.chaos import MAX_STEPS, make_recipe, outcome
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.flows import train as flow
 from gemma_tune.flows.reproduce import reproduce_run
 from gemma_tune.paths import DATA_TEMPLATES_DIR
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_json, read_manifest, read_metrics, write_json
+from gemma_tune.runs.manifest import read_manifest
+from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.runs.resume import hold_run
 

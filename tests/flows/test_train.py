@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, RunError, TrainingInterrupted
 from gemma_tune.flows import train as flow
 from gemma_tune.flows.export import exports_of
@@ -26,7 +27,9 @@ from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import Lock, read_json, read_manifest, read_metrics
+from gemma_tune.runs.lock import Lock
+from gemma_tune.runs.manifest import read_manifest
+from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.runs.summary import read_summary
 

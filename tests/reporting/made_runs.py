@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
+from gemma_tune.disk import write_json
 from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, judge_answer
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import Evaluation, Side, write_evaluation
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import Lock, append_metrics, start_manifest, update_manifest, write_json
+from gemma_tune.runs.lock import Lock
+from gemma_tune.runs.manifest import start_manifest, update_manifest
+from gemma_tune.runs.metrics import append_metrics
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
 
 DATA = DataReport(

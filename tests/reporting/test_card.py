@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
+from gemma_tune.disk import write_json
 from gemma_tune.exporting.export_card import card_format
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import read_config
@@ -22,7 +23,6 @@ from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.reporting.card import CardExport, CardPrompt, build_model_card, mask_private
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import write_json
 
 PROMPT = CardPrompt(
     template="kind: text\nprompt: '{{ q }}'\n",

@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
+from gemma_tune.disk import write_json
 from gemma_tune.errors import RunError
 from gemma_tune.reporting.facts import differing_settings, gather_facts, plan_against_measured, warnings
 from gemma_tune.reporting.write_report import write_report, write_reports
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import append_metrics, update_manifest, write_json
+from gemma_tune.runs.manifest import update_manifest
+from gemma_tune.runs.metrics import append_metrics
 from tests.reporting.conftest import MakeRun
 
 HOSTILE = (

@@ -11,7 +11,7 @@ import pytest
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import create_run, discard_run, find_interrupted, open_run
-from gemma_tune.runs.record import start_manifest
+from gemma_tune.runs.manifest import start_manifest
 
 
 def test_runs_are_numbered_from_the_highest(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_windows_device_names_are_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_too_little_space_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"not enough space.*MB are free"):
+    with pytest.raises(RunError, match=r"the run needs 1,152,921,504\.61 GB, .* are free"):
         create_run(tmp_path / "new" / "runs", name="r", recipe_name="r", needed_bytes=1 << 60)
     assert list(tmp_path.iterdir()) == []
 

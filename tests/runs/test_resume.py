@@ -13,7 +13,7 @@ import pytest
 from gemma_tune.errors import RunError
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import start_manifest, update_manifest
+from gemma_tune.runs.manifest import start_manifest, update_manifest
 from gemma_tune.runs.resume import hold_run, interrupted_run, is_held, lock_differences, recipe_differences
 
 

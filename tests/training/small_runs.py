@@ -21,7 +21,8 @@ from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import step_of
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import keep_metrics_until, read_metrics, start_manifest
+from gemma_tune.runs.manifest import start_manifest
+from gemma_tune.runs.metrics import keep_metrics_until, read_metrics
 from gemma_tune.runs.reporter import Reporter, SilentReporter
 from gemma_tune.training.train_adapter import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows

@@ -16,7 +16,7 @@ from gemma_tune.errors import TrainingStopped
 from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_metrics
+from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.guards import MAX_FP16_OVERFLOWS, GuardCallback, find_non_finite

@@ -29,7 +29,8 @@ from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_metrics, start_manifest
+from gemma_tune.runs.manifest import start_manifest
+from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.loop import JoinRows, RowGroups, join_rows_for

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import read_manifest
+from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.training.state_file import read_state
 from tests.training.random_rows import Rows, make_rows
 from tests.training.small_runs import (

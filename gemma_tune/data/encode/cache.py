@@ -7,7 +7,6 @@ entry do not disturb each other. Entries hold the user's rows and are readable b
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -29,7 +28,7 @@ from gemma_tune.data.rows.read import examples_sha256
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, example_to_json
 from gemma_tune.errors import DataError
-from gemma_tune.models.safetensors import file_sha256
+from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.recipe.schema import DataSection
 
 CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
@@ -76,7 +75,7 @@ def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[
         "tokenizer": dict(tokenizer_files),
         "packages": {name: version(name) for name in packages},
     }
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8")).hexdigest()
+    return json_sha256(decided)
 
 
 @dataclass(frozen=True)
@@ -212,7 +211,7 @@ def clear_cache() -> tuple[int, int]:
 
 
 def _hashes(directory: Path) -> dict[str, str]:
-    return {name: file_sha256(directory / name) for name in _FILES}
+    return files_sha256([directory / name for name in _FILES])
 
 
 def _entry(key: str) -> Path:

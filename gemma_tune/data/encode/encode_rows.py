@@ -14,8 +14,9 @@ from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows, Ints
 from gemma_tune.data.encode.encoder import Encoder, in_batches
 from gemma_tune.data.rows.read import Examples
 from gemma_tune.data.rows.render import Example
-from gemma_tune.errors import DataError, counted
+from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
+from gemma_tune.text import counted
 
 Side = Literal["train", "eval"]
 

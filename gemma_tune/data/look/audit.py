@@ -15,7 +15,7 @@ from gemma_tune.data.data_report import LengthBin, length_bins
 from gemma_tune.data.text.damage import citation_marks, encoding_damage
 from gemma_tune.data.text.duplicates import NEAR_THRESHOLD, Fingerprints, exact_groups
 from gemma_tune.data.text.pii import PII_KINDS, PII_NAMES, PiiKind, find_pii, mask_pii, masked_value
-from gemma_tune.errors import counted
+from gemma_tune.text import counted
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")

@@ -8,7 +8,8 @@ from itertools import groupby
 from typing import Any, Literal
 
 from gemma_tune.data.encode.encode_rows import Datasets
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
+from gemma_tune.text import did_you_mean
 
 
 @dataclass(frozen=True, slots=True)

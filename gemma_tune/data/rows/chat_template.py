@@ -7,7 +7,6 @@ skeleton plus messages is what the model's template says, character for characte
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from jinja2.visitor import NodeTransformer
 
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.errors import DataError
+from gemma_tune.identity import text_sha256
 
 # What one rendering may do. Measured: 200 messages take 601 steps in Gemma 1's template, 1,001 in 3's and 22,703 in
 # 4's, whose inner loops look back at earlier turns.
@@ -79,7 +79,7 @@ class ChatRenderer:
             DataError: the template does not compile.
         """
         self.template = template
-        self.sha256 = hashlib.sha256(template.encode("utf-8")).hexdigest()
+        self.sha256 = text_sha256(template)
         self._bos = bos_token
         self._specials: dict[str, str] = {"bos_token": bos_token, "eos_token": eos_token}
         self._control_strings = tuple(sorted(control_strings, key=len, reverse=True))

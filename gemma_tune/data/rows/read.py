@@ -19,8 +19,10 @@ from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.spool import ExampleSpool, StoredExample, StoredExamples
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken, told
-from gemma_tune.errors import DataError, counted
+from gemma_tune.errors import DataError
+from gemma_tune.identity import json_sha256
 from gemma_tune.recipe.schema import DataSection
+from gemma_tune.text import counted
 
 # A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others
 # in `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
@@ -156,7 +158,7 @@ def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer 
             mode="json", exclude={"source", "eval_source", "mix", "template", "columns", "cache"}
         ),
     }
-    return hashlib.sha256(json.dumps(decided, sort_keys=True).encode("utf-8")).hexdigest()
+    return json_sha256(decided)
 
 
 def render_rows(

@@ -7,7 +7,6 @@ assignments, so that rendering always ends and its output is bounded. Row text i
 from __future__ import annotations
 
 import functools
-import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,12 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import AliasEvent
 
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
+from gemma_tune.identity import text_sha256
 from gemma_tune.paths import DATA_TEMPLATES_DIR
 from gemma_tune.recipe.problems import problem_of
 from gemma_tune.recipe.schema import DataSection, Names, NonEmpty, Section
+from gemma_tune.text import did_you_mean
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
@@ -230,7 +231,7 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         messages=tuple(MessageTemplate(role=message.role, content=message.content) for message in file.messages),
         conversation=file.conversation,
         example=file.example,
-        sha256=hashlib.sha256(text.encode("utf-8")).hexdigest(),
+        sha256=text_sha256(text),
         source_text=text,
     )
 

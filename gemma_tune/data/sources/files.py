@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.sources.items import BrokenLine, SourceItem, SourceRow
-from gemma_tune.errors import DataError, did_you_mean
+from gemma_tune.errors import DataError
+from gemma_tune.text import did_you_mean
 
 MAX_SHOWN = 5
 BATCH_ROWS = 1_000

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gemma_tune.data.data_report import MAX_SAMPLES
-from gemma_tune.errors import DataError, counted
+from gemma_tune.errors import DataError
+from gemma_tune.text import counted
 
 
 @dataclass(frozen=True, slots=True)

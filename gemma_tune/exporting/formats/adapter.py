@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.plan import plan_merge, refuse_strangers
-from gemma_tune.exporting.output_dir import output_directory, refuse_existing, require_free_disk
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.models.catalogue import resolve_model
 from gemma_tune.models.fetch import LocalModel
@@ -27,7 +27,6 @@ from gemma_tune.runs.adapter import (
     read_adapter,
     read_adapter_config,
 )
-from gemma_tune.runs.record import write_json
 
 
 @dataclass(frozen=True)

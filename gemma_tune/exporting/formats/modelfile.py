@@ -26,8 +26,8 @@ from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.data.rows.template import DataTemplate, load_template, render_text
+from gemma_tune.disk import output_file
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.output_dir import output_file
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from gemma_tune.disk import finished_files, keep_file, output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.shards import shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
@@ -34,15 +35,8 @@ from gemma_tune.exporting.merge.tensor_io import (
     read_elements,
     write_elements,
 )
-from gemma_tune.exporting.output_dir import (
-    fingerprint_of,
-    finished_files,
-    keep_file,
-    output_directory,
-    refuse_existing,
-    require_free_disk,
-)
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
+from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.families.known import canonical_name, tower_names
 from gemma_tune.models.safetensors import (
     BYTES_OF_DTYPE,
@@ -53,7 +47,6 @@ from gemma_tune.models.safetensors import (
 )
 from gemma_tune.models.untrusted import check_no_code
 from gemma_tune.runs.adapter import FLOAT_DTYPES
-from gemma_tune.runs.record import installed_version, write_json
 
 _DEFAULT_SHARD_BYTES = 5_000_000_000
 # bitsandbytes' own: one absmax a block of 64 weights, and one float32 a group of 256 of those.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemma_tune.errors import ExportError, did_you_mean
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.quantize import CONVERTED, QUANTIZATIONS, require_gguf_packages
+from gemma_tune.text import did_you_mean
 
 ADAPTER, MERGED, MERGED_4BIT, OLLAMA = "adapter", "merged-16bit", "merged-4bit", "ollama"
 # Stands for the GGUF whose dtype is that of the merged weights: what llama.cpp quantises from.

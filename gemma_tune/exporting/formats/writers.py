@@ -10,16 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import output_directory, write_text
 from gemma_tune.exporting.formats.adapter import export_adapter
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.gguf.header import GgufReport
 from gemma_tune.exporting.gguf.quantize import quantize_gguf
 from gemma_tune.exporting.merge.plan import MergeDtype
-from gemma_tune.exporting.output_dir import output_directory
 from gemma_tune.exporting.source import ExportSource
 from gemma_tune.exporting.text_files import licence_notice
 from gemma_tune.models.catalogue import LICENCE_IDS
-from gemma_tune.runs.record import write_text
 from gemma_tune.runs.reporter import Reporter
 
 

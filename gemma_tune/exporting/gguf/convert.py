@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+from gemma_tune.disk import output_file, refuse_existing, require_free_disk
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.architecture import GgufArchitecture, add_hyperparameters, read_architecture
 from gemma_tune.exporting.gguf.blocks import encode_block, read_block
@@ -23,7 +24,6 @@ from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, align, read
 from gemma_tune.exporting.gguf.quantize import CONVERTED, quantized_bytes, require_gguf_packages
 from gemma_tune.exporting.gguf.tensors import GgufDtype, GgufTensor, TensorPlan, plan_tensors
 from gemma_tune.exporting.gguf.vocabulary import GgufVocabulary, add_vocabulary, read_vocabulary
-from gemma_tune.exporting.output_dir import output_file, refuse_existing, require_free_disk
 from gemma_tune.models.safetensors import stored_tensors
 
 # 1 MiB in float32: as large as merge.py's blocks, which were measured.

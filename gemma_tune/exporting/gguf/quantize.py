@@ -8,19 +8,16 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.errors import ExportError, did_you_mean
+from gemma_tune.disk import output_file, refuse_existing, require_free_disk
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
-from gemma_tune.exporting.gguf.quantize_worker import PROGRESS_WORD
-from gemma_tune.exporting.output_dir import output_file, refuse_existing, require_free_disk
+from gemma_tune.machine.child import run_child
+from gemma_tune.text import did_you_mean
 
 # What convert.py writes without a compiled package.
 CONVERTED = ("f32", "f16", "bf16", "q8_0")
@@ -155,33 +152,25 @@ def quantize_gguf(
 
 
 def _run_llama_cpp(source: Path, output: Path, quantization: str, on_progress: Callable[[int, int], None]) -> None:
-    # -P: a gguf.py in the current directory must not be imported.
-    command = [sys.executable, "-P", "-m", "gemma_tune.exporting.gguf.quantize_worker", str(source), str(output)]
-    command += [str(QUANTIZATIONS[quantization].ftype), str(os.cpu_count() or 1), str(_BUFFER_BYTES)]
-    last_lines: deque[str] = deque(maxlen=_LAST_LINES)
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        encoding="utf-8", errors="replace",
-    ) as worker:  # fmt: skip
-        assert worker.stdout is not None
-        try:
-            for line in worker.stdout:
-                word, *numbers = line.split() or [""]
-                if word == PROGRESS_WORD:
-                    on_progress(int(numbers[0]), int(numbers[1]))
-                elif line.strip():
-                    last_lines.append(line.strip())
-        except BaseException:
-            worker.kill()
-            raise
-    if worker.returncode:
-        code = worker.returncode
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"gave up (code {code})"
-        told = "; ".join(last_lines)
-        raise ExportError(
-            f"{source}: llama.cpp {how} while it made {quantization}" + (f": {told}" if told else ""),
-            hint="nothing was kept; is the disk or the memory full? The file it was to be made from is whole",
-        )
+    end = run_child(
+        "gemma_tune.exporting.gguf.quantize_worker:quantize",
+        {
+            "source": str(source),
+            "output": str(output),
+            "ftype": QUANTIZATIONS[quantization].ftype,
+            "num_threads": os.cpu_count() or 1,
+            "buffer_bytes": _BUFFER_BYTES,
+        },
+        on_message=lambda message: on_progress(message["done"], message["total"]),
+    )
+    if end.has_result and end.result == 0:
+        return
+    how = f"was ended by {end.signal}" if end.signal else f"gave up (code {end.result if end.has_result else end.code})"
+    told = "; ".join([*end.last_lines(_LAST_LINES), *filter(None, [end.error])])
+    raise ExportError(
+        f"{source}: llama.cpp {how} while it made {quantization}" + (f": {told}" if told else ""),
+        hint="nothing was kept; is the disk or the memory full? The file it was to be made from is whole",
+    )
 
 
 def _fallback_notes(header: GgufHeader, quantization: str) -> Iterator[str]:

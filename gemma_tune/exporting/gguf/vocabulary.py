@@ -15,8 +15,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.errors import ExportError
-from gemma_tune.models.config import read_json
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import ExportError, ModelError
 from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
 
 _SPACE = "▁"
@@ -69,8 +69,8 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
     path = directory / "tokenizer.json"
     if not path.is_file():
         raise ExportError(f"{directory}: no tokenizer.json", hint="copy the tokenizer of the model there")
-    tokenizer = read_json(path)
-    config = read_json(directory / "tokenizer_config.json")
+    tokenizer = read_json_object(path, error=ModelError)
+    config = read_json_object(directory / "tokenizer_config.json", error=ModelError)
     added: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
     _refuse_other_forms(tokenizer, added, path)
     pieces: dict[str, int] = tokenizer["model"]["vocab"]
@@ -316,7 +316,7 @@ def _stop_notes(directory: Path, stop_ids: set[int | None]) -> Iterator[str]:
     path = directory / GENERATION_CONFIG_FILE
     if not path.is_file():
         return
-    given = read_json(path).get("eos_token_id")
+    given = read_json_object(path, error=ModelError).get("eos_token_id")
     wanted = given if isinstance(given, list) else [given]
     left_out = [index for index in wanted if index is not None and index not in stop_ids]
     if left_out:

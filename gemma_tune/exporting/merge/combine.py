@@ -20,10 +20,10 @@ import torch
 from peft.utils.merge_utils import dare_linear, dare_ties, task_arithmetic, ties
 from safetensors.torch import save_file
 
+from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.tensor_io import read_tensor, same_values
 from gemma_tune.exporting.merge.write import check_adapter_values
-from gemma_tune.exporting.output_dir import output_directory, refuse_existing, require_free_disk
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.models.safetensors import StoredTensor
 from gemma_tune.runs.adapter import (
@@ -34,7 +34,6 @@ from gemma_tune.runs.adapter import (
     read_adapter,
     read_adapter_config,
 )
-from gemma_tune.runs.record import write_json
 
 CombineMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
+from gemma_tune.disk import write_json
 from gemma_tune.models.safetensors import INDEX_FILE, WEIGHTS_FILE, read_header
-from gemma_tune.runs.record import write_json
 
 
 def shard_names(count: int) -> list[str]:

@@ -23,6 +23,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from gemma_tune.disk import (
+    finished_files,
+    keep_file,
+    output_directory,
+    refuse_existing,
+    require_free_disk,
+    sync_file,
+    write_json,
+)
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.plan import MergeDtype, MergePlan, PlannedTensor, plan_merge
 from gemma_tune.exporting.merge.shards import set_length, shard_names, write_index
@@ -39,15 +48,8 @@ from gemma_tune.exporting.merge.tensor_io import (
     same_values,
     write_into,
 )
-from gemma_tune.exporting.output_dir import (
-    fingerprint_of,
-    finished_files,
-    keep_file,
-    output_directory,
-    refuse_existing,
-    require_free_disk,
-)
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
+from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.safetensors import (
     BYTES_OF_DTYPE,
     CONFIG_FILE,
@@ -57,7 +59,6 @@ from gemma_tune.models.safetensors import (
     stored_tensors,
 )
 from gemma_tune.runs.adapter import LoraAdapter, LoraFactors, read_adapter
-from gemma_tune.runs.record import installed_version, sync_file, write_json
 
 _DEFAULT_SHARD_BYTES = 5_000_000_000
 # A block takes a quarter of a millisecond. Handed out one by one, the caller's thread would take a tenth of the cores.

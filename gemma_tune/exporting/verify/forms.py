@@ -8,12 +8,7 @@ go straight to the disk.
 from __future__ import annotations
 
 import importlib
-import json
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,10 +17,10 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from gemma_tune.errors import ExportError, GemmaTuneError
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.parity import Logits
 from gemma_tune.exporting.verify.probe import Probe
-from gemma_tune.paths import PACKAGE_DIR
+from gemma_tune.machine.child import ChildEnd, Send, run_child
 
 FormKind = Literal["plain", "nf4", "nf4-expanded", "gguf"]
 OnProgress = Callable[[int, int], None]
@@ -161,43 +156,29 @@ def measure_in_child(
         ExportError: what the process raised, or that it was ended by the system or by an abort of a library.
     """
     request = {"forms": [_to_json(form) for form in forms], "probe": asdict(probe), "directory": str(directory)}
-    # Threads that wait without spinning: on two cores shared with other work, 9 s instead of 33 s for the same check.
-    environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    # -P leaves out the working directory, where a user's `torch.py` may lie; so a checkout must be named.
-    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemma_tune.exporting.verify.forms"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            encoding="utf-8",
-            env=environment,
-        )
-        try:
-            assert child.stdin is not None and child.stdout is not None
-            child.stdin.write(json.dumps(request))
-            child.stdin.close()
-            answer: dict[str, Any] = {}
-            for line in child.stdout:
-                answer = json.loads(line)
-                if "done" in answer and on_progress is not None:
-                    on_progress(answer["done"], answer["total"])
-            code = child.wait()
-        finally:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-        if "error" in answer:
-            raise ExportError(answer["error"], hint=answer["hint"])
-        if code or "measured" not in answer:
-            log.seek(0)
-            raise _ended(forms, code, log.read())
+
+    def tell(message: dict[str, Any]) -> None:
+        if on_progress is not None:
+            on_progress(message["done"], message["total"])
+
+    end = run_child(
+        f"{__name__}:send_measured",
+        request,
+        on_message=tell,
+        environment={
+            # Threads that wait without spinning: on two cores shared with other work, 9 s instead of 33 s.
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "passive"),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "true",
+        },
+    )
+    if end.is_ours and end.error is not None:
+        raise ExportError(end.error, hint=end.hint)
+    if not end.has_result:
+        raise _ended(forms, end)
     return [
         Measurement(form, np.load(path, mmap_mode="r", allow_pickle=False), text_ids, answers)
-        for form, (path, text_ids, answers) in zip(forms, answer["measured"], strict=True)
+        for form, (path, text_ids, answers) in zip(forms, end.result, strict=True)
     ]
 
 
@@ -210,47 +191,29 @@ def _from_json(values: dict[str, Any]) -> Form:
     return Form(**{**values, **paths})
 
 
-def _ended(forms: Sequence[Form], code: int, log: str) -> ExportError:
+def _ended(forms: Sequence[Form], end: ChildEnd) -> ExportError:
     names = ", ".join(form.name for form in forms)
-    if code == -signal.SIGKILL if sys.platform != "win32" else False:
+    if end.signal == "SIGKILL":
         return ExportError(
             f"the process that ran {names} was killed, most likely for want of memory",
             hint="free some memory, or leave the check out with --skip-verify",
         )
-    told = "\n".join(log.strip().splitlines()[-_LAST_LINES:])
-    return ExportError(
-        f"the process that ran {names} ended with code {code}:\n{told}", hint="the export may be damaged"
+    how = "failed" if end.error else f"ended with {end.signal}" if end.signal else f"ended with code {end.code}"
+    told = "\n".join(end.last_lines(_LAST_LINES))
+    return ExportError(f"the process that ran {names} {how}:\n{told}", hint="the export may be damaged")
+
+
+def send_measured(send: Send, *, forms: list[Any], probe: dict[str, Any], directory: str) -> list[Any]:
+    """Measure for `measure_in_child`, in the process that it starts."""
+    folder = Path(directory)
+    measured = measure_here(
+        [_from_json(form) for form in forms],
+        Probe(**{key: _tuples(value) for key, value in probe.items()}),
+        directory=folder,
+        on_progress=lambda done, total: send(done=done, total=total),
     )
-
-
-def _serve() -> None:
-    """Read a request from stdin; write progress and, last, the result as lines of JSON to stdout."""
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to the log, C code included
-
-    def send(**values: Any) -> None:
-        channel.write(json.dumps(values) + "\n")
-        channel.flush()
-
-    request = json.loads(sys.stdin.buffer.read().decode("utf-8"))
-    probe = Probe(**{key: _tuples(value) for key, value in request["probe"].items()})
-    directory = Path(request["directory"])
-    try:
-        measured = measure_here(
-            [_from_json(form) for form in request["forms"]],
-            probe,
-            directory=directory,
-            on_progress=lambda done, total: send(done=done, total=total),
-        )
-    except GemmaTuneError as error:
-        send(error=error.message, hint=error.hint)
-        return
-    send(measured=[(str(directory / f"{each.form.name}.npy"), each.text_ids, each.answers) for each in measured])
+    return [(str(folder / f"{each.form.name}.npy"), each.text_ids, each.answers) for each in measured]
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-if __name__ == "__main__":
-    _serve()

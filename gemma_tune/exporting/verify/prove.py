@@ -8,12 +8,12 @@ model that was really trained (F41), on the 16-bit base and on the one that the 
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import ExportError, GemmaTuneError
 from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
 from gemma_tune.exporting.verify.forms import Form, Measure, Measurement, measure_in_child
@@ -411,9 +411,7 @@ def _facts(path: Path) -> dict[str, str]:
 def _require_room(directory: Path, source: Source, probe: Probe, *, num_forms: int) -> None:
     """Refuse when the logits of all forms do not fit on the disk."""
     needed = num_forms * probe.num_tokens * read_config(source.base).vocab_size * _FLOAT32_BYTES
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise ExportError(
-            f"{directory.parent}: the check needs {needed / 1e9:.2f} GB for logits, {free / 1e9:.2f} GB are free",
-            hint="free some space, set TMPDIR to another disk, or compare fewer positions",
-        )
+    require_free_disk(
+        directory, needed, what="the check's logits", spare_bytes=0,
+        hint="free some space, set TMPDIR to another disk, or compare fewer positions",
+    )  # fmt: skip

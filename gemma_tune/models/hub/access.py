@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gemma_tune.errors import ModelError, did_you_mean
+from gemma_tune.errors import ModelError
 from gemma_tune.models.catalogue import MODELS, GemmaModel, check_directory, find_model
+from gemma_tune.text import did_you_mean
 
 HUB_SECONDS = 6.0
 _NUM_SHOWN = 4

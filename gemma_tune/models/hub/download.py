@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import require_free_disk, sync_directory, sync_file
 from gemma_tune.errors import ModelError
 from gemma_tune.models.hub.access import HubFile, HubModel, reason_of
 from gemma_tune.models.safetensors import (
@@ -81,7 +81,11 @@ def download_model(model: HubModel, *, progress: Progress | None = None) -> Path
     missing = [(file, blob) for file, blob in large if not blob.exists()]
     present = sum(file.num_bytes for file, blob in large if blob.exists())
     todo = sum(file.num_bytes - _partial_bytes(blob) for file, blob in missing)
-    _require_space(model.hub_id, store, todo)
+    if todo:
+        require_free_disk(
+            store, todo, what=f"the rest of {model.hub_id}", error=ModelError, spare_bytes=_SPARE_BYTES,
+            hint="free some space, or keep the hub cache on another disk: export HF_HOME=/path/with/room",
+        )  # fmt: skip
     meter = _Meter(present, sum(file.num_bytes for file in files), progress)
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
         try:
@@ -148,16 +152,6 @@ def _partial_bytes(blob: Path) -> int:
     return partial.stat().st_size if partial.is_file() else 0
 
 
-def _require_space(hub_id: str, store: Path, num_bytes: int) -> None:
-    folder = next(path for path in (store, *store.parents) if path.is_dir())
-    free = shutil.disk_usage(folder).free
-    if num_bytes and num_bytes + _SPARE_BYTES > free:
-        raise ModelError(
-            f"{hub_id} needs {num_bytes / 1e9:.2f} GB more in {store.parent}, where {free / 1e9:.2f} GB are free",
-            hint="free some space, or keep the hub cache on another disk: export HF_HOME=/path/with/room",
-        )
-
-
 def _fetch(model: HubModel, file: HubFile, blob: Path, meter: _Meter) -> None:
     """Bring one large file to `blob`, whose name is its SHA-256. What was there of it before is kept and checked."""
     from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
@@ -184,7 +178,9 @@ def _fetch(model: HubModel, file: HubFile, blob: Path, meter: _Meter) -> None:
                 f"{(file.sha256 or '')[:12]}…",
                 hint="run the command again; if it happens twice, a proxy between here and the hub changes files",
             )
+        sync_file(partial)
         partial.replace(blob)
+        sync_directory(blob.parent)
 
 
 def _fill(model: HubModel, file: HubFile, partial: Path, meter: _Meter) -> str:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -182,7 +181,7 @@ def test_an_existing_output_and_a_full_disk_are_refused(
         quantize_gguf(bf16, tmp_path / "q.gguf", quantization="q4_0")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(ExportError, match=r"the q4_0 GGUF needs 0\.00 GB, 0\.00 GB are free"):
+    with pytest.raises(ExportError, match=r"the q4_0 GGUF needs \d\.\d MB, 1\.0 MB are free"):
         quantize_gguf(bf16, tmp_path / "other.gguf", quantization="q4_0")
 
 
@@ -210,14 +209,3 @@ def test_what_has_its_name_is_complete_after_a_kill(make_gguf_source: Callable[.
         return quantize_gguf(tmp_path / "bf16.gguf", path, quantization="q4_k_m")
 
     assert num_partials_left(_KILLED_PROGRAM, tmp_path / "bf16.gguf", tmp_path, write=write, longest_seconds=1.5) > 0
-
-
-@needs_llama_cpp
-def test_the_worker_ends_with_whoever_started_it(bf16: Path, tmp_path: Path) -> None:
-    """A closed stdin is what a killed process leaves."""
-    command = [sys.executable, "-m", "gemma_tune.exporting.gguf.quantize_worker", str(bf16), str(tmp_path / "q.gguf")]
-    with subprocess.Popen([*command, "15", "1", "1000000"], stdin=subprocess.PIPE) as worker:
-        assert worker.stdin is not None
-        worker.stdin.close()
-        assert worker.wait(20) == 1
-    assert not (tmp_path / "q.gguf").exists()

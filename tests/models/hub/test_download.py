@@ -190,7 +190,7 @@ def test_a_full_disk_is_told_before_the_first_byte(
     hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**12, 0, 50_000_000))
-    with pytest.raises(ModelError, match=r"needs 0\.01 GB more in .*, where 0\.05 GB are free") as caught:
+    with pytest.raises(ModelError, match=r"models--.*: the rest of .* needs \d+\.\d MB, 50\.0 MB are free") as caught:
         download_model(ask_hub(NAME))
     assert "HF_HOME" in (caught.value.hint or "")
     assert not hub.ranges("model.safetensors")

@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import RunError
+from gemma_tune.identity import installed_version
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.record import (
-    append_metrics,
-    installed_version,
-    read_json,
-    read_manifest,
-    read_metrics,
-    start_manifest,
-    update_manifest,
-    write_json,
-)
+from gemma_tune.runs.manifest import read_manifest, start_manifest, update_manifest
+from gemma_tune.runs.metrics import append_metrics, read_metrics
 
 
 def test_manifest_changes_keep_the_rest(tmp_path: Path) -> None:

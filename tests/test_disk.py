@@ -15,17 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from gemma_tune.disk import finished_files, keep_file, output_directory, output_file, refuse_existing, require_free_disk
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.output_dir import (
-    finished_files,
-    keep_file,
-    output_directory,
-    output_file,
-    refuse_existing,
-    require_free_disk,
-)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[1]
 Opener = Callable[[Path], AbstractContextManager[Path]]
 BOTH = pytest.mark.parametrize("open_output", [output_directory, output_file])
 
@@ -88,7 +81,7 @@ def test_a_file_that_the_system_refuses_to_lengthen(output: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.output_dir import output_directory
+from gemma_tune.disk import output_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -155,7 +148,7 @@ def test_two_writers(open_output: Opener, output: Path) -> None:
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gemma_tune.exporting.output_dir import keep_file, output_directory, output_file
+from gemma_tune.disk import keep_file, output_directory, output_file
 output, kind, fingerprint = Path(sys.argv[1]), sys.argv[2], sys.argv[3] or None
 if kind == "file":
     with output_file(output) as partial:
@@ -224,7 +217,7 @@ def test_changed_leftovers_are_not_used(change: str, output: Path) -> None:
 def test_free_disk(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 500_000_000))  # type: ignore[attr-defined]
     require_free_disk(output, 400_000_000, what="it")
-    with pytest.raises(ExportError, match=r"output: it needs 0\.50 GB, 0\.50 GB are free"):
+    with pytest.raises(ExportError, match=r"output: it needs 499\.0 MB, 500\.0 MB are free"):
         require_free_disk(output, 499_000_000, what="it")  # 64 MiB are kept free
     assert not output.parent.exists()
 
@@ -238,7 +231,7 @@ def test_leftovers_count_as_free(output: Path, monkeypatch: pytest.MonkeyPatch) 
         file.truncate(10**9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 100_000_000))  # type: ignore[attr-defined]
     require_free_disk(output, 70_000_000, what="it")
-    with pytest.raises(ExportError, match=r"0\.14 GB are free"):
+    with pytest.raises(ExportError, match=r"14\d\.\d MB are free"):
         require_free_disk(output, 90_000_000, what="it")
 
 

@@ -1,0 +1,353 @@
+"""Files and directories that bear their name only when they are complete: written next to it, flushed, renamed.
+
+`with output_directory(path) as partial_dir:` and `with output_file(path) as partial_file:` yield where to write. At the
+end of the block all of it is flushed and takes its name; after an error or Ctrl-C nothing is left. Nothing is ever
+overwritten, two processes never write one output, and an OSError inside the block becomes the caller's `error`.
+
+A killed process leaves its partial output, which the next one to the same path removes; or resumes, when both name
+the same `fingerprint` of everything that decides the content, and `keep_file` recorded which files were finished.
+
+`replaced_directory`, `write_text` and `write_json` keep what was there until the new content is whole. Text that is
+written here has its credentials masked.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from gemma_tune.errors import ExportError, GemmaTuneError, RunError
+from gemma_tune.identity import file_stamp
+from gemma_tune.secrets import mask_secrets
+from gemma_tune.text import format_bytes
+
+ErrorClass = type[GemmaTuneError]
+_RECORD_FILE = ".finished.json"
+
+
+# --- text and JSON --------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str, *, error: ErrorClass = RunError) -> None:
+    """Replace a file by UTF-8 text, its credentials masked. A reader sees the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(mask_secrets(text), encoding="utf-8", newline="\n")
+        sync_file(temporary)
+        temporary.replace(path)
+    except OSError as cause:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, cause, error=error) from None
+
+
+def write_json(path: Path, value: object, *, error: ErrorClass = RunError) -> None:
+    """Replace a file by the `to_json` of a value."""
+    write_text(path, to_json(value), error=error)
+
+
+def to_json(value: object) -> str:
+    """Return the one form in which JSON files are written."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path, *, error: ErrorClass = RunError, hint: str | None = None) -> Any:
+    """Read a JSON file; a missing, unreadable or broken one is an `error` that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path.parent} has no {path.name}", hint=hint) from None
+    except OSError as cause:
+        raise error(f"cannot read {path}: {_reason(cause)}", hint=hint) from None
+    except (ValueError, RecursionError) as cause:
+        raise error(f"{path} is damaged: not JSON ({cause})", hint=hint) from None
+
+
+def read_json_object(path: Path, *, error: ErrorClass = RunError, hint: str | None = None) -> dict[str, Any]:
+    """Read a JSON file that holds an object, as `read_json`."""
+    value = read_json(path, error=error, hint=hint)
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: not a mapping", hint=hint)
+    return value
+
+
+def cannot_write(path: Path, cause: OSError, *, error: ErrorClass = RunError) -> GemmaTuneError:
+    """Return the error of a file that could not be written, with the free space where that is short."""
+    is_full = cause.errno == errno.ENOSPC
+    free = f"; {format_bytes(free_bytes(path), digits=2)} are free there" if is_full else ""
+    return error(
+        f"cannot write {path}: {_reason(cause)}{free}",
+        hint="make space, and run the command again (a training: with --resume)" if is_full else None,
+    )
+
+
+def _reason(cause: OSError) -> str:
+    return (cause.strerror or str(cause)).lower()
+
+
+# --- durability, locks, free space ----------------------------------------------------------------------------------
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's bytes durable."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory durable. Windows has no such call and needs none."""
+    if sys.platform == "win32":
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """Make a file durable, or a directory with all that is in it."""
+    if not path.is_dir():
+        sync_file(path)
+        return
+    for child in path.iterdir():
+        sync_tree(child)
+    sync_directory(path)
+
+
+def take_lock(descriptor: int) -> bool:
+    """Tell whether the open file or directory is ours alone now; the system drops the lock when it is closed.
+
+    Where there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the disk that a path is on; the path need not exist yet."""
+    return shutil.disk_usage(nearest_directory(path)).free
+
+
+def nearest_directory(path: Path) -> Path:
+    """Return the path itself when it is a directory, else the nearest of its parents that is one."""
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+
+
+def require_free_disk(
+    path: Path,
+    needed_bytes: int,
+    *,
+    what: str,
+    error: ErrorClass = ExportError,
+    hint: str = "free some disk, or give an output on another one",
+    spare_bytes: int = 64 << 20,
+) -> None:
+    """Refuse to write `what` where the disk has no room for it, and for the spare bytes.
+
+    What a killed process left of an output at `path` counts as free.
+    """
+    free = free_bytes(path) + _allocated_bytes(_partial_path(path))
+    if free < needed_bytes + spare_bytes:
+        raise error(
+            f"{path}: {what} needs {format_bytes(needed_bytes, digits=2)}, {format_bytes(free, digits=2)} are free",
+            hint=hint,
+        )
+
+
+def _allocated_bytes(path: Path) -> int:
+    """Return bytes on the disk, not lengths: a file whose length is set before it is filled has holes."""
+    files = [child for child in path.rglob("*") if child.is_file()] if path.is_dir() else [path]
+    if sys.platform == "win32":
+        return sum(file.stat().st_size for file in files if file.exists())
+    return sum(file.stat().st_blocks * 512 for file in files if file.exists())
+
+
+# --- directories that replace another -------------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced_directory(
+    directory: Path,
+    *,
+    explain: Callable[[Exception], Exception],
+    displace: Callable[[Path], object] = shutil.rmtree,
+) -> Iterator[Path]:
+    """Yield an empty directory next to `directory`; at the end of the block it is flushed and takes its place.
+
+    Args:
+        explain: what is raised in place of an exception; it is asked before the partial directory is removed.
+        displace: what happens to an earlier directory, once the new one is whole.
+    """
+    partial = _partial_path(directory)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync_tree(partial)
+        if directory.exists():
+            displace(directory)
+        partial.rename(directory)
+        sync_directory(directory.parent)
+    except Exception as cause:
+        explained = explain(cause)
+        if explained is cause:
+            raise
+        raise explained from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# --- outputs that are never overwritten -----------------------------------------------------------------------------
+
+
+@contextmanager
+def output_directory(
+    output: Path, *, fingerprint: str | None = None, error: ErrorClass = ExportError
+) -> Iterator[Path]:
+    """Yield a directory next to the output; it becomes the output, which may exist as an empty directory only.
+
+    With a fingerprint, what a killed process with the same one finished is still there: see `finished_files`.
+    """
+    with _renamed_when_complete(output, is_directory=True, error=error) as partial_dir:
+        is_ours = fingerprint is not None and _read_record(partial_dir)["fingerprint"] == fingerprint
+        kept = finished_files(partial_dir) if is_ours else set()
+        _empty(partial_dir, all_but=kept)
+        if fingerprint and not kept:
+            write_json(partial_dir / _RECORD_FILE, {"fingerprint": fingerprint, "files": {}}, error=error)
+        yield partial_dir
+        (partial_dir / _RECORD_FILE).unlink(missing_ok=True)
+
+
+@contextmanager
+def output_file(output: Path, *, error: ErrorClass = ExportError) -> Iterator[Path]:
+    """Yield a file next to the output, to be written in place; it becomes the output, which must not exist."""
+    with _renamed_when_complete(output, is_directory=False, error=error) as partial_file:
+        os.truncate(partial_file, 0)
+        yield partial_file
+
+
+def keep_file(partial_dir: Path, name: str) -> None:
+    """Flush a finished file of an `output_directory` with a fingerprint, and record it as done.
+
+    Files are recorded one after the other, by one thread.
+    """
+    sync_file(partial_dir / name)
+    sync_directory(partial_dir)
+    record = _read_record(partial_dir)
+    record["files"][name] = file_stamp(partial_dir / name)
+    write_json(partial_dir / _RECORD_FILE, record)
+
+
+def finished_files(partial_dir: Path) -> set[str]:
+    """Return the names of the files that `keep_file` recorded and nobody has touched since."""
+    return {
+        name
+        for name, stamp in _read_record(partial_dir)["files"].items()
+        if (partial_dir / name).is_file() and file_stamp(partial_dir / name) == stamp
+    }
+
+
+def refuse_existing(output: Path, *, error: ErrorClass = ExportError) -> None:
+    """Refuse an output that exists; an empty directory counts as none."""
+    if output.is_symlink() or output.exists():
+        if output.is_dir() and not output.is_symlink() and not any(output.iterdir()):
+            return
+        raise error(
+            f"{output} exists" + (" and is not an empty directory" if output.is_dir() else ""),
+            hint="give another path, or remove this one yourself; nothing is ever overwritten",
+        )
+
+
+def _partial_path(output: Path) -> Path:
+    return output.absolute().parent / f".{output.name}.partial"
+
+
+@contextmanager
+def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClass) -> Iterator[Path]:
+    partial = _partial_path(output)
+    try:
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        with _held(partial, output, is_directory=is_directory, error=error):
+            try:
+                refuse_existing(output, error=error)
+                yield partial
+                sync_tree(partial)
+                refuse_existing(output, error=error)
+                if output.is_dir():
+                    output.rmdir()
+                partial.rename(output)
+                sync_directory(partial.parent)
+            except BaseException:
+                with suppress(OSError):
+                    _remove(partial)
+                raise
+    except OSError as cause:
+        where = f" ({cause.filename})" if cause.filename else ""
+        raise error(
+            f"cannot write {output}: {cause.strerror or cause}{where}",
+            hint="nothing was kept; fix the cause and try again",
+        ) from cause
+
+
+@contextmanager
+def _held(partial: Path, output: Path, *, is_directory: bool, error: ErrorClass) -> Iterator[None]:
+    """Keep two writers of one output apart by a lock on what they write, which therefore is written in place.
+
+    The system drops the lock with its process, however that ends, and there is no lock file to be left behind.
+    """
+    if is_directory:
+        partial.mkdir(exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # The second test: its last holder may have renamed or removed it between our opening and locking it.
+        if not take_lock(descriptor) or not _is_at(descriptor, partial):
+            raise error(f"another process is writing {output}", hint="wait for it, or give another path")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _empty(partial_dir: Path, *, all_but: set[str]) -> None:
+    """Remove what is in a directory, but for the files to keep and the record of them."""
+    for child in partial_dir.iterdir():
+        if not all_but or child.name not in (*all_but, _RECORD_FILE):
+            _remove(child)
+
+
+def _read_record(partial_dir: Path) -> dict[str, Any]:
+    """Return {fingerprint, files: {name: stamp}}; it is replaced atomically, so what is there is whole."""
+    try:
+        record: dict[str, Any] = json.loads((partial_dir / _RECORD_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"fingerprint": None, "files": {}}
+    return record

@@ -1,0 +1,39 @@
+"""Words, sizes and times as a person reads them."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """Return `did you mean 'x'?` for the nearest choice, or an empty string when none is near."""
+    near = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 row`, `1,250 rows`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return `1:02:03`, `2:03` or `4 s`."""
+    whole = round(seconds)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}" if minutes else f"{rest} s"
+
+
+def format_bytes(num_bytes: float, *, digits: int = 1) -> str:
+    """Return `1.5 GB` (10^9 bytes) with so many digits, or `250 MB` (10^6 bytes) with one less."""
+    if num_bytes >= 1e9:
+        return f"{num_bytes / 1e9:,.{digits}f} GB"
+    return f"{num_bytes / 1e6:,.{digits - 1}f} MB"
+
+
+def utc_now() -> str:
+    """Return the time in UTC, ISO 8601 to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
