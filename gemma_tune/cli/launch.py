@@ -110,9 +110,9 @@ def launch(
     """Write the file of a job that trains a recipe on a cluster, and say how it is submitted.
 
     The job calls `gemma-tune train` with a fixed run.name and run.resume=auto: stopped, it saves; started again, it
-    goes on. Without -o and --submit the file is printed.
+    resumes. Without -o and --submit the file is printed.
     """
-    from gemma_tune.launching.job import Machines
+    from gemma_tune.launching.job import Resources
     from gemma_tune.launching.launch import make_job_file, require_program, submit_job, write_job
     from gemma_tune.recipe.load import load_recipe
 
@@ -123,7 +123,7 @@ def launch(
         "account": account, "sbatch": tuple(sbatch or ()), "image": image, "claim": claim, "namespace": namespace,
         "secret": secret, "bucket": bucket, "install": install, "cloud": cloud, "spot": spot,
     }  # fmt: skip
-    job_file = make_job_file(loaded, on, Machines(nodes, gpus, gpu_type, cpus, memory), options)
+    job_file = make_job_file(loaded, on, Resources(nodes, gpus, gpu_type, cpus, memory), options)
     path = output or Path(job_file.name)
     command = shlex.join([*job_file.submit, str(path)])
     is_written = submit or output is not None

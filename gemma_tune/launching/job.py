@@ -1,13 +1,14 @@
-"""What a job runs and on what, before it is written for a scheduler."""
+"""Describe what a job runs and on what, before it is written for a scheduler."""
 
 from __future__ import annotations
 
 import os
 import re
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.data.inputs import split_count
 from gemma_tune.data.rows.template import list_templates
@@ -20,6 +21,7 @@ from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import Recipe
 
+TEMPLATES_DIR = Path(__file__).parent / "templates"
 RENDEZVOUS_PORT = 29500
 # Seconds between the signal to stop and the end: a long step, and a checkpoint of adapter and optimizer.
 GRACE_SECONDS = 180
@@ -33,7 +35,7 @@ _MAX_LABEL = 50
 
 
 @dataclass(frozen=True)
-class Machines:
+class Resources:
     """What a job asks for. `gpus`, `cpus` and `memory_gib` (GiB) are those of one machine; None asks for nothing."""
 
     nodes: int = 1
@@ -76,7 +78,7 @@ class Job:
     loaded: LoadedRecipe
     run_name: str
     overrides: tuple[str, ...]
-    machines: Machines
+    resources: Resources
     secrets: tuple[str, ...]
 
     @property
@@ -108,9 +110,9 @@ class Job:
             more: overrides that the scheduler adds; the last of several counts.
         """
         words = ["gemma-tune", "train", recipe, *self.overrides, *more]
-        processes = max(self.machines.gpus, 1)
-        if self.machines.nodes > 1:
-            return [*words, "--nproc", str(processes), "--nnodes", str(self.machines.nodes)]
+        processes = max(self.resources.gpus, 1)
+        if self.resources.nodes > 1:
+            return [*words, "--nproc", str(processes), "--nnodes", str(self.resources.nodes)]
         return [*words, "--nproc", str(processes)] if processes > 1 else words
 
 
@@ -132,6 +134,29 @@ class JobFile:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Scheduler:
+    """One way to get machines.
+
+    Attributes:
+        options: a dataclass of those command-line options that not every scheduler has; those without a default are
+            required.
+        render: writes a Job with such options.
+    """
+
+    name: str
+    options: type[Any]
+    render: Callable[[Job, Any], JobFile]
+
+    @property
+    def option_names(self) -> list[str]:
+        return [field.name for field in fields(self.options)]
+
+    @property
+    def required(self) -> list[str]:
+        return [field.name for field in fields(self.options) if field.default is MISSING]
+
+
 def shell_lines(words: list[str]) -> list[str]:
     """A command line quoted for the shell, in lines that a person can read: an override a line, an option a line."""
     lines = [shlex.join(words[:3])]
@@ -143,17 +168,17 @@ def shell_lines(words: list[str]) -> list[str]:
     return lines
 
 
-def make_job(loaded: LoadedRecipe, machines: Machines) -> Job:
-    """Fix the name of the run and let it go on by itself."""
+def make_job(loaded: LoadedRecipe, resources: Resources) -> Job:
+    """Fix the name of the run and let it resume by itself."""
     name = loaded.recipe.run.name or _run_name(loaded.name)
     kept = [item for item in loaded.overrides if item.partition("=")[0].strip() not in ("run.name", "run.resume")]
-    if machines.gpu_type is not None:
-        require_word("--gpu-type", machines.gpu_type)
+    if resources.gpu_type is not None:
+        require_word("--gpu-type", resources.gpu_type)
     return Job(
         loaded=loaded,
         run_name=name,
         overrides=(*kept, f"run.name={name}", "run.resume=auto"),
-        machines=machines,
+        resources=resources,
         secrets=tuple(_secrets(loaded.recipe)),
     )
 
@@ -240,5 +265,5 @@ def parse_time(text: str) -> int:
     days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     seconds = ((days * 24 + hours) * 60 + minutes) * 60
     if seconds == 0:
-        raise LaunchError(f"--time {text!r} is no length of time", hint="write 90m, 12h or 1d12h30m")
+        raise LaunchError(f"--time {text!r} is not a length of time", hint="write 90m, 12h or 1d12h30m")
     return seconds

@@ -2,56 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.job import JobFile, Machines, make_job
+from gemma_tune.launching.job import JobFile, Resources, make_job
+from gemma_tune.launching.kubernetes import KUBERNETES
+from gemma_tune.launching.skypilot import SKYPILOT
+from gemma_tune.launching.slurm import SLURM
+from gemma_tune.members import Members
 from gemma_tune.recipe.commented import write_new
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.secrets import mask_secrets
 
-
-@dataclass(frozen=True)
-class Scheduler:
-    """One way to get machines.
-
-    Attributes:
-        render: `module:function`, called with a Job and the options.
-        required, optional: options that not every scheduler has.
-    """
-
-    render: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
+SCHEDULERS = Members("scheduler", (SLURM, KUBERNETES, SKYPILOT))
 
 
-SCHEDULERS = {
-    "slurm": Scheduler(
-        "gemma_tune.launching.slurm:render_slurm",
-        (),
-        ("partition", "account", "sbatch", "before", "time", "grace", "restarts"),
-    ),
-    "kubernetes": Scheduler(
-        "gemma_tune.launching.kubernetes:render_kubernetes",
-        ("image", "claim"),
-        ("namespace", "secret", "time", "grace", "restarts"),
-    ),
-    "skypilot": Scheduler(
-        "gemma_tune.launching.skypilot:render_skypilot",
-        ("bucket",),
-        ("install", "image", "cloud", "spot", "before"),
-    ),
-}
-
-
-def make_job_file(loaded: LoadedRecipe, on: str, machines: Machines, options: Mapping[str, Any]) -> JobFile:
+def make_job_file(loaded: LoadedRecipe, on: str, resources: Resources, options: Mapping[str, Any]) -> JobFile:
     """Write the text of a job.
 
     Args:
@@ -64,17 +35,16 @@ def make_job_file(loaded: LoadedRecipe, on: str, machines: Machines, options: Ma
     scheduler = SCHEDULERS[on]
     # Not `in`: 0 equals False, and --restarts 0 is given.
     given = {name: value for name, value in options.items() if not (value is None or value is False or value == ())}
-    foreign = [name for name in given if name not in scheduler.required + scheduler.optional]
+    foreign = [name for name in given if name not in scheduler.option_names]
     if foreign:
-        owners = [name for name, other in SCHEDULERS.items() if foreign[0] in other.required + other.optional]
+        owners = [name for name, other in SCHEDULERS.items() if foreign[0] in other.option_names]
         raise LaunchError(
-            f"--{foreign[0]} says nothing to {on}; it belongs to {' and '.join(owners)}", hint="leave it out"
+            f"--{foreign[0]} is not an option of {on}; it belongs to {' and '.join(owners)}", hint="leave it out"
         )
     missing = [f"--{name}" for name in scheduler.required if name not in given]
     if missing:
         raise LaunchError(f"--on {on} needs {' and '.join(missing)}", hint="see gemma-tune launch --help")
-    module, _, function = scheduler.render.partition(":")
-    job_file: JobFile = getattr(importlib.import_module(module), function)(make_job(loaded, machines), **given)
+    job_file = scheduler.render(make_job(loaded, resources), scheduler.options(**given))
     if mask_secrets(job_file.text) != job_file.text:
         raise LaunchError(
             "the job file would hold a credential, from the recipe, an override or an option",

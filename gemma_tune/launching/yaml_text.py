@@ -1,10 +1,13 @@
-"""YAML that every reader takes for the same: kubectl and SkyPilot read 1.1, where `no` is false and 1:30 is 90."""
+"""Filters of YAML templates, whose text every reader takes for the same.
+
+kubectl and SkyPilot read YAML 1.1, where `no` is false and 1:30 is 90.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -16,27 +19,28 @@ _PRINTABLE = re.compile("[\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff
 _WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"}
 
 
-def dump_documents(documents: Sequence[Mapping[str, Any]], *, header: str) -> str:
-    """Documents of mappings, lists and scalars, below the header's lines as comments."""
+def yaml_scalar(text: str) -> str:
+    """Return text as a scalar on one line, in double quotes where it could mean something else."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _WORDS:
+        return text
+    return _dump(DoubleQuotedScalarString(text))
+
+
+def yaml_block(text: str, indent: int) -> str:
+    """Return lines of text as a literal block of so many columns; what a block cannot hold, as a scalar."""
+    if "\n" not in text or not _PRINTABLE.fullmatch(text):
+        return yaml_scalar(text)
+    # In two columns, with an entry behind it: a block that keeps its last empty lines would end the document.
+    block = _dump({"": LiteralScalarString(text), "end": 0}).partition(": ")[2].removesuffix("\nend: 0")
+    return re.sub(r"\n(?=[^\n])", "\n" + " " * (indent - 2), block)
+
+
+def _dump(value: Any) -> str:
     yaml = YAML()
     yaml.width = 1_000_000  # a folded line is harder to read than a long one
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    parts = []
-    for document in documents:
-        out = io.StringIO()
-        yaml.dump(_told(document), out)
-        parts.append(out.getvalue())
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-    return comment + "---\n".join(parts)
+    out = io.StringIO()
+    yaml.dump(value, out)
+    return out.getvalue().removesuffix("\n")
 
 
-def _told(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {_told(key): _told(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_told(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if "\n" in value and _PRINTABLE.fullmatch(value):
-        return LiteralScalarString(value)
-    return value if _PLAIN.fullmatch(value) and value.lower() not in _WORDS else DoubleQuotedScalarString(value)
+YAML_FILTERS: Mapping[str, Callable[..., str]] = {"yaml": yaml_scalar, "block": yaml_block}

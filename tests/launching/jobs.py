@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gemma_tune.launching.job import Job, Machines, make_job
+from gemma_tune.launching.job import Job, Resources, make_job
 from gemma_tune.recipe.load import load_recipe
 
 # What a shell, YAML or Kubernetes would take for something else.
@@ -15,5 +15,5 @@ HOSTILE = (
 )
 
 
-def job_of(recipe: Path, *overrides: str, **machines: object) -> Job:
-    return make_job(load_recipe(recipe, overrides), Machines(**machines))  # type: ignore[arg-type]
+def job_of(recipe: Path, *overrides: str, **resources: object) -> Job:
+    return make_job(load_recipe(recipe, overrides), Resources(**resources))  # type: ignore[arg-type]

@@ -100,7 +100,7 @@ def test_times(text: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0m", "12", "12:00:00", "1.5h", "h", "1h2d", "-1h", "1h "])
 def test_what_is_no_time(text: str) -> None:
-    with pytest.raises(LaunchError, match=r"is no length of time"):
+    with pytest.raises(LaunchError, match=r"is not a length of time"):
         parse_time(text)
 
 

@@ -12,10 +12,15 @@ import pytest
 import yaml
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.kubernetes import render_kubernetes
+from gemma_tune.launching.job import Job, JobFile
+from gemma_tune.launching.kubernetes import KubernetesOptions, render_kubernetes
 from gemma_tune.recipe.load import load_recipe
 from tests.launching.fake_programs import Cluster
 from tests.launching.jobs import HOSTILE, job_of
+
+
+def render(job: Job, **options: Any) -> JobFile:
+    return render_kubernetes(job, KubernetesOptions(**{"image": "i", "claim": "work", **options}))
 
 
 def _documents(text: str) -> dict[str, dict[str, Any]]:
@@ -38,7 +43,7 @@ def _expanded(word: str, environment: dict[str, str]) -> str:
 
 def test_one_machine(recipe_file: Path) -> None:
     job = job_of(recipe_file, gpus=2, cpus=16, memory_gib=64, gpu_type="NVIDIA-L4")
-    made = render_kubernetes(job, image="reg.example/gemma:1", claim="work", namespace="ml", time="12h", grace=90)
+    made = render(job, image="reg.example/gemma:1", claim="work", namespace="ml", time="12h", grace=90)
     documents = _documents(made.text)
     assert set(documents) == {"ConfigMap", "Job"}
     assert {document["metadata"]["namespace"] for document in documents.values()} == {"ml"}
@@ -63,19 +68,19 @@ def test_one_machine(recipe_file: Path) -> None:
 
 def test_a_label_of_another_kind(recipe_file: Path) -> None:
     job = job_of(recipe_file, gpu_type="cloud.google.com/gke-accelerator=nvidia-l4")
-    pod = _documents(render_kubernetes(job, image="i", claim="work").text)["Job"]["spec"]["template"]["spec"]
+    pod = _documents(render(job).text)["Job"]["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-l4"}
 
 
 def test_a_processor_alone(recipe_file: Path) -> None:
-    job = _documents(render_kubernetes(job_of(recipe_file, gpus=0), image="i", claim="work").text)["Job"]
+    job = _documents(render(job_of(recipe_file, gpus=0)).text)["Job"]
     assert _container(job)["resources"]["limits"] == {}
     assert "tolerations" not in job["spec"]["template"]["spec"]
 
 
 def test_several_machines_find_the_first(recipe_file: Path) -> None:
     """Pod N of an Indexed Job is called JOB-N; its subdomain has to be a headless Service that selects it."""
-    documents = _documents(render_kubernetes(job_of(recipe_file, nodes=3, gpus=8), image="i", claim="work").text)
+    documents = _documents(render(job_of(recipe_file, nodes=3, gpus=8)).text)
     job, service = documents["Job"], documents["Service"]
     spec = job["spec"]
     assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (3, 3, 60)
@@ -94,7 +99,7 @@ def test_several_machines_find_the_first(recipe_file: Path) -> None:
     ("code", "action"), [(75, "Ignore"), (2, "FailJob"), (3, "FailJob"), (4, "FailJob"), (1, "Count"), (137, "Count")]
 )
 def test_what_an_exit_code_means(recipe_file: Path, code: int, action: str) -> None:
-    job = _documents(render_kubernetes(job_of(recipe_file), image="i", claim="work").text)["Job"]
+    job = _documents(render(job_of(recipe_file)).text)["Job"]
     disruption, *rules = job["spec"]["podFailurePolicy"]["rules"]
     assert disruption == {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     matching = [rule["action"] for rule in rules if code in rule["onExitCodes"]["values"]]
@@ -103,7 +108,7 @@ def test_what_an_exit_code_means(recipe_file: Path, code: int, action: str) -> N
 
 
 def test_words_and_recipe_reach_the_command_as_they_are(recipe_file: Path, cluster: Cluster, tmp_path: Path) -> None:
-    documents = _documents(render_kubernetes(job_of(recipe_file, *HOSTILE), image="i", claim="work").text)
+    documents = _documents(render(job_of(recipe_file, *HOSTILE)).text)
     environment = {"HF_TOKEN": "a-secret", "HOME": "/root", "x": "y"}
     command = [_expanded(word, environment) for word in _container(documents["Job"])["command"]]
     subprocess.run(command, env=os.environ | {"PATH": cluster.path, "EXIT": "0"}, check=True)
@@ -117,7 +122,7 @@ def test_words_and_recipe_reach_the_command_as_they_are(recipe_file: Path, clust
 
 def test_credentials_are_named_only(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "a" * 30)
-    made = render_kubernetes(job_of(recipe_file), image="i", claim="work", secret="keys")
+    made = render(job_of(recipe_file), secret="keys")
     environment = {item["name"]: item for item in _container(_documents(made.text)["Job"])["env"]}
     reference = {"name": "keys", "key": "HF_TOKEN", "optional": True}
     assert environment["HF_TOKEN"] == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": reference}}
@@ -133,18 +138,18 @@ def test_credentials_are_named_only(recipe_file: Path, monkeypatch: pytest.Monke
         (["data.template=~/own.yaml"], {}, r"data\.template=~/own\.yaml"),
         (["run.output_dir=/scratch"], {}, r"run\.output_dir=/scratch"),
         (["model.name=/models/gemma"], {}, r"model\.name=/models/gemma"),
-        ([], {"claim": "My Claim"}, r"--claim 'My Claim' is no name for Kubernetes"),
+        ([], {"claim": "My Claim"}, r"--claim 'My Claim' is not a name of Kubernetes"),
         ([], {"namespace": "a.b"}, r"--namespace 'a\.b'"),
     ],
     ids=str,
 )
 def test_refusals(recipe_file: Path, overrides: list[str], options: dict[str, str], told: str) -> None:
     with pytest.raises(LaunchError, match=told):
-        render_kubernetes(job_of(recipe_file, *overrides), **{"image": "i", "claim": "work", **options})
+        render(job_of(recipe_file, *overrides), **options)
 
 
 def test_rows_on_the_volume_are_told(recipe_file: Path) -> None:
     job = job_of(recipe_file, "data.source=/volume/big.jsonl", "data.eval_source=rows/*.csv", nodes=2)
-    notes = " | ".join(render_kubernetes(job, image="i", claim="work").notes)
+    notes = " | ".join(render(job).notes)
     assert "has to lie on the volume of work, by the same name from its root: /volume/big.jsonl, rows/*.csv" in notes
     assert "ReadWriteMany" in notes

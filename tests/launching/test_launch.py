@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gemma_tune.errors import LaunchError, RecipeError
-from gemma_tune.launching.job import JobFile, Machines
+from gemma_tune.launching.job import JobFile, Resources
 from gemma_tune.launching.launch import SCHEDULERS, make_job_file, require_program, submit_job, write_job
 from gemma_tune.recipe.load import load_recipe
 from tests.launching.fake_programs import Cluster
@@ -26,29 +26,29 @@ ALL = {
 
 
 def _make(on: str, *overrides: str, **options: Any) -> JobFile:
-    machines = Machines(gpu_type="L4")
-    return make_job_file(load_recipe(Path("quickstart"), overrides), on, machines, {**NEEDED[on], **options})
+    resources = Resources(gpu_type="L4")
+    return make_job_file(load_recipe(Path("quickstart"), overrides), on, resources, {**NEEDED[on], **options})
 
 
 def test_every_option_has_an_owner() -> None:
-    assert {name for each in SCHEDULERS.values() for name in each.required + each.optional} == set(ALL)
+    assert {name for each in SCHEDULERS.values() for name in each.option_names} == set(ALL)
 
 
 @pytest.mark.parametrize("on", SCHEDULERS)
 @pytest.mark.parametrize("option", ALL)
 def test_an_option_of_another_scheduler_is_refused(on: str, option: str) -> None:
     options = {option: ALL[option]} | ({"image": None} if (on, option) == ("skypilot", "install") else {})
-    if option in SCHEDULERS[on].required + SCHEDULERS[on].optional:
+    if option in SCHEDULERS[on].option_names:
         assert _make(on, **options).text != _make(on).text
     else:
-        with pytest.raises(LaunchError, match=rf"--{option} says nothing to {on}; it belongs to "):
+        with pytest.raises(LaunchError, match=rf"--{option} is not an option of {on}; it belongs to "):
             _make(on, **options)
 
 
 @pytest.mark.parametrize(("on", "missing"), [("kubernetes", "--image and --claim"), ("skypilot", "--bucket")])
 def test_what_a_scheduler_needs(on: str, missing: str) -> None:
     with pytest.raises(LaunchError, match=rf"--on {on} needs {missing}"):
-        make_job_file(load_recipe(Path("quickstart")), on, Machines(), {})
+        make_job_file(load_recipe(Path("quickstart")), on, Resources(), {})
 
 
 @pytest.mark.parametrize("on", SCHEDULERS)

@@ -9,12 +9,17 @@ import pytest
 import yaml
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.skypilot import render_skypilot
+from gemma_tune.launching.job import Job, JobFile
+from gemma_tune.launching.skypilot import SkypilotOptions, render_skypilot
 from tests.launching.fake_programs import Cluster
 from tests.launching.jobs import HOSTILE, job_of
 
 IMAGE = {"bucket": "my-runs", "image": "reg.example/gemma:1"}
 MACHINE = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NODE_RANK": "1"}
+
+
+def render(job: Job, **options: Any) -> JobFile:
+    return render_skypilot(job, SkypilotOptions(**options))
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def _task(text: str) -> dict[str, Any]:
 
 def test_what_it_asks_for(wheel: str, recipe_file: Path) -> None:
     job = job_of(recipe_file, HOSTILE[1], nodes=2, gpus=8, gpu_type="H100", cpus=64, memory_gib=512)
-    made = render_skypilot(job, bucket="s3://my-runs", install=f"{wheel}[unsloth]", cloud="gcp/us-central1", spot=True)
+    made = render(job, bucket="s3://my-runs", install=f"{wheel}[unsloth]", cloud="gcp/us-central1", spot=True)
     task = _task(made.text)
     assert task["resources"] == {
         "infra": "gcp/us-central1",
@@ -55,7 +60,7 @@ def test_what_it_asks_for(wheel: str, recipe_file: Path) -> None:
 
 
 def test_an_image_and_a_new_bucket(recipe_file: Path) -> None:
-    made = render_skypilot(job_of(Path("quickstart"), gpus=0), **IMAGE)
+    made = render(job_of(Path("quickstart"), gpus=0), **IMAGE)
     task = _task(made.text)
     assert task["resources"]["image_id"] == "docker:reg.example/gemma:1"
     assert task["file_mounts"] == {"/gemma-tune-runs": {"name": "my-runs", "mode": "MOUNT_CACHED"}}
@@ -66,7 +71,7 @@ def test_an_image_and_a_new_bucket(recipe_file: Path) -> None:
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_words_reach_the_command_as_they_are(recipe_file: Path, cluster: Cluster, nodes: int) -> None:
     job = job_of(recipe_file, *HOSTILE, nodes=nodes, gpus=8, gpu_type="H100")
-    task = _task(render_skypilot(job, **IMAGE, before=("export RENDERED='a b'",)).text)
+    task = _task(render(job, **IMAGE, before=("export RENDERED='a b'",)).text)
     cluster.add("sleep")
     done = cluster.run(task["run"], MACHINE | {"EXIT": "75,75", "HF_TOKEN": "secret-of-the-environment"})
     assert done.returncode == 75, done.stderr
@@ -83,7 +88,7 @@ def test_words_reach_the_command_as_they_are(recipe_file: Path, cluster: Cluster
 def test_setup_installs_what_was_named_into_what_runs(wheel: str, recipe_file: Path, cluster: Cluster) -> None:
     cluster.add("uv")
     job = job_of(recipe_file, gpu_type="L4")
-    task = _task(render_skypilot(job, bucket="runs", install=f"{wheel}[unsloth]").text)
+    task = _task(render(job, bucket="runs", install=f"{wheel}[unsloth]").text)
     done = cluster.run(task["setup"], {})
     assert done.returncode == 0, done.stderr
     environment = f"{cluster.folder}/gemma-tune-env"
@@ -97,7 +102,7 @@ def test_setup_installs_what_was_named_into_what_runs(wheel: str, recipe_file: P
 
 def test_a_requirement_goes_to_pip_as_it_is(recipe_file: Path) -> None:
     job = job_of(recipe_file, gpu_type="L4")
-    task = _task(render_skypilot(job, bucket="runs", install="git+https://git.example/gemma-tune@v1; x").text)
+    task = _task(render(job, bucket="runs", install="git+https://git.example/gemma-tune@v1; x").text)
     assert "'git+https://git.example/gemma-tune@v1; x'" in task["setup"]
 
 
@@ -116,15 +121,15 @@ def test_a_requirement_goes_to_pip_as_it_is(recipe_file: Path) -> None:
 )
 def test_refusals(recipe_file: Path, overrides: list[str], options: dict[str, Any], told: str) -> None:
     with pytest.raises(LaunchError, match=told):
-        render_skypilot(job_of(recipe_file, *overrides, gpu_type="L4"), **{**IMAGE, **options})
+        render(job_of(recipe_file, *overrides, gpu_type="L4"), **{**IMAGE, **options})
 
 
 def test_a_card_has_to_be_named(recipe_file: Path) -> None:
     with pytest.raises(LaunchError, match=r"needs --gpu-type"):
-        render_skypilot(job_of(recipe_file), **IMAGE)
+        render(job_of(recipe_file), **IMAGE)
 
 
 def test_a_recipe_elsewhere(recipe_file: Path, tmp_path: Path) -> None:
     absolute = tmp_path / recipe_file
     with pytest.raises(LaunchError, match=rf"the recipe \({absolute}\)"):
-        render_skypilot(job_of(absolute, gpu_type="L4"), **IMAGE)
+        render(job_of(absolute, gpu_type="L4"), **IMAGE)
