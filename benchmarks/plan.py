@@ -36,8 +36,10 @@ from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.precision import Precision, detect_device
 from gemma_tune.models.config import read_config
 from gemma_tune.paths import TINY_MODEL_DIR
-from gemma_tune.planning.memory import Adapter, Batch, Execution, Numerics, activations
-from gemma_tune.planning.plan import Plan, plan_recipe
+from gemma_tune.planning.activations import activations
+from gemma_tune.planning.plan import plan_recipe
+from gemma_tune.planning.step import Adapter, Batch, Execution, Numerics, Step
+from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
@@ -115,16 +117,14 @@ def _cpu_point(
         with torch.autocast("cpu", torch.bfloat16):
             return model.get_base_model().model(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
 
-    planned = activations(
-        facts,
+    attention = "eager" if family == "gemma2" else "sdpa"
+    step = Step(
         batch=Batch(rows, tokens, padded=False),
         numerics=Numerics(compute=2, stream=2, autocast=True),
         adapter=Adapter(LoraSection().rank, _TARGETS),
-        execution=Execution(
-            ENGINES["transformers"], "eager" if family == "gemma2" else "sdpa", checkpointing, "chunked"
-        ),
-        bits="4bit",
+        execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
     )
+    planned = activations(facts, step)
     what = f"{family} H {hidden} I {ffn} heads {heads}/{kv_heads} checkpointing {checkpointing}"
     # PEFT asks this without a device, which means CUDA: say yes, as on a card in 16 bits.
     of_device = torch.is_autocast_enabled

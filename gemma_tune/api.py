@@ -19,7 +19,7 @@ from gemma_tune.terminal import Terminal, TerminalReporter
 if TYPE_CHECKING:
     from gemma_tune.exporting.export import ExportOutcome
     from gemma_tune.inference.score import TextScore
-    from gemma_tune.planning.plan import Plan
+    from gemma_tune.planning.verdict import Plan
     from gemma_tune.runs.layout import RunDir
     from gemma_tune.runs.reporter import Reporter
 

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gemma_tune.machine.cards import Card
-    from gemma_tune.planning.changes import Change
-    from gemma_tune.planning.plan import Part, Plan
+    from gemma_tune.planning.verdict import Change, Part, Plan
     from gemma_tune.recipe.schema import Recipe
 
 _STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}

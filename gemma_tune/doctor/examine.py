@@ -23,7 +23,8 @@ from gemma_tune.engines.choose import decide_engine
 from gemma_tune.errors import EngineError, GemmaTuneError
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.precision import Device
-from gemma_tune.planning.plan import Plan, plan_recipe
+from gemma_tune.planning.plan import plan_recipe
+from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.schema import Recipe
 
 # Long for a library on a slow disk; a name look-up without a network may take as long as it likes.

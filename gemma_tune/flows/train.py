@@ -32,7 +32,8 @@ from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE, World, joined_processes, lost_processes_told
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import file_hashes
-from gemma_tune.planning.plan import Base, plan_recipe
+from gemma_tune.planning.known_base import Base
+from gemma_tune.planning.plan import plan_recipe
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.reporting.facts import PLAN_FILE

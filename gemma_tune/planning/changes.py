@@ -7,46 +7,20 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any
 
 from gemma_tune.engines.facts import EngineFacts
+from gemma_tune.errors import EngineError
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.models.config import TextConfig
 from gemma_tune.planning import memory
+from gemma_tune.planning.verdict import Change, Plan
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
-
-Verdict = Literal["fits", "tight", "does not fit"]
 
 _MIN_TOKENS = 256
 _MIN_RANK = 8
 _MAX_CHANGES = 3
-
-
-class Outcome(Protocol):
-    """What the search needs of a plan."""
-
-    @property
-    def verdict(self) -> Verdict | None: ...
-    @property
-    def need_bytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Change:
-    """Settings under which a recipe fits, as `section.field=value`.
-
-    Attributes:
-        verdict, need_bytes: of the card with them.
-        slowdown: time of the run with them over the time without.
-        learns_the_same: False where rank, length or model change, and with them what is learned.
-    """
-
-    overrides: tuple[str, ...]
-    verdict: Verdict | None
-    need_bytes: int
-    slowdown: float
-    learns_the_same: bool
 
 
 _Overrides = dict[str, Any]
@@ -75,7 +49,7 @@ def find_changes(
     config: TextConfig,
     engine: EngineFacts,
     is_tuned: bool,
-    replan: Callable[[Recipe], Outcome],
+    replan: Callable[[Recipe], Plan],
     seconds: Callable[[Recipe], float],
 ) -> tuple[Change, ...]:
     """At most three sets of changes under which a recipe fits, none going further than another.
@@ -88,10 +62,15 @@ def find_changes(
         seconds: of a row in a changed recipe.
     """
 
-    def fitting(overrides: Mapping[str, Any]) -> Outcome | None:
+    def fitting(overrides: Mapping[str, Any]) -> Plan | None:
         changed = with_overrides(recipe, overrides)
-        outcome = None if check_rules(changed) else replan(changed)
-        return None if outcome is None or outcome.verdict == "does not fit" else outcome
+        if check_rules(changed):
+            return None
+        try:
+            plan = replan(changed)
+        except EngineError:  # the attention that is asked for computes another model than the smaller one
+            return None
+        return None if plan.verdict == "does not fit" else plan
 
     levers = _levers(recipe, engine=engine)
     if fitting(_merge(lever[-1] for lever in levers)) is None:
@@ -176,7 +155,7 @@ def _goes_further(options: tuple[_Option, ...], *, than: tuple[_Option, ...], le
 
 
 def _smaller_model(
-    config: TextConfig, fitting: Callable[[Mapping[str, Any]], Outcome | None], *, is_tuned: bool
+    config: TextConfig, fitting: Callable[[Mapping[str, Any]], Plan | None], *, is_tuned: bool
 ) -> tuple[Change, ...]:
     """The largest smaller registry model that fits: of the same generation, else of any."""
     num_params = memory.count_all(config)

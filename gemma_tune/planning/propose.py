@@ -11,7 +11,9 @@ from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.machine.cards import Card
 from gemma_tune.models.catalogue import TINY
 from gemma_tune.planning.changes import with_overrides
-from gemma_tune.planning.plan import Base, Plan, find_base, plan_recipe
+from gemma_tune.planning.known_base import Base, find_base
+from gemma_tune.planning.plan import plan_recipe
+from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.commented import Setting
 from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
 

@@ -14,15 +14,16 @@ more after its first steps.
 from __future__ import annotations
 
 import functools
-import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
+from gemma_tune.data.look.count import RowCount
 from gemma_tune.machine.cards import Card
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.describe import summarize
-from gemma_tune.planning.memory import Adapter, Batch, Bits, Execution, count_all, count_trained
+from gemma_tune.planning.memory import count_all, count_trained
+from gemma_tune.planning.step import Step
+from gemma_tune.recipe.schema import TrainingSection
 
 # What is left at 1,024 tokens after arithmetic and expansion, a layer: Python and kernel launches.
 _LAUNCH_SECONDS = 0.002
@@ -31,23 +32,8 @@ _EXPANDED_BYTES = {"4bit": 4.5, "8bit": 1.0, "plain": 2.0}
 _BANDWIDTH_SHARE = 0.7
 # Copying layer inputs to the host and back while computing; "2% ish" in Unsloth's own words (unsloth.ai/blog/gemma2).
 _OFFLOAD_FACTOR = 1.02
-# Bytes of UTF-8 text a token of Gemma's 256,000-entry vocabulary: English prose. Other languages and code differ.
-_BYTES_PER_TOKEN = 4.2
-# A row of JSON has its keys, quotes and escapes beside its text.
-_TEXT_SHARE = 0.9
 # A factor to either side: nothing of this was measured on a card by us.
 TIME_UNCERTAINTY = 2.0
-
-_MAX_JSON_BYTES = 64 * 2**20
-
-
-@dataclass(frozen=True)
-class RowCount:
-    """Rows of a source, their mean length in tokens, and where both come from. None: not known without a download."""
-
-    rows: int | None
-    mean_tokens: float | None
-    source: str
 
 
 @dataclass(frozen=True)
@@ -69,52 +55,7 @@ class Schedule:
     seconds: float | None
 
 
-# Rows and bytes of the jsonl file, as the dataset's page on the hub states them.
-PUBLISHED_ROWS = {"databricks/databricks-dolly-15k": (15_011, 13_100_000)}
-
-
-def count_rows(source: str, *, directory: Path = Path()) -> RowCount:
-    """Rows and mean tokens of a source without a tokenizer: lines and bytes of a local file, or published figures.
-
-    `source` is one of a recipe's, with `#N` for a number of rows.
-    """
-    name, _, wanted = source.partition("#")
-    path = directory / name
-    if name.lower() in PUBLISHED_ROWS:
-        rows, size = PUBLISHED_ROWS[name.lower()]
-        counted = RowCount(rows, _mean_tokens(size, rows), "the dataset's page")
-    elif path.is_file() and path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".json"):
-        counted = _count_file(path)
-    else:
-        counted = RowCount(None, None, "not known before the data is read")
-    return RowCount(int(wanted), counted.mean_tokens, f"{name}#{wanted}") if wanted.isdigit() else counted
-
-
-def _count_file(path: Path) -> RowCount:
-    suffix, size = path.suffix.lower(), path.stat().st_size
-    if suffix == ".json":
-        if size > _MAX_JSON_BYTES:
-            return RowCount(None, None, "not known before the data is read")
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError:
-            content = None
-        rows = len(content) if isinstance(content, list) else 0
-    else:
-        with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
-    if rows < 1:
-        return RowCount(None, None, "not known before the data is read")
-    return RowCount(rows, _mean_tokens(size, rows), f"{path.name}: lines and bytes")
-
-
-def _mean_tokens(size: int, rows: int) -> float:
-    return size * _TEXT_SHARE / rows / _BYTES_PER_TOKEN
-
-
-def step_operations(
-    config: TextConfig, *, tokens: float, row_tokens: float, adapter: Adapter, execution: Execution
-) -> float:
+def step_operations(config: TextConfig, step: Step, *, tokens: float, row_tokens: float) -> float:
     """Floating-point operations of a forward and backward pass over `tokens` tokens in rows of `row_tokens`.
 
     Attention: 4·d·heads operations for each pair of tokens, half of them masked; twice that backward. The head is
@@ -122,10 +63,10 @@ def step_operations(
     """
     head = config.vocab_size * config.hidden_size
     linear = _count_multiplied(config)
-    recomputes = 0 if execution.checkpointing == "off" else 1
+    recomputes = 0 if step.execution.checkpointing == "off" else 1
     per_token: float = (4 + 2 * recomputes) * linear
-    per_token += (4 if execution.head == "fused" else 6) * head
-    per_token += (6 + 2 * recomputes) * count_trained(config, adapter)
+    per_token += (4 if step.execution.head == "fused" else 6) * head
+    per_token += (6 + 2 * recomputes) * count_trained(config, step.adapter)
     for layer in config.layers:
         reach = row_tokens
         if layer.attention == "sliding" and config.sliding_window is not None:
@@ -144,23 +85,15 @@ def _count_multiplied(config: TextConfig) -> int:
     return linear + a_layer * len(config.layers)
 
 
-def pass_seconds(
-    config: TextConfig,
-    *,
-    card: Card,
-    tokens: float,
-    row_tokens: float,
-    adapter: Adapter,
-    execution: Execution,
-    bits: Bits,
-) -> float | None:
+def pass_seconds(config: TextConfig, step: Step, *, card: Card, tokens: float, row_tokens: float) -> float | None:
     """Seconds of a forward and backward pass; None for a card whose rates are not known."""
     if card.tera_flops is None or card.gigabytes_per_second is None:
         return None
-    operations = step_operations(config, tokens=tokens, row_tokens=row_tokens, adapter=adapter, execution=execution)
+    execution = step.execution
+    operations = step_operations(config, step, tokens=tokens, row_tokens=row_tokens)
     arithmetic = operations / (card.tera_flops * 1e12 * execution.engine.peak_share)
     multiplications = 2 if execution.checkpointing == "off" else 3
-    moved = count_all(config) * _EXPANDED_BYTES[bits] * multiplications
+    moved = count_all(config) * _EXPANDED_BYTES[step.bits] * multiplications
     expansion = moved / (card.gigabytes_per_second * 1e9 * _BANDWIDTH_SHARE)
     seconds = arithmetic + expansion + _LAUNCH_SECONDS * len(config.layers)
     return seconds * (_OFFLOAD_FACTOR if execution.checkpointing == "offload" else 1)
@@ -168,49 +101,33 @@ def pass_seconds(
 
 def plan_schedule(
     config: TextConfig,
+    step: Step,
     *,
-    card: Card | None,
+    training: TrainingSection,
     counted: RowCount,
-    held_out: int,
-    batch: Batch,
-    packed: bool,
-    accumulation: int,
+    card: Card | None,
     processes: int,
-    epochs: float,
-    max_steps: int | None,
-    adapter: Adapter,
-    execution: Execution,
-    bits: Bits,
 ) -> Schedule:
     """Steps and time. A batch of similar lengths has about its rows' own tokens; a pack is full.
 
     Args:
-        held_out: rows that evaluation takes away from training.
+        counted: the rows that are trained on.
         processes: that share a step; what they say to each other is not counted.
     """
-    passes = accumulation * processes  # of a step, in all processes
-    rows = None if counted.rows is None else max(counted.rows - held_out, 1)
+    batch, rows = step.batch, counted.rows
+    passes = training.gradient_accumulation * processes  # of a step, in all processes
     row_tokens = None if counted.mean_tokens is None else min(counted.mean_tokens, batch.tokens)
-    step_tokens = None if row_tokens is None else passes * batch.rows * (batch.tokens if packed else row_tokens)
-    steps = max_steps
-    if steps is None and rows is not None:
-        if packed:
-            per_step = None if row_tokens is None else step_tokens / row_tokens if step_tokens else None
-        else:
-            per_step = batch.rows * passes
-        steps = None if per_step is None else max(math.ceil(rows * epochs / per_step), 1)
+    step_tokens = None
+    if row_tokens is not None:
+        step_tokens = passes * batch.rows * (batch.tokens if training.packing else row_tokens)
+    steps = training.max_steps
+    if steps is None and rows is not None and (row_tokens or not training.packing):
+        per_step = step_tokens / row_tokens if training.packing and step_tokens and row_tokens else batch.rows * passes
+        steps = max(math.ceil(rows * training.epochs / per_step), 1)
     seconds = None
     if card is not None and step_tokens is not None and row_tokens is not None:
-        seconds = pass_seconds(
-            config,
-            card=card,
-            tokens=step_tokens / passes,
-            row_tokens=row_tokens,
-            adapter=adapter,
-            execution=execution,
-            bits=bits,
-        )
-    per_step_seconds = None if seconds is None else seconds * accumulation
+        seconds = pass_seconds(config, step, card=card, tokens=step_tokens / passes, row_tokens=row_tokens)
+    per_step_seconds = None if seconds is None else seconds * training.gradient_accumulation
     return Schedule(
         rows=rows,
         mean_tokens=row_tokens,

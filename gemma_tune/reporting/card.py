@@ -33,7 +33,6 @@ CARD_FILE = "README.md"
 # Stands for the repository's name, which is not known before it is pushed.
 REPOSITORY = "OWNER/NAME"
 
-# Tags of the hub by engine.
 # ISO 639-1, for rows whose language is on record.
 _LANGUAGES = {"databricks/databricks-dolly-15k": "en", "tiny-world": "en"}
 _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)\[[^\]]*\]")

@@ -8,8 +8,8 @@ import pytest
 
 from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.machine.cards import Card, find_card
-from gemma_tune.planning.changes import Change
-from gemma_tune.planning.plan import Plan, plan_recipe
+from gemma_tune.planning.plan import plan_recipe
+from gemma_tune.planning.verdict import Change, Plan
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 
@@ -72,3 +72,9 @@ def test_where_no_setting_helps_a_smaller_model_is_named() -> None:
     assert change.overrides == ("model.name=gemma-2-2b-it",)
     assert not change.learns_the_same
     assert _changes(_recipe("gemma-2-9b-it-dolly"), "GB=1") == ()
+
+
+def test_a_smaller_model_that_the_attention_cannot_compute_is_passed_over() -> None:
+    recipe = _recipe("gemma-2b-dolly", "model.name=gemma-3-27b", "model.attention=sdpa")
+    (change,) = _changes(recipe, "GB=10", engine="transformers")
+    assert change.overrides[0].startswith("model.name=") and "gemma-2-" not in change.overrides[0]

@@ -1,4 +1,4 @@
-"""The counts of `planning.memory` against what PyTorch really holds: exact for weights, near for activations."""
+"""What the planner counts, against what PyTorch really holds: exact for weights, near for activations."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning import measure
+from gemma_tune.planning.activations import activations, head_bytes, layer_saved_bytes
 from gemma_tune.planning.memory import (
     PAGED,
-    Adapter,
-    Batch,
-    Execution,
-    Numerics,
-    activations,
     adapter_bytes,
     count_trained,
     gradient_bytes,
-    head_bytes,
-    layer_saved_bytes,
     optimizer_bytes,
     quantized_bytes,
     unquantized_bytes,
 )
+from gemma_tune.planning.step import Adapter, Batch, Execution, Numerics, Step
 
 Build = Callable[..., tuple[Any, TextConfig]]
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -152,10 +147,12 @@ def test_what_layers_keep(
     planned = layer_saved_bytes(
         config,
         0,
-        batch=Batch(ROWS, TOKENS, padded),
-        numerics=numerics,
-        adapter=Adapter(8, SEVEN),
-        execution=Execution(ENGINES["transformers"], attention, "off", "chunked"),
+        Step(
+            batch=Batch(ROWS, TOKENS, padded),
+            numerics=numerics,
+            adapter=Adapter(8, SEVEN),
+            execution=Execution(ENGINES["transformers"], attention, "off", "chunked"),
+        ),
     )
     assert (measured[0] - measured[1]) / 2 == pytest.approx(planned, rel=0.02)
 
@@ -180,10 +177,12 @@ def test_what_adapters_keep(build: Build, lora: dict[str, Any], adapter: Adapter
     planned = layer_saved_bytes(
         config,
         0,
-        batch=Batch(ROWS, TOKENS, padded=False),
-        numerics=numerics,
-        adapter=adapter,
-        execution=Execution(ENGINES["transformers"], "sdpa", "off", "chunked"),
+        Step(
+            batch=Batch(ROWS, TOKENS, padded=False),
+            numerics=numerics,
+            adapter=adapter,
+            execution=Execution(ENGINES["transformers"], "sdpa", "off", "chunked"),
+        ),
     )
     assert (measured[0] - measured[1]) / 2 == pytest.approx(planned, rel=0.02)
 
@@ -209,11 +208,12 @@ def test_peak_of_a_backward_pass(
         hidden.backward(torch.ones_like(hidden))
     planned = activations(
         config,
-        batch=Batch(rows, tokens, padded=False),
-        numerics=BF16,
-        adapter=Adapter(8, SEVEN),
-        execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
-        bits="4bit",
+        Step(
+            batch=Batch(rows, tokens, padded=False),
+            numerics=BF16,
+            adapter=Adapter(8, SEVEN),
+            execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
+        ),
     )
     assert peaks[0] == pytest.approx(planned.backward, rel=0.08)
 
@@ -224,11 +224,12 @@ def test_checkpointing_keeps_an_input_a_layer(build: Build, num_layers: int) -> 
     saved = measure.saved_bytes(model, lambda: _forward(model, rows=ROWS, tokens=TOKENS, padded=False))
     planned = activations(
         config,
-        batch=Batch(ROWS, TOKENS, padded=False),
-        numerics=BF16,
-        adapter=Adapter(16, SEVEN),
-        execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
-        bits="4bit",
+        Step(
+            batch=Batch(ROWS, TOKENS, padded=False),
+            numerics=BF16,
+            adapter=Adapter(16, SEVEN),
+            execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
+        ),
     )
     assert saved == pytest.approx(planned.stored - planned.masks, rel=0.02)
 
@@ -266,10 +267,12 @@ def test_the_float32_stream_of_a_t4_costs_copies() -> None:
         return layer_saved_bytes(
             config,
             0,
-            batch=Batch(1, 128),
-            numerics=numerics,
-            adapter=Adapter(16, SEVEN),
-            execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
+            Step(
+                batch=Batch(1, 128),
+                numerics=numerics,
+                adapter=Adapter(16, SEVEN),
+                execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
+            ),
         )
 
     more = saved(Numerics(compute=2, stream=4, autocast=True)) - saved(BF16)

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 
 from gemma_tune.engines.choose import EngineDecision, decide_for_card
-from gemma_tune.errors import ModelError
+from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.machine.cards import CARDS, Card, find_card
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.paths import RECIPES_DIR, TINY_MODEL_DIR
-from gemma_tune.planning.plan import Plan, find_base, plan_recipe, plan_table
+from gemma_tune.planning.known_base import find_base
+from gemma_tune.planning.plan import plan_recipe, plan_table
+from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 
@@ -68,6 +70,11 @@ def test_a_card_without_room_is_told_in_a_line() -> None:
     assert "of the 23.7 GB of L4" in _plan(recipe, "l4").line
     none = plan_recipe(recipe, card=None, decision=decide_for_card(recipe, card=None))
     assert none.verdict is None and none.line.startswith("plan: needs ")
+
+
+def test_what_training_would_refuse_is_not_planned() -> None:
+    with pytest.raises(EngineError, match=r"sdpa computes another model"):
+        _plan(_recipe("gemma-2-9b-it-dolly", "model.attention=sdpa"), "l4")
 
 
 def test_cards_that_train_together_share_the_steps() -> None:

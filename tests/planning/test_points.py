@@ -13,9 +13,10 @@ from gemma_tune.machine.cards import CARDS
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning import memory
-from gemma_tune.planning.memory import Adapter, Batch, Bits, Execution, Numerics
-from gemma_tune.planning.plan import CONTEXT_BYTES, FRAGMENTATION, LOADING_BYTES
+from gemma_tune.planning.activations import activations
 from gemma_tune.planning.schedule import pass_seconds
+from gemma_tune.planning.step import Adapter, Batch, Bits, Execution, Numerics, Step
+from gemma_tune.planning.verdict import CONTEXT_BYTES, FRAGMENTATION, LOADING_BYTES
 
 GIB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -27,9 +28,9 @@ LOGITS_IN_PLACE = 2
 # Apple's CCE, which Unsloth used for these, keeps no logits.
 NO_LOGITS = 0
 
-HF = Execution(ENGINES["transformers"], "flash", "on", "chunked")
-UNSLOTH = Execution(ENGINES["unsloth"], "flash", "on", "fused")
-UNSLOTH_OFFLOAD = Execution(ENGINES["unsloth"], "flash", "offload", "fused")
+HF = Execution(ENGINES["transformers"], "flash_attention_2", "on", "chunked")
+UNSLOTH = Execution(ENGINES["unsloth"], "flash_attention_2", "on", "fused")
+UNSLOTH_OFFLOAD = Execution(ENGINES["unsloth"], "flash_attention_2", "offload", "fused")
 
 
 def _llama(hidden: int, ffn: int, kv_heads: int, vocab: int) -> TextConfig:
@@ -74,14 +75,8 @@ def _need_gib(
         + memory.optimizer_bytes(config, adapter, optimizer=optimizer)
         + LOADING_BYTES
     )
-    found = memory.activations(
-        config,
-        batch=Batch(rows, tokens, padded=False),
-        numerics=BF16,
-        adapter=adapter,
-        execution=execution,
-        bits=bits,
-    )
+    batch = Batch(rows, tokens, padded=False)
+    found = activations(config, Step(batch, BF16, adapter, execution, bits))
     logits = rows * tokens * config.vocab_size * bytes_per_logit
     head = found.stored + 2 * rows * tokens * config.hidden_size * BF16.stream + logits
     peak = max(found.backward, head)
@@ -204,14 +199,7 @@ def test_tokens_a_second_of_the_table_that_the_speed_was_fitted_to(
     execution: Execution, tokens: int, published: float
 ) -> None:
     """No proof of the model, as two of the rows of each engine made its coefficients; the others follow."""
-    seconds = pass_seconds(
-        LLAMA_2_7B,
-        card=CARDS["a100-40"],
-        tokens=tokens,
-        row_tokens=tokens,
-        adapter=Adapter(8, SEVEN),
-        execution=execution,
-        bits="4bit",
-    )
+    step = Step(Batch(1, tokens), BF16, Adapter(8, SEVEN), execution)
+    seconds = pass_seconds(LLAMA_2_7B, step, card=CARDS["a100-40"], tokens=tokens, row_tokens=tokens)
     assert seconds is not None
     assert tokens / seconds == pytest.approx(published, rel=0.15)
