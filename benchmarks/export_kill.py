@@ -42,11 +42,12 @@ SHAPE = {
 _PROGRAMS = {
     "merge": """
 from gemma_tune.exporting.merge.write import merge_adapter
+from gemma_tune.exporting.settings import ExportSettings
 begin()
-merge_adapter(base, adapter, output, max_shard_bytes=30_000_000)
+merge_adapter(base, adapter, output, settings=ExportSettings(max_shard_bytes=30_000_000))
 """,
     "merged-4bit": """
-from gemma_tune.exporting.formats.nf4 import quantize_merged
+from gemma_tune.exporting.merge.quantize_nf4 import quantize_merged
 begin()
 quantize_merged(merged, output, max_shard_bytes=10_000_000)
 """,

@@ -157,8 +157,9 @@ _PROGRAMS = {
         who="resource.RUSAGE_CHILDREN",
     ),
     "gemma-tune": _PROGRAM.format(
-        imports="from gemma_tune.exporting.merge.write import merge_adapter",
-        work="merge_adapter(base, adapter, output, dtype='auto', max_shard_bytes=2_000_000_000)",
+        imports="from gemma_tune.exporting.merge.write import merge_adapter\n"
+        "from gemma_tune.exporting.settings import ExportSettings",
+        work="merge_adapter(base, adapter, output, settings=ExportSettings(max_shard_bytes=2_000_000_000))",
         who="resource.RUSAGE_SELF",
     ),
     "peft": _PROGRAM.format(

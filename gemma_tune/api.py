@@ -17,7 +17,7 @@ from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
-    from gemma_tune.exporting.export import ExportOutcome
+    from gemma_tune.exporting.export_formats import ExportOutcome
     from gemma_tune.inference.score import TextScore
     from gemma_tune.planning.verdict import Plan
     from gemma_tune.runs.layout import RunDir
@@ -112,6 +112,7 @@ def export(
         CheckFailed: an export was written and does not compare as it should.
         ExportError: it cannot be made.
     """
+    from gemma_tune.exporting.settings import ExportSettings
     from gemma_tune.flows.export import export_model
     from gemma_tune.machine.quiet import libraries_to
 
@@ -119,12 +120,10 @@ def export(
         outcome = export_model(
             Path(source),
             [formats] if isinstance(formats, str) else formats,
+            settings=ExportSettings.of(dtype=dtype, max_shard_gb=max_shard_gb, verify=verify),
+            reporter=told,
             output=None if output is None else Path(output),
             base=base,
-            dtype=dtype,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            verify=verify,
-            reporter=told,
         )
     outcome.require_passed()
     return outcome

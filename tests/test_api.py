@@ -62,14 +62,14 @@ def test_the_stub_the_names_and_the_functions_agree() -> None:
 
 
 def test_export_stays_the_function_when_the_subpackage_is_imported() -> None:
-    import gemma_tune.exporting.formats.table
+    import gemma_tune.exporting.formats.registry
     from gemma_tune import export
     from gemma_tune.exporting.formats import table as formats
 
     assert export is api.export
     assert gemma_tune.export is api.export
     assert "merged-16bit" in formats.FORMATS
-    assert sys.modules["gemma_tune.exporting.formats.table"] is formats
+    assert sys.modules["gemma_tune.exporting.formats.registry"] is formats
 
 
 def test_a_plan_is_that_of_the_command(tmp_path: Path) -> None:

@@ -12,13 +12,14 @@ from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 from gemma_tune.text import format_bytes
 
 if TYPE_CHECKING:
-    from gemma_tune.exporting.export import Exported, ExportOutcome
+    from gemma_tune.exporting.export_formats import Exported, ExportOutcome
+    from gemma_tune.exporting.export_source import Combination
     from gemma_tune.exporting.merge.combine import CombineMethod
-    from gemma_tune.exporting.source import Combination
     from gemma_tune.exporting.verify.parity import Distance
 
 SourcePath = Annotated[
@@ -99,13 +100,10 @@ def export(
     run_export(
         source,
         formats.split(","),
+        ExportSettings.of(dtype=dtype, max_shard_gb=max_shard_gb, verify=verify, num_positions=positions),
         output=output,
-        dtype=dtype,
-        max_shard_gb=max_shard_gb,
         base=base,
         combination=_combination(others or (), weights, method=combine, density=density),
-        verify=verify,
-        positions=positions,
         as_json=as_json,
     )
 
@@ -113,7 +111,7 @@ def export(
 def _combination(
     others: Sequence[Path], weights: str | None, *, method: CombineMethod, density: float | None
 ) -> Combination | None:
-    from gemma_tune.exporting.source import Combination
+    from gemma_tune.exporting.export_source import Combination
 
     if not others and weights is None:
         return None
@@ -127,13 +125,10 @@ def _combination(
 def run_export(
     source: Path,
     formats: list[str],
+    settings: ExportSettings,
     *,
     output: Path | None,
-    dtype: Literal["auto", "bfloat16", "float16", "float32"],
-    max_shard_gb: float,
     base: str | None,
-    verify: bool,
-    positions: int | None,
     as_json: bool,
     combination: Combination | None = None,
 ) -> None:
@@ -146,14 +141,11 @@ def run_export(
         outcome = export_model(
             source,
             formats,
+            settings=settings,
+            reporter=reporter,
             output=output,
             base=base,
-            dtype=dtype,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            verify=verify,
-            num_positions=positions,
             combination=combination,
-            reporter=reporter,
         )
     print_outcome(terminal, outcome, as_json=as_json)
 
@@ -190,7 +182,7 @@ def _print_figures(terminal: Terminal, outcome: ExportOutcome) -> None:
         rows.append(("base alone", None, *effect, _figure(parity.base_perplexity), None, None))
     for result in parity.exports:
         answers = None if result.answers_equal is None else f"{result.answers_equal}/{parity.num_prompts}"
-        has_ids = result.distance is not None or result.method == "weights"
+        has_ids = result.distance is not None or result.texts_equal or result.first_difference
         ids = f"{result.texts_equal}/{parity.num_texts}" if has_ids else None
         cells = (*_distance_cells(result.distance), _figure(result.perplexity))
         rows.append((result.name, _verdict(result.passed), *cells, ids, answers))

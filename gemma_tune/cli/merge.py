@@ -13,7 +13,7 @@ from gemma_tune.cli.export import (
     Verify,
     run_export,
 )
-from gemma_tune.exporting.formats.table import MERGED
+from gemma_tune.exporting.settings import ExportSettings
 
 
 def merge(
@@ -29,12 +29,9 @@ def merge(
     """Merge an adapter into its 16-bit base and prove it; short for `export --format merged-16bit`."""
     run_export(
         source,
-        [MERGED],
+        ["merged-16bit"],
+        ExportSettings.of(dtype=dtype, max_shard_gb=max_shard_gb, verify=verify, num_positions=positions),
         output=output,
-        dtype=dtype,
-        max_shard_gb=max_shard_gb,
         base=base,
-        verify=verify,
-        positions=positions,
         as_json=as_json,
     )

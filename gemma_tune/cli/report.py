@@ -137,7 +137,7 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
     terminal.result(make_table(("file", "where"), files))
     exports = _exports(run)
     if exports:
-        from gemma_tune.exporting.export import outcome_of
+        from gemma_tune.exporting.export_formats import outcome_of
 
         print_exports(terminal, outcome_of(exports, None))
     terminal.result("")

@@ -14,43 +14,12 @@ from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate, load_template
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.disk import output_file
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_record import ExportRecord, read_record, stored_result
-from gemma_tune.exporting.formats.table import ADAPTER, MERGED, MERGED_4BIT
+from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.reporting.card import CARD_FILE, CardExport, CardFormat, CardPrompt, build_model_card
+from gemma_tune.reporting.card import CARD_FILE, CardExport, CardPrompt, build_model_card
 from gemma_tune.runs.layout import RunDir
-
-_CARD_FORMATS = {
-    ADAPTER: CardFormat(
-        about="a LoRA adapter in PEFT's format, to be loaded on top of its base model",
-        usage="use_adapter.md.j2",
-        library="peft",
-        is_adapter=True,
-    ),
-    MERGED: CardFormat(
-        about="the whole model: the adapter is merged into the base's 16-bit weights",
-        usage="use_merged.md.j2",
-        library="transformers",
-    ),
-    MERGED_4BIT: CardFormat(
-        about="the whole model, merged in 16 bits and then quantized to bitsandbytes NF4",
-        usage="use_merged.md.j2",
-        library="transformers",
-        tags=("bitsandbytes", "4-bit"),
-        is_quantized=True,
-    ),
-}
-_GGUF = CardFormat(
-    about="the whole model, merged in 16 bits and written as GGUF for llama.cpp, Ollama and LM Studio",
-    usage="use_gguf.md.j2",
-    tags=("gguf", "llama.cpp"),
-    is_quantized=True,
-)
-
-
-def card_format(name: str) -> CardFormat:
-    """Return what a card says of an export format; every other one is a GGUF file, with or without a Modelfile."""
-    return _CARD_FORMATS.get(name, _GGUF)
 
 
 def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantized_from: str | None = None) -> Path:
@@ -66,7 +35,7 @@ def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantize
     """
     record = read_record(directory)
     export = CardExport(
-        format=card_format(record.format),
+        format=FORMATS.find(record.format, error=ExportError).card,
         base=base,
         prompt=describe_prompt(run),
         files=sorted(path.name for path in directory.iterdir()),

@@ -18,15 +18,14 @@ from typing import Any
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, HubError
 from gemma_tune.exporting.export_record import RECORD_FILE, read_record
+from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.exporting.text_files import portable_settings
 from gemma_tune.models.safetensors import (
     CHAT_TEMPLATE_FILES,
     CONFIG_FILE,
     GENERATION_CONFIG_FILE,
-    INDEX_FILE,
     PROCESSOR_FILES,
     TOKENIZER_FILES,
-    WEIGHTS_FILE,
     weight_files,
 )
 from gemma_tune.reporting.card import CARD_FILE, REPOSITORY, mask_private
@@ -40,20 +39,13 @@ _NAMES = frozenset(
         "LICENSE.txt",
         "LICENSE.md",
         "USE_POLICY.md",
-        CONFIG_FILE,
         GENERATION_CONFIG_FILE,
         *TOKENIZER_FILES,
         *CHAT_TEMPLATE_FILES,
         *PROCESSOR_FILES,
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        WEIGHTS_FILE,
-        INDEX_FILE,
         "template.yaml",
-        "Modelfile",
     }
 )
-_SHARD_OR_GGUF = re.compile(r"model-\d{5}-of-\d{5}\.safetensors|[A-Za-z0-9][A-Za-z0-9._-]*\.gguf", re.ASCII)
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?", re.ASCII)
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 _DEFAULT_MESSAGE = "Upload with gemma-tune"
@@ -160,9 +152,7 @@ def _files_to_push(directory: Path, *, force: bool) -> list[str]:
     if directory.resolve().name.startswith("."):
         raise ExportError(f"{directory} is an export that was not finished", hint="run the same export again")
     _check_record(directory, force=force)
-    names = sorted(
-        path.name for path in directory.iterdir() if path.name in _NAMES or _SHARD_OR_GGUF.fullmatch(path.name)
-    )
+    names = sorted(path.name for path in directory.iterdir() if path.name in _NAMES or _is_of_a_format(path.name))
     for name in names:
         if (directory / name).is_symlink() or not (directory / name).is_file():
             raise ExportError(f"{directory / name} is not a plain file", hint="copy what it points to in its place")
@@ -197,19 +187,19 @@ def _check_record(directory: Path, *, force: bool) -> None:
         )
 
 
+def _is_of_a_format(name: str) -> bool:
+    return any(pattern.fullmatch(name) for each in FORMATS.values() for pattern in each.files)
+
+
 def _require_weights(directory: Path, names: Sequence[str]) -> None:
-    """An adapter, a GGUF, or every shard of a model."""
-    if "adapter_config.json" in names and "adapter_model.safetensors" in names:
-        return
-    if any(name.endswith(".gguf") for name in names):
-        return
-    if CONFIG_FILE in names and (WEIGHTS_FILE in names or INDEX_FILE in names):
-        weight_files(directory)  # tells of a missing shard
-        return
-    raise ExportError(
-        f"{directory} is no export: it has neither an adapter nor a model nor a GGUF file",
-        hint="give a directory that `gemma-tune export` wrote",
-    )
+    """Refuse a directory without the files of any format, or without a shard of its model."""
+    if not any(all(any(map(pattern.fullmatch, names)) for pattern in each.files) for each in FORMATS.values()):
+        raise ExportError(
+            f"{directory} is no export: it has neither an adapter nor a model nor a GGUF file",
+            hint="give a directory that `gemma-tune export` wrote",
+        )
+    if CONFIG_FILE in names:
+        weight_files(directory)  # reports a missing shard
 
 
 def _refuse_private_text(path: Path) -> None:

@@ -8,11 +8,18 @@ from pathlib import Path
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.open import load_data, open_data
 from gemma_tune.errors import DataError
-from gemma_tune.exporting.export import PARTS_DIR, ExportOutcome, export, find_exports, outcome_of, verify_directories
-from gemma_tune.exporting.formats.table import MERGED, find_formats
-from gemma_tune.exporting.merge.plan import MergeDtype
-from gemma_tune.exporting.source import Combination, ExportSource, combine_sources, open_source
-from gemma_tune.exporting.verify.probe import DEFAULT_POSITIONS, Probe, built_in_probe, probe_of_rows
+from gemma_tune.exporting.export_formats import (
+    PARTS_DIR,
+    ExportOutcome,
+    export_formats,
+    find_exports,
+    outcome_of,
+    verify_directories,
+)
+from gemma_tune.exporting.export_source import Combination, ExportSource, combine_sources, open_source
+from gemma_tune.exporting.formats.registry import find_formats
+from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.verify.probe import Probe, built_in_probe, probe_of_rows
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter
@@ -22,16 +29,13 @@ def export_model(
     path: Path,
     formats: Sequence[str],
     *,
+    settings: ExportSettings,
     reporter: Reporter,
     output: Path | None = None,
     base: str | None = None,
-    dtype: MergeDtype = "auto",
-    max_shard_bytes: int = 5_000_000_000,
-    verify: bool = True,
-    num_positions: int | None = None,
     combination: Combination | None = None,
 ) -> ExportOutcome:
-    """Export a run or an adapter directory, and prove every format unless `verify` is off.
+    """Export a run or an adapter directory, and prove every format unless the settings leave that out.
 
     With a combination the exports go into `output/combined` and are compared on the rows of the first run.
     """
@@ -41,13 +45,12 @@ def export_model(
         find_formats(formats)  # a wrong name is told before anything is written
         output = output / "combined"
         source = combine_sources(source, combination, directory=output / PARTS_DIR)
-    return export(
+    return export_formats(
         source,
         formats,
         output=output,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        make_probe=(lambda: _make_probe(first, num_positions, reporter=reporter)) if verify else None,
+        settings=settings,
+        make_probe=lambda: _make_probe(first, settings.num_positions, reporter=reporter),
         reporter=reporter,
     )
 
@@ -57,10 +60,10 @@ def verify_model(
 ) -> ExportOutcome:
     """Prove exports again: those of a run, or those at `path`, which are of the run or adapter `of`."""
     source, directories = find_exports(path, of=of, base=base)
-    probe = _make_probe(source, num_positions, reporter=reporter)
+    probe = _make_probe(source, num_positions or ExportSettings.num_positions, reporter=reporter)
     reporter.stage("verify")
-    merged = next((each for each in directories if each.name == MERGED), None)
-    parity = verify_directories(source, directories, probe=probe, merged=merged, reporter=reporter)
+    siblings = {directory.name: directory for directory in directories}
+    parity = verify_directories(source, directories, probe=probe, siblings=siblings, reporter=reporter)
     return outcome_of(directories, parity)
 
 
@@ -70,11 +73,11 @@ def exports_of(run: RunDir) -> ExportOutcome:
     return outcome_of(directories, None)
 
 
-def _make_probe(source: ExportSource, num_positions: int | None, *, reporter: Reporter) -> Probe:
+def _make_probe(source: ExportSource, num_positions: int, *, reporter: Reporter) -> Probe:
     """Eval rows of the run; text of our own where there is no run, or its rows are gone."""
     from gemma_tune.models.tokenizer import load_tokenizer
 
-    encoder, num_positions = Encoder(load_tokenizer(source.tokenizer)), num_positions or DEFAULT_POSITIONS
+    encoder = Encoder(load_tokenizer(source.tokenizer))
     if source.run is not None:
         recipe = load_recipe(source.run.resolved_recipe).recipe
         try:

@@ -24,7 +24,8 @@ from gemma_tune.disk import read_json, write_json, write_text
 from gemma_tune.engines.base import AttachedLora, Engine
 from gemma_tune.engines.choose import EngineDecision, decide_engine, start_engine
 from gemma_tune.errors import DataError, GemmaTuneError, RunError, TrainingInterrupted
-from gemma_tune.exporting.formats.table import find_formats
+from gemma_tune.exporting.formats.registry import find_formats
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.flows.export import export_model
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.precision import detect_device
@@ -121,14 +122,7 @@ def train(
     section = loaded.recipe.export
     with libraries_to(run.library_log):
         if section.formats:
-            export_model(
-                run.path,
-                section.formats,
-                dtype=section.dtype,
-                max_shard_bytes=int(section.max_shard_gb * 1e9),
-                verify=section.verify,
-                reporter=reporter,
-            )
+            export_model(run.path, section.formats, settings=ExportSettings.of_section(section), reporter=reporter)
         write_report(run)
     return run
 

@@ -7,6 +7,7 @@ warning and no effect; here every tensor finds its module, with the right shape,
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,18 @@ from typing import Any
 
 from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.merge.plan import plan_merge, refuse_strangers
+from gemma_tune.exporting.export_source import ExportSource, public_name
+from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
+from gemma_tune.exporting.merge.merge_plan import plan_merge, refuse_strangers
+from gemma_tune.exporting.settings import DEFAULT_SETTINGS
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
-from gemma_tune.models.catalogue import resolve_model
+from gemma_tune.exporting.verify.forms import PLAIN, Form
+from gemma_tune.exporting.verify.parity import LIMITS
+from gemma_tune.exporting.verify.runner import Runner, transformers_runner
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.safetensors import read_config, stored_tensors
-from gemma_tune.runs.adapter import (
+from gemma_tune.models.safetensors import directory_bytes, read_config, stored_tensors
+from gemma_tune.reporting.card import CardFormat
+from gemma_tune.runs.adapter_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     LoraAdapter,
@@ -90,15 +97,7 @@ def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
         refuse_strangers(adapter, base.keys())  # packed weights have shapes of their own
         return
     # A merge checks all of it before it begins; which tensors end up tied does not matter here.
-    plan_merge(
-        adapter, base=base, base_config=config, dtype="auto", max_shard_bytes=1 << 40, same_values=lambda *_: True
-    )
-
-
-def public_name(base: LocalModel) -> str:
-    """How others find the base: its hub id, whichever alias the recipe names; a local path as it was given."""
-    location = resolve_model(base.name).location
-    return base.name if Path(location).is_dir() else location
+    plan_merge(adapter, base=base, base_config=config, settings=DEFAULT_SETTINGS, same_values=lambda *_: True)
 
 
 def _config(adapter_dir: Path, *, base_name: str, base: LocalModel) -> dict[str, Any]:
@@ -112,3 +111,33 @@ def _facts(adapter: LoraAdapter) -> object:
     """What must be the same in the copy."""
     tensors = {(tensor.name, tensor.dtype, tensor.shape, tensor.offset_bytes) for tensor in adapter.tensors()}
     return tensors, {module: change.scaling for module, change in adapter.factors.items()}
+
+
+# --- the member -------------------------------------------------------------------------------------------------------
+
+
+def _write(task: ExportTask) -> Facts:
+    report = export_adapter(task.source.adapter, task.source.base, task.output, more_texts=task.texts)
+    return {"modules": report.num_modules, "weight_bytes": report.weight_bytes}
+
+
+def _runner(directory: Path, source: ExportSource, siblings: Mapping[str, Path]) -> Runner:
+    form = Form(FORMAT.name, PLAIN, source.base.directory, adapter=directory, tokenizer=directory)
+    return transformers_runner(form, LIMITS["float32"])
+
+
+FORMAT = Format(
+    name="adapter",
+    about="the LoRA adapter, for PEFT and vLLM",
+    card=CardFormat(
+        about="a LoRA adapter in PEFT's format, to be loaded on top of its base model",
+        usage="use_adapter.md.j2",
+        library="peft",
+        is_adapter=True,
+    ),
+    files=(re.compile(re.escape(ADAPTER_CONFIG_FILE)), re.compile(re.escape(ADAPTER_WEIGHTS_FILE))),
+    estimate_bytes=lambda source, dtype: directory_bytes(source.adapter),
+    write=_write,
+    runner=_runner,
+    settings=(),
+)

@@ -5,7 +5,6 @@ llama.cpp ends its process instead of raising, so it works in a process of its o
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from gemma_tune.disk import output_file, refuse_existing, require_free_disk
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
+from gemma_tune.exporting.required_packages import RequiredPackage, require_packages
 from gemma_tune.machine.child import run_child
 from gemma_tune.text import did_you_mean
 
@@ -67,10 +67,16 @@ _PLAIN_TYPES = {"F32", "F16", "BF16"}
 # llama.cpp keeps at most this much of a tensor in memory; its own limit is 8 GiB.
 _BUFFER_BYTES = 256 << 20
 _LAST_LINES = 6
+_GGUF = RequiredPackage("gguf", "gguf", "pip install 'gemma-tune[gguf]'")
+_LLAMA_CPP = RequiredPackage(
+    "llama_cpp",
+    "llama-cpp-python",
+    "pip install 'gemma-tune[gguf-quant]' (compiles for about ten minutes), or export q8_0",
+)
 
 
-def require_gguf_packages(quantization: str) -> None:
-    """Raise ExportError unless `quantization` is one that can be made and its packages are installed."""
+def refuse_unknown(quantization: str) -> None:
+    """Raise ExportError unless `quantization` is one that can be made, naming the nearest."""
     name = quantization.lower()
     if name in _NEED_IMATRIX:
         raise ExportError(
@@ -83,18 +89,17 @@ def require_gguf_packages(quantization: str) -> None:
             f"{quantization!r} is no GGUF quantization that gemma-tune knows",
             hint=f"{did_you_mean(name, known)} known: {', '.join(known)}".lstrip(),
         )
-    if importlib.util.find_spec("gguf") is None:
-        raise ExportError("GGUF export needs the package `gguf`", hint="pip install 'gemma-tune[gguf]'")
-    if quantization not in CONVERTED:
-        _require_llama_cpp(quantization)
 
 
-def _require_llama_cpp(quantization: str) -> None:
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise ExportError(
-            f"{quantization} is made by llama.cpp, whose package `llama-cpp-python` is not installed",
-            hint="pip install 'gemma-tune[gguf-quant]' (compiles for about ten minutes), or export q8_0",
-        )
+def packages_of(quantization: str) -> tuple[RequiredPackage, ...]:
+    """The packages that write a GGUF in this quantization from merged weights."""
+    return (_GGUF,) if quantization in CONVERTED else (_GGUF, _LLAMA_CPP)
+
+
+def require_gguf_packages(quantization: str) -> None:
+    """Raise ExportError unless `quantization` is one that can be made and its packages are installed."""
+    refuse_unknown(quantization)
+    require_packages(f"the GGUF quantization {quantization}", packages_of(quantization))
 
 
 def quantized_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], quantization: str) -> int:
@@ -127,7 +132,7 @@ def quantize_gguf(
     require_gguf_packages(quantization)
     if quantization not in QUANTIZATIONS:
         raise ExportError(f"{quantization} is no quantization", hint="convert_to_gguf writes it from the model itself")
-    _require_llama_cpp(quantization)
+    require_packages(f"llama.cpp's {quantization}", [_LLAMA_CPP])
     started = time.perf_counter()
     refuse_existing(output)
     header = read_gguf_header(source)

@@ -26,7 +26,7 @@ from gemma_tune.exporting.merge.tensor_io import read_tensor, same_values
 from gemma_tune.exporting.merge.write import check_adapter_values
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.models.safetensors import StoredTensor
-from gemma_tune.runs.adapter import (
+from gemma_tune.runs.adapter_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     LoraAdapter,

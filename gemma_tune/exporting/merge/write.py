@@ -33,7 +33,7 @@ from gemma_tune.disk import (
     write_json,
 )
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.merge.plan import MergeDtype, MergePlan, PlannedTensor, plan_merge
+from gemma_tune.exporting.merge.merge_plan import MergePlan, PlannedTensor, plan_merge
 from gemma_tune.exporting.merge.shards import set_length, shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
     BLOCK_ELEMENTS,
@@ -48,6 +48,7 @@ from gemma_tune.exporting.merge.tensor_io import (
     same_values,
     write_into,
 )
+from gemma_tune.exporting.settings import DEFAULT_SETTINGS, ExportSettings
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.safetensors import (
@@ -58,9 +59,8 @@ from gemma_tune.models.safetensors import (
     read_config,
     stored_tensors,
 )
-from gemma_tune.runs.adapter import LoraAdapter, LoraFactors, read_adapter
+from gemma_tune.runs.adapter_dir import LoraAdapter, LoraFactors, read_adapter
 
-_DEFAULT_SHARD_BYTES = 5_000_000_000
 # A block takes a quarter of a millisecond. Handed out one by one, the caller's thread would take a tenth of the cores.
 _BLOCKS_A_TASK = 8
 # The disk works while the cores do. A file of 5 GB that is flushed only at its end keeps them waiting for 0.6 s of 2.7.
@@ -95,19 +95,18 @@ def merge_adapter(
     adapter_dir: Path,
     output_dir: Path,
     *,
-    dtype: MergeDtype = "auto",
-    max_shard_bytes: int = _DEFAULT_SHARD_BYTES,
+    settings: ExportSettings = DEFAULT_SETTINGS,
     on_progress: Callable[[int, int], None] | None = None,
-    expected_base: Mapping[str, str] | None = None,
     more_texts: Mapping[str, str] | None = None,
 ) -> MergeReport:
     """Write base + adapter as a plain Hugging Face directory.
 
-    dtype `auto` keeps the dtype of each base tensor. `on_progress` gets (bytes done, bytes in all) in the caller's
-    thread. `expected_base` holds sha256 by file name, as `file_hashes` gives it: another base is refused. `more_texts`
-    (name -> content) become files of the output. Needs about 0.3 GB of memory, torch included, beside the factors of
-    two layers, and free disk for the output. Raises ExportError or ModelError; then no output directory is left. A
-    merge that was killed is gone on with: the weight files that it finished are kept when all inputs are the same.
+    `on_progress` gets (bytes done, bytes in all) in the caller's thread. `more_texts` (name -> content) become files of
+    the output. Needs about 0.3 GB of memory, torch included, next to the factors of two layers, and free disk for the
+    output. A merge that was killed is resumed: the weight files that it finished are kept when all inputs are the same.
+
+    Raises:
+        ExportError, ModelError: then no output directory is left.
     """
     started = time.perf_counter()
     refuse_existing(output_dir)
@@ -117,15 +116,13 @@ def merge_adapter(
         adapter,
         base=base,
         base_config=read_config(base_dir),
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+        settings=settings,
         same_values=same_values,
     )
     texts = tokenizer_files(base_dir, adapter_dir) | generation_files(base_dir) | licence_files(base_dir)
     _check_vocabulary(texts, plan)
     needed_bytes = plan.num_bytes + sum(path.stat().st_size for path in texts.values())
     require_free_disk(output_dir, needed_bytes, what="the merged model")
-    _check_base_identity(base_dir, expected_base)
     check_adapter_values(adapter)
     with output_directory(output_dir, fingerprint=_fingerprint(plan, adapter)) as partial_dir:
         write_text_files(partial_dir, copied=texts, given=more_texts)
@@ -174,9 +171,8 @@ def _check_vocabulary(texts: Mapping[str, Path], plan: MergePlan) -> None:
         )
 
 
-def _check_base_identity(base_dir: Path, expected: Mapping[str, str] | None) -> None:
-    if expected is None:
-        return
+def require_same_base(base_dir: Path, expected: Mapping[str, str]) -> None:
+    """Refuse a base other than the expected one: sha256 by file name, as `file_hashes` gives it."""
     found = file_hashes(base_dir)
     differ = sorted(name for name, digest in expected.items() if found.get(name) != digest)
     if differ:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,15 +22,13 @@ from gemma_tune.exporting.verify.parity import Logits
 from gemma_tune.exporting.verify.probe import Probe
 from gemma_tune.machine.child import ChildEnd, Send, run_child
 
-FormKind = Literal["plain", "nf4", "nf4-expanded", "gguf"]
 OnProgress = Callable[[int, int], None]
 
-_OPENERS: dict[FormKind, str] = {
-    "plain": "gemma_tune.exporting.verify.transformers_form:open_plain",
-    "nf4": "gemma_tune.exporting.verify.transformers_form:open_nf4",
-    "nf4-expanded": "gemma_tune.exporting.verify.transformers_form:open_nf4_expanded",
-    "gguf": "gemma_tune.exporting.verify.gguf_form:open_gguf",
-}
+# A Hugging Face directory in float32, 4-bit weights expanded to it.
+PLAIN = "gemma_tune.exporting.verify.transformers_form:open_plain"
+# 16-bit weights quantized on loading, as QLoRA trains; and the same, expanded to float32.
+NF4 = "gemma_tune.exporting.verify.transformers_form:open_nf4"
+NF4_EXPANDED = "gemma_tune.exporting.verify.transformers_form:open_nf4_expanded"
 _LAST_LINES = 12
 
 
@@ -40,27 +38,24 @@ class Form:
 
     Attributes:
         name: what it is called in reports.
-        kind: plain: a Hugging Face directory in float32, 4-bit weights expanded to it; nf4: 16-bit weights quantised on
-            loading, as QLoRA trains; nf4-expanded: the same, expanded to float32; gguf: a file for llama.cpp.
+        opener: `module:function` that returns an `OpenForm`, called as `opener(form, before=...)` in the process that
+            measures; `before` is what it returned for the form before this one when both have one path, else None.
         path: directory or file.
         adapter: PEFT adapter on top of it.
-        tokenizer: directory of its tokenizer; None for a GGUF, which holds its own.
+        tokenizer: directory of its tokenizer; None for a file that holds its own.
         num_rows: the vocabulary's rows, where the adapter resized it.
         dtype: in which precision an nf4 form computes.
+        answers: whether prompts are answered; not in 4 bits, where every token would expand all weights again.
     """
 
     name: str
-    kind: FormKind
+    opener: str
     path: Path
     adapter: Path | None = None
     tokenizer: Path | None = None
     num_rows: int | None = None
     dtype: str = "float32"
-
-    @property
-    def answers(self) -> bool:
-        """Whether prompts are answered: not in 4 bits, where every token would expand all weights again."""
-        return self.kind != "nf4"
+    answers: bool = True
 
 
 class OpenForm(Protocol):
@@ -107,8 +102,8 @@ def measure_here(
     measured: list[Measurement] = []
     opened: OpenForm | None = None
     for index, form in enumerate(forms):
-        module_name, function_name = _OPENERS[form.kind].split(":")
-        before = opened if index and _goes_on(forms[index - 1], form) else None
+        module_name, function_name = form.opener.split(":")
+        before = opened if index and _shares_weights(forms[index - 1], form) else None
         del opened  # free the model before the next one is loaded
         opened = getattr(importlib.import_module(module_name), function_name)(form, before=before)
         del before
@@ -120,8 +115,8 @@ def measure_here(
     return measured
 
 
-def _goes_on(before: Form, form: Form) -> bool:
-    return before.kind == form.kind and before.path == form.path and before.adapter is None
+def _shares_weights(before: Form, form: Form) -> bool:
+    return before.opener == form.opener and before.path == form.path and before.adapter is None
 
 
 def _measure(form: Form, opened: OpenForm, probe: Probe, *, path: Path, tell: Callable[[int], None]) -> Measurement:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,11 +9,6 @@ from gemma_tune.exporting.verify.forms import Form
 from gemma_tune.exporting.verify.parity import Logits
 
 _CONTEXT_TOKENS = 2048
-
-
-def has_llama_cpp() -> bool:
-    """Whether llama-cpp-python is installed, so that a GGUF can be run and not only read."""
-    return importlib.util.find_spec("llama_cpp") is not None
 
 
 class GgufForm:

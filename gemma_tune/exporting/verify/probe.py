@@ -11,8 +11,8 @@ from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
+from gemma_tune.exporting.settings import ExportSettings
 
-DEFAULT_POSITIONS = 200
 _MAX_TEXTS = 50
 _NUM_PROMPTS = 10
 _MAX_PROMPT_TOKENS = 512
@@ -102,7 +102,11 @@ class Probe:
 
 
 def probe_of_rows(
-    rows: EncodedRows, examples: Sequence[Example], *, encoder: Encoder, num_positions: int = DEFAULT_POSITIONS
+    rows: EncodedRows,
+    examples: Sequence[Example],
+    *,
+    encoder: Encoder,
+    num_positions: int = ExportSettings.num_positions,
 ) -> Probe:
     """A probe of eval rows; `examples[i]` is what `rows[i]` was made of. Without rows it is the built-in one."""
     if not len(rows):
@@ -123,7 +127,7 @@ def probe_of_rows(
     )
 
 
-def built_in_probe(encoder: Encoder, *, num_positions: int = DEFAULT_POSITIONS) -> Probe:
+def built_in_probe(encoder: Encoder, *, num_positions: int = ExportSettings.num_positions) -> Probe:
     """A probe of plain text, for an adapter whose rows are not known."""
     rows = [encoder.encode_prompt([Segment(text, supervised=False, control=False)]) for text in _BUILT_IN_TEXTS]
     ids, scored = _fill([(row, range(1, len(row))) for row in rows], num_positions)

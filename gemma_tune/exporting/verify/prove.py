@@ -7,7 +7,6 @@ model that was really trained (F41), on the 16-bit base and on the one that the 
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ from pathlib import Path
 
 from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import ExportError, GemmaTuneError
-from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
-from gemma_tune.exporting.verify.forms import Form, Measure, Measurement, measure_in_child
-from gemma_tune.exporting.verify.gguf_form import has_llama_cpp
-from gemma_tune.exporting.verify.parity import LIMITS, Distance, Limits, distance, judge, perplexity
+from gemma_tune.exporting.verify.forms import NF4, NF4_EXPANDED, PLAIN, Form, Measure, Measurement, measure_in_child
+from gemma_tune.exporting.verify.parity import Distance, distance, judge, perplexity
 from gemma_tune.exporting.verify.probe import Probe
-from gemma_tune.exporting.verify.weight_check import WeightCheck, check_gguf_weights, check_merged_weights
+from gemma_tune.exporting.verify.runner import Runner, tokenize_by
 from gemma_tune.models.config import read_config
 from gemma_tune.models.safetensors import stored_tensors
-from gemma_tune.runs.adapter import read_adapter
+from gemma_tune.runs.adapter_dir import read_adapter
 from gemma_tune.runs.reporter import Reporter
 
 _FLOAT32_BYTES = 4
@@ -32,8 +29,8 @@ _RUNTIME_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
-class Source:
-    """What exports are made of and compared with.
+class Reference:
+    """What exports are compared with: an adapter on its base.
 
     Attributes:
         base, adapter, tokenizer: directories.
@@ -47,27 +44,12 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """An export to be proven.
-
-    Attributes:
-        limits: key of `LIMITS`.
-        against_trained: compare with the 4-bit model that was trained, where there is one, instead of base + adapter.
-        merged: the merged directory that a GGUF was made of, to compare stored weights with; None when it is gone.
-    """
-
-    form: Form
-    limits: str
-    against_trained: bool = False
-    merged: Path | None = None
-
-
-@dataclass(frozen=True)
 class FormReport:
     """How one form compares with another.
 
     Attributes:
-        method: logits when the form was run, weights when its stored weights were compared, none when neither.
+        method: logits when the form was run, weights when its stored weights were compared, files when those of a
+            format that nothing runs were, none when nothing was.
         distance, perplexity: None unless it was run.
         texts_equal, answers_equal: strings with equal token ids, prompts with equal greedy answers (None where one of
             the two does not answer).
@@ -104,12 +86,12 @@ class ParityReport:
     num_positions: int
     num_texts: int
     num_prompts: int
-    effect: Distance | None
-    base_perplexity: float | None
-    reference_perplexity: float | None
-    exports: tuple[FormReport, ...]
-    trained: tuple[FormReport, ...]
-    notes: tuple[str, ...]
+    effect: Distance | None = None
+    base_perplexity: float | None = None
+    reference_perplexity: float | None = None
+    exports: tuple[FormReport, ...] = ()
+    trained: tuple[FormReport, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def failed(self) -> tuple[FormReport, ...]:
@@ -118,33 +100,41 @@ class ParityReport:
 
 
 def verify_exports(
-    candidates: Sequence[Candidate],
-    source: Source,
+    runners: Sequence[Runner],
+    reference: Reference,
     *,
     probe: Probe,
     reporter: Reporter,
     measure: Measure = measure_in_child,
 ) -> ParityReport:
-    """Run every candidate and judge it.
+    """Run every export and judge it.
 
-    One model is in memory at a time, in float32: 4 bytes a parameter. Where that does not fit, or a GGUF finds no
-    llama.cpp, sampled rows of the stored weights and token ids are compared instead, and the report says so. A
-    candidate that cannot be loaded fails; ExportError is raised only when base + adapter themselves cannot be run.
+    One model is in memory at a time, in float32: 4 bytes a parameter. What cannot be run, for want of memory, of
+    llama.cpp or because nothing runs its format, is compared by its stored files and token ids instead, and the report
+    says so. An export that cannot be loaded fails.
+
+    Raises:
+        ExportError: base + adapter themselves cannot be run.
     """
     if not probe.rows or not all(probe.rows):
         raise ExportError("verify needs at least one row of token ids, and no empty row", hint="give it some eval rows")
-    shortage = _memory_shortage(source.base)
+    forms = [runner.form for runner in runners if runner.form is not None]
+    shortage = _memory_shortage(reference.base) if forms else None
+    if forms and shortage is None:
+        with tempfile.TemporaryDirectory(prefix="gemma-tune-verify-", ignore_cleanup_errors=True) as name:
+            directory = Path(name)
+            _require_room(directory, reference.base, probe, num_forms=4 + len(forms))
+            return _verify_by_logits(_Bench(probe, reporter, measure, directory), runners, reference)
     if shortage is not None:
         reporter.warn(shortage)
-        wanted_ids = _tokenize_all(Form("base + adapter", "plain", source.base, tokenizer=source.tokenizer), probe)
-        reports = tuple(
-            _unrun(candidate, source, probe=probe, wanted_ids=wanted_ids, why=shortage) for candidate in candidates
-        )
-        return _report(probe, exports=reports, notes=(shortage,))
-    with tempfile.TemporaryDirectory(prefix="gemma-tune-verify-", ignore_cleanup_errors=True) as name:
-        directory = Path(name)
-        _require_room(directory, source, probe, num_forms=4 + len(candidates))
-        return _verify_by_logits(_Bench(probe, reporter, measure, directory), candidates, source)
+    wanted_ids = tokenize_by(reference.tokenizer, probe.texts)
+    exports = tuple(_check_stored(runner, probe, wanted_ids, why=shortage) for runner in runners)
+    return ParityReport(*_described(probe), exports=exports, notes=(shortage,) if shortage else ())
+
+
+def _described(probe: Probe) -> tuple[str, int, int, int]:
+    """The first fields of a `ParityReport`."""
+    return probe.origin, len(probe.positions()), len(probe.texts), len(probe.prompts)
 
 
 class _Bench:
@@ -193,29 +183,28 @@ class _Bench:
         wanted: Measurement,
         *,
         name: str,
-        limits: Limits | None = None,
+        runner: Runner | None = None,
         effect: Distance | None = None,
     ) -> FormReport:
-        """Figures, and the verdict where limits are given."""
-        expected = limits.expected if limits else "told, not judged"
+        """Figures; and the verdict of a runner, for which the adapter's effect is given."""
+        against, expected = wanted.form.name, runner.limits.expected if runner else "told, not judged"
         if isinstance(found, GemmaTuneError):
-            return FormReport(name, wanted.form.name, "none", expected, False, f"cannot be run: {found.message}")
+            return FormReport(name, against, "none", expected, False, f"cannot be run: {found.message}")
         if found.logits.shape != wanted.logits.shape:
-            reason = f"{found.logits.shape[1]} logits a position, {wanted.logits.shape[1]} in {wanted.form.name}"
-            return FormReport(name, wanted.form.name, "logits", expected, False, reason)
+            reason = f"{found.logits.shape[1]} logits a position, {wanted.logits.shape[1]} in {against}"
+            return FormReport(name, against, "logits", expected, False, reason)
         drift = distance(wanted.logits, found.logits, positions=self.positions)
         different = _other_texts(self.probe, wanted.text_ids, found.text_ids)
         passed: bool | None = None
         reason = ""
-        if limits is not None and effect is not None:
-            passed, reason = judge(drift, effect, limits)
+        if runner is not None and effect is not None:
+            passed, reason = judge(drift, effect, runner.limits)
             if passed and different:
                 passed, reason = False, _told_texts(different)
-            if found.form.kind == "gguf":
-                reason += "; run and tokenized by llama.cpp"
+            reason += runner.notes[0]
         return FormReport(
             name=name,
-            against=wanted.form.name,
+            against=against,
             method="logits",
             expected=expected,
             passed=passed,
@@ -251,127 +240,82 @@ def _num_equal(wanted: list[list[int]] | None, found: list[list[int]] | None) ->
     return sum(want == have for want, have in zip(wanted, found, strict=True))
 
 
-def _verify_by_logits(bench: _Bench, candidates: Sequence[Candidate], source: Source) -> ParityReport:
-    files = (source.base, source.adapter, source.tokenizer, _adapter_rows(source.adapter))
-    base_form = Form("base", "plain", source.base, tokenizer=source.tokenizer, num_rows=files[-1])
-    reference_form = Form("base + adapter", "plain", *files)
-    required = [base_form, reference_form]
-    trained_form = expanded_form = None
-    if source.trained_dtype is not None:
-        trained_form = Form("4-bit base + adapter", "nf4", *files, source.trained_dtype)
-        expanded_form = Form("expanded 4-bit base + adapter", "nf4-expanded", *files)
-        required += [trained_form, expanded_form]
-    plain = [candidate.form for candidate in candidates if candidate.form.kind != "gguf"]
-    gguf = [candidate.form for candidate in candidates if candidate.form.kind == "gguf"] if has_llama_cpp() else []
-    measured = bench.run([*required, *plain], required=len(required)) | bench.run(gguf)
+def _verify_by_logits(bench: _Bench, runners: Sequence[Runner], reference: Reference) -> ParityReport:
+    tokenizer, rows = reference.tokenizer, _adapter_rows(reference.adapter)
 
-    def ran(form: Form) -> Measurement:
-        found = measured[form.name]
-        assert isinstance(found, Measurement), "a required form was measured, or run() raised"
-        return found
+    def form(name: str, opener: str, *, dtype: str = "float32", answers: bool = True) -> Form:
+        return Form(name, opener, reference.base, reference.adapter, tokenizer, rows, dtype, answers)
 
-    base, reference = ran(base_form), ran(reference_form)
-    trained = ran(trained_form) if trained_form else None
-    expanded = ran(expanded_form) if expanded_form else None
-    effect = distance(reference.logits, base.logits, positions=bench.positions)
+    base_form = Form("base", PLAIN, reference.base, tokenizer=tokenizer, num_rows=rows)
+    required = [base_form, form("base + adapter", PLAIN)]
+    if reference.trained_dtype is not None:
+        required.append(form("4-bit base + adapter", NF4, dtype=reference.trained_dtype, answers=False))
+        required.append(form("expanded 4-bit base + adapter", NF4_EXPANDED))
+    runnable = [runner.form for runner in runners if runner.form is not None and runner.why_not_run is None]
+    # What transformers loads shares a process with the base; any other library has one of its own.
+    shared = [each for each in runnable if each.opener == PLAIN]
+    apart = [each for each in runnable if each.opener != PLAIN]
+    measured = bench.run([*required, *shared], required=len(required)) | bench.run(apart)
+    ran = [found for each in required if isinstance(found := measured[each.name], Measurement)]
+    base, wanted = ran[:2]
+    trained, expanded = ran[2:] or (None, None)
+    effect = distance(wanted.logits, base.logits, positions=bench.positions)
     exports = []
-    for candidate in candidates:
-        name, limits = candidate.form.name, LIMITS[candidate.limits]
-        if name not in measured:
-            why = "llama-cpp-python is not installed"
-            exports.append(_unrun(candidate, source, probe=bench.probe, wanted_ids=reference.text_ids, why=why))
+    for runner in runners:
+        if runner.name in measured:
+            against = expanded if runner.against_trained and expanded else wanted
+            report = bench.compare(measured[runner.name], against, name=runner.name, runner=runner, effect=effect)
         else:
-            wanted = expanded if candidate.against_trained and expanded else reference
-            exports.append(bench.compare(measured[name], wanted, name=name, limits=limits, effect=effect))
-    return _report(
-        bench.probe,
+            report = _check_stored(runner, bench.probe, wanted.text_ids)
+        exports.append(report)
+    return ParityReport(
+        *_described(bench.probe),
         effect=effect,
         base_perplexity=perplexity(base.logits, bench.targets),
-        reference_perplexity=perplexity(reference.logits, bench.targets),
+        reference_perplexity=perplexity(wanted.logits, bench.targets),
         exports=tuple(exports),
         trained=tuple(
             bench.compare(found, trained, name=name)
-            for found, name in ((reference, "16-bit base + adapter"), (expanded, "expanded base + adapter"))
+            for found, name in ((wanted, "16-bit base + adapter"), (expanded, "expanded base + adapter"))
             if trained and found
         ),
-    )
-
-
-def _report(
-    probe: Probe,
-    *,
-    exports: tuple[FormReport, ...],
-    effect: Distance | None = None,
-    base_perplexity: float | None = None,
-    reference_perplexity: float | None = None,
-    trained: tuple[FormReport, ...] = (),
-    notes: tuple[str, ...] = (),
-) -> ParityReport:
-    unrun = tuple(f"{each.name}: {each.reason}" for each in exports if each.method != "logits" and effect is not None)
-    return ParityReport(
-        origin=probe.origin,
-        num_positions=len(probe.positions()),
-        num_texts=len(probe.texts),
-        num_prompts=len(probe.prompts),
-        effect=effect,
-        base_perplexity=base_perplexity,
-        reference_perplexity=reference_perplexity,
-        exports=exports,
-        trained=trained,
-        notes=(*notes, *unrun),
+        notes=tuple(f"{each.name}: {each.reason}" for each in exports if each.method != "logits"),
     )
 
 
 # --- without running -------------------------------------------------------------------------------------------------
 
 
-def _unrun(candidate: Candidate, source: Source, *, probe: Probe, wanted_ids: list[list[int]], why: str) -> FormReport:
-    """The verdict on stored weights and the tokenizer alone; `why` says why the model was not run."""
-    form = candidate.form
-    if form.kind == "gguf" and importlib.util.find_spec("gguf") is None:
-        reason = f"not checked: {why}, and the package `gguf` is not installed, which reads it"
-        return FormReport(form.name, "nothing", "none", LIMITS[candidate.limits].expected, None, reason)
+def _check_stored(runner: Runner, probe: Probe, wanted_ids: list[list[int]], *, why: str | None = None) -> FormReport:
+    """The verdict on stored files and the tokenizer alone; `why` says why the model was not run."""
+    why = runner.why_not_run or why or "nothing runs this format"
+    if runner.why_not_read is not None:
+        reason = f"not checked: {why}, and {runner.why_not_read}"
+        return FormReport(runner.name, "nothing", "none", runner.limits.expected, None, reason)
     try:
-        check, against = _check_weights(candidate, source)
-        different = _other_texts(probe, wanted_ids, _tokenize_all(form, probe))
+        check = runner.check() if runner.check else None
+        found_ids = runner.tokenize(probe.texts) if runner.tokenize else None
     except GemmaTuneError as error:
         reason = f"cannot be read: {error.message}"
-        return FormReport(form.name, "nothing", "none", "a form that can be read", False, reason)
-    num_equal = len(probe.texts) - len(different)
-    passed = False if different else check.passed if check else None
-    told = _told_texts(different) if different else f"{num_equal} strings have the same token ids"
-    told += " (by the file's own lists, without llama.cpp)" if form.kind == "gguf" else ""
+        return FormReport(runner.name, "nothing", "none", "a form that can be read", False, reason)
+    told = [check.told() if check else f"weights were not checked: {why}"]
+    different = _other_texts(probe, wanted_ids, found_ids) if found_ids is not None else []
+    num_equal = len(probe.texts) - len(different) if found_ids is not None else 0
+    if found_ids is not None:
+        ids = _told_texts(different) if different else f"{num_equal} strings have the same token ids"
+        told.append(ids + runner.notes[1])
+    if check:
+        told.append("logits were not run")
     return FormReport(
-        name=form.name,
-        against=against,
-        method="weights" if check else "none",
-        expected="stored weights and token ids equal",
-        passed=passed,
-        reason=f"{check.told()}; {told}; logits were not run" if check else f"weights were not checked: {why}; {told}",
+        name=runner.name,
+        against=check.against if check else "token ids",
+        method="none" if check is None else "weights" if runner.form else "files",
+        expected="stored weights and token ids equal" if runner.form else runner.limits.expected,
+        passed=False if different else check.passed if check else None,
+        reason="; ".join(told),
         texts_equal=num_equal,
         first_difference=different[0] if different else None,
     )
-
-
-def _check_weights(candidate: Candidate, source: Source) -> tuple[WeightCheck | None, str]:
-    """What the stored weights are, and what they were compared with; None where there is nothing to compare."""
-    form = candidate.form
-    if form.kind == "gguf" and candidate.merged is not None:
-        return check_gguf_weights(candidate.merged, form.path), "the merged weights"
-    if form.kind == "plain" and form.adapter is None and candidate.limits != "4bits":
-        return check_merged_weights(source.base, source.adapter, form.path), "base + scaling × B × A"
-    return None, "token ids"
-
-
-def _tokenize_all(form: Form, probe: Probe) -> list[list[int]]:
-    """The ids of the probe's texts by a form's own tokenizer, without loading the form."""
-    if form.kind == "gguf":
-        return [*map(read_gguf_tokenizer(form.path).tokenize, probe.texts)]
-    from gemma_tune.models.tokenizer import load_tokenizer
-
-    assert form.tokenizer is not None, "a form of transformers has a tokenizer directory"
-    tokenizer = load_tokenizer(form.tokenizer)
-    return [tokenizer(text).input_ids for text in probe.texts]
 
 
 def _memory_shortage(base: Path) -> str | None:
@@ -408,9 +352,9 @@ def _facts(path: Path) -> dict[str, str]:
     return {words[0]: words[1] for words in pairs if len(words) > 1}
 
 
-def _require_room(directory: Path, source: Source, probe: Probe, *, num_forms: int) -> None:
+def _require_room(directory: Path, base: Path, probe: Probe, *, num_forms: int) -> None:
     """Refuse when the logits of all forms do not fit on the disk."""
-    needed = num_forms * probe.num_tokens * read_config(source.base).vocab_size * _FLOAT32_BYTES
+    needed = num_forms * probe.num_tokens * read_config(base).vocab_size * _FLOAT32_BYTES
     require_free_disk(
         directory, needed, what="the check's logits", spare_bytes=0,
         hint="free some space, set TMPDIR to another disk, or compare fewer positions",

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header
 from gemma_tune.models.families.known import canonical_name
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
-from gemma_tune.runs.adapter import LoraFactors, read_adapter
+from gemma_tune.runs.adapter_dir import LoraFactors, read_adapter
 
 Floats = npt.NDArray[np.float64]
 _MAX_ROWS = 64
@@ -31,6 +31,7 @@ _RELATIVE_ERROR = {"F64": 2e-5, "F32": 2e-5, "F16": 2.0**-10, "BF16": 2.0**-7}
 class WeightCheck:
     """Tensors compared, those that could not be, and those that differ, with the relative error of the worst."""
 
+    against: str
     num_tensors: int
     skipped: tuple[str, ...]
     wrong: tuple[str, ...]
@@ -71,7 +72,7 @@ def check_merged_weights(base_dir: Path, adapter_dir: Path, merged_dir: Path) ->
         if not error <= _RELATIVE_ERROR[tensor.dtype]:
             wrong.append(name)
     missing = sorted(factors.keys() - found.keys())
-    return WeightCheck(compared, tuple(skipped), (*wrong, *missing), worst)
+    return WeightCheck("base + scaling × B × A", compared, tuple(skipped), (*wrong, *missing), worst)
 
 
 def _expected(
@@ -153,7 +154,7 @@ def check_gguf_weights(merged_dir: Path, gguf_file: Path) -> WeightCheck:
         worst = max(worst, error)
         if not error <= _MAX_GGUF_ERROR.get(stored.type, _MAX_COARSE_GGUF_ERROR):
             wrong.append(name)
-    return WeightCheck(compared, (), tuple(sorted(wrong)), worst)
+    return WeightCheck("the merged weights", compared, (), tuple(sorted(wrong)), worst)
 
 
 def _gguf_names(header: GgufHeader, merged_dir: Path) -> Iterator[tuple[str, StoredTensor]]:

@@ -18,7 +18,7 @@ from gemma_tune.exporting.text_files import licence_notice
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import read_config
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.runs.adapter import read_adapter
+from gemma_tune.runs.adapter_dir import read_adapter
 
 Maker = Callable[..., Path]
 Logits = Callable[..., torch.Tensor]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.combine import combine_adapters, module_seed
 from gemma_tune.exporting.merge.write import merge_adapter
-from gemma_tune.runs.adapter import read_adapter
+from gemma_tune.runs.adapter_dir import read_adapter
 
 Maker = Callable[..., Path]
 Logits = Callable[..., torch.Tensor]

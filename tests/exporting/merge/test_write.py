@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from gemma_tune import disk
 from gemma_tune.errors import ExportError, GemmaTuneError, ModelError
 from gemma_tune.exporting.merge import write as merge_module
-from gemma_tune.exporting.merge.write import MergeReport, merge_adapter
+from gemma_tune.exporting.merge.write import MergeReport, merge_adapter, require_same_base
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.models.safetensors import file_hashes, stored_tensors
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -68,8 +69,12 @@ ENDS: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def merge(base: Path, adapter: Path, output: Path, **options: Any) -> MergeReport:
-    return merge_adapter(base, adapter, output, **options)
+def merge(
+    base: Path, adapter: Path, output: Path, *, on_progress: Any = None, more_texts: Any = None, **settings: Any
+) -> MergeReport:
+    return merge_adapter(
+        base, adapter, output, settings=ExportSettings(**settings), on_progress=on_progress, more_texts=more_texts
+    )
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -623,16 +628,15 @@ def test_a_sum_beyond_float16(make_base: Maker, make_adapter: Maker, tmp_path: P
     assert max(float(weight.abs().max()) for weight in weights(output).values()) > 65504
 
 
-def test_another_base_is_refused_by_file(base_dir: Path, adapter_dir: Path, tmp_path: Path, output: Path) -> None:
+def test_another_base_is_refused_by_file(base_dir: Path, tmp_path: Path) -> None:
     hashes = file_hashes(base_dir)
-    merge(base_dir, adapter_dir, output.with_name("same"), expected_base=hashes)
+    require_same_base(base_dir, hashes)
     base = copy_of(base_dir, tmp_path / "base")
     change_weights(base / "model.safetensors", lambda t: t["model.norm.weight"].add_(1.0))
     (base / "generation_config.json").unlink()
     with pytest.raises(ExportError, match=r"generation_config.json \(missing\), model.safetensors") as caught:
-        merge(base, adapter_dir, output, expected_base=hashes)
+        require_same_base(base, hashes)
     assert "config.json," not in caught.value.message.replace("generation_config.json", "")
-    assert not output.exists()
 
 
 def test_existing_output_is_kept(base_dir: Path, adapter_dir: Path, output: Path) -> None:
@@ -761,8 +765,9 @@ _MERGE_PROGRAM = """
 import sys
 from pathlib import Path
 from gemma_tune.exporting.merge.write import merge_adapter
+from gemma_tune.exporting.settings import ExportSettings
 
-merge_adapter(*map(Path, sys.argv[1:4]), max_shard_bytes=2_000_000)
+merge_adapter(*map(Path, sys.argv[1:4]), settings=ExportSettings(max_shard_bytes=2_000_000))
 if Path("/proc/self/status").exists():
     # Not ru_maxrss: a child's starts at what its parent had resident, and pytest with torch is large.
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
@@ -825,6 +830,7 @@ _KILLED_PROGRAM = """
 import json, os, signal, sys, time
 from pathlib import Path
 from gemma_tune.exporting.merge.write import merge_adapter
+from gemma_tune.exporting.settings import ExportSettings
 
 base, adapter, output = map(Path, sys.argv[1:4])
 
@@ -835,7 +841,8 @@ def kill_after_two_files(done, total):
     if done > 5_000_000:
         os.kill(os.getpid(), signal.SIGKILL)
 
-merge_adapter(base, adapter, output, max_shard_bytes=2_000_000, on_progress=kill_after_two_files)
+settings = ExportSettings(max_shard_bytes=2_000_000)
+merge_adapter(base, adapter, output, settings=settings, on_progress=kill_after_two_files)
 """
 
 

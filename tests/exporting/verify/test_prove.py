@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.formats.gguf import gguf_runner
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.merge.write import merge_adapter
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify import prove as verify
-from gemma_tune.exporting.verify.forms import Form, measure_here
+from gemma_tune.exporting.verify.forms import PLAIN, Form, measure_here
+from gemma_tune.exporting.verify.parity import LIMITS
 from gemma_tune.exporting.verify.probe import TRICKY_STRINGS, Probe
-from gemma_tune.exporting.verify.prove import Candidate, ParityReport, Source, verify_exports
+from gemma_tune.exporting.verify.prove import ParityReport, Reference, verify_exports
+from gemma_tune.exporting.verify.runner import Runner, transformers_runner
+from gemma_tune.exporting.verify.weight_check import check_merged_weights
 from gemma_tune.runs.reporter import SilentReporter
 from tests.exporting.gguf.tokenizing import Change, with_other_tokenizer
 
@@ -58,20 +64,22 @@ def adapter(base: Path, make_adapter: Maker) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(base: Path, adapter: Path) -> Source:
-    return Source(base, adapter, tokenizer=base)
+def source(base: Path, adapter: Path) -> Reference:
+    return Reference(base, adapter, tokenizer=base)
 
 
-def merge(source: Source, directory: Path, *, dtype: Any) -> Path:
-    return merge_adapter(source.base, source.adapter, directory / f"merged-{dtype}", dtype=dtype).output_dir
+def merge(source: Reference, directory: Path, *, dtype: Any) -> Path:
+    return merge_adapter(
+        source.base, source.adapter, directory / f"merged-{dtype}", settings=ExportSettings(dtype=dtype)
+    ).output_dir
 
 
-def plain(directory: Path, limits: str, *, name: str = "merged") -> Candidate:
-    return Candidate(Form(name, "plain", directory, tokenizer=directory), limits)
+def plain(directory: Path, limits: str, *, name: str = "merged") -> Runner:
+    return transformers_runner(Form(name, PLAIN, directory, tokenizer=directory), LIMITS[limits])
 
 
-def check(source: Source, *candidates: Candidate, probe: Probe = PROBE) -> ParityReport:
-    return verify_exports(candidates, source, probe=probe, reporter=SilentReporter(), measure=measure_here)
+def check(source: Reference, *runners: Runner, probe: Probe = PROBE) -> ParityReport:
+    return verify_exports(runners, source, probe=probe, reporter=SilentReporter(), measure=measure_here)
 
 
 def spoil(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
@@ -86,7 +94,7 @@ def peft_logits(base: Path, adapter: Path | None, **options: Any) -> torch.Tenso
         return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in PROBE.rows])
 
 
-def test_a_right_merge_passes_at_every_dtype(source: Source, tmp_path: Path) -> None:
+def test_a_right_merge_passes_at_every_dtype(source: Reference, tmp_path: Path) -> None:
     dtypes = ("float32", "float16", "bfloat16")
     report = check(source, *(plain(merge(source, tmp_path, dtype=dtype), dtype, name=dtype) for dtype in dtypes))
     assert [each.passed for each in report.exports] == [True] * 3, report
@@ -99,7 +107,7 @@ def test_a_right_merge_passes_at_every_dtype(source: Source, tmp_path: Path) -> 
     assert exact.perplexity == pytest.approx(report.reference_perplexity, rel=1e-5)
 
 
-def test_figures_are_those_of_the_logits(source: Source, tmp_path: Path) -> None:
+def test_figures_are_those_of_the_logits(source: Reference, tmp_path: Path) -> None:
     """By another road: plain transformers and PEFT, all positions at once."""
     merged = merge(source, tmp_path, dtype="bfloat16")
     report = check(source, plain(merged, "bfloat16"))
@@ -132,7 +140,7 @@ SABOTAGE: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_spoilt_merge_fails(dtype: str, source: Source, tmp_path: Path) -> None:
+def test_a_spoilt_merge_fails(dtype: str, source: Reference, tmp_path: Path) -> None:
     candidates = [plain(source.base, dtype, name="the base itself")]
     for name, change in SABOTAGE.items():
         directory = merge(source, tmp_path / name, dtype=dtype)
@@ -143,7 +151,7 @@ def test_a_spoilt_merge_fails(dtype: str, source: Source, tmp_path: Path) -> Non
     assert report.exports[0].distance == report.effect
 
 
-def test_a_doubled_scaling_and_another_base_fail(source: Source, make_gguf_source: Maker, tmp_path: Path) -> None:
+def test_a_doubled_scaling_and_another_base_fail(source: Reference, make_gguf_source: Maker, tmp_path: Path) -> None:
     doubled = tmp_path / "doubled"
     shutil.copytree(source.adapter, doubled)
     spoil(doubled / "adapter_model.safetensors", lambda name, tensor: tensor * 2 if "lora_B" in name else tensor)
@@ -158,7 +166,7 @@ def test_a_doubled_scaling_and_another_base_fail(source: Source, make_gguf_sourc
     assert len(report.failed) == 2
 
 
-def test_other_token_ids_fail(source: Source, tmp_path: Path) -> None:
+def test_other_token_ids_fail(source: Reference, tmp_path: Path) -> None:
     merged = merge(source, tmp_path, dtype="bfloat16")
     settings = json.loads((merged / "tokenizer.json").read_text(encoding="utf-8"))
     vocabulary = settings["model"]["vocab"]
@@ -168,7 +176,7 @@ def test_other_token_ids_fail(source: Source, tmp_path: Path) -> None:
     assert failed.first_difference == "Two  spaces,\na line" and "other token ids" in failed.reason
 
 
-def test_an_adapter_without_effect_fails(source: Source, tmp_path: Path) -> None:
+def test_an_adapter_without_effect_fails(source: Reference, tmp_path: Path) -> None:
     idle = tmp_path / "idle"
     shutil.copytree(source.adapter, idle)
     spoil(idle / "adapter_model.safetensors", lambda name, tensor: tensor * 0.0 if "lora_B" in name else tensor)
@@ -176,7 +184,7 @@ def test_an_adapter_without_effect_fails(source: Source, tmp_path: Path) -> None
     assert "does not change the base" in report.failed[0].reason
 
 
-def test_a_resized_vocabulary(source: Source, make_adapter: Maker, tmp_path: Path) -> None:
+def test_a_resized_vocabulary(source: Reference, make_adapter: Maker, tmp_path: Path) -> None:
     resized = replace(source, adapter=make_adapter(source.base, resize_to=2305, save={"save_embedding_layers": True}))
     probe = replace(PROBE, rows=((2, 2304, 97, 5),), scored=((1,),))
     assert not check(resized, plain(merge(resized, tmp_path, dtype="float32"), "float32"), probe=probe).failed
@@ -184,7 +192,7 @@ def test_a_resized_vocabulary(source: Source, make_adapter: Maker, tmp_path: Pat
     assert failed.reason == "2305 logits a position, 2304 in base + adapter"
 
 
-def test_what_cannot_be_loaded_fails_and_the_others_are_measured(source: Source, tmp_path: Path) -> None:
+def test_what_cannot_be_loaded_fails_and_the_others_are_measured(source: Reference, tmp_path: Path) -> None:
     merged = merge(source, tmp_path, dtype="bfloat16")
     broken = tmp_path / "broken"
     shutil.copytree(merged, broken)
@@ -197,7 +205,7 @@ def test_what_cannot_be_loaded_fails_and_the_others_are_measured(source: Source,
 def test_gemma_2_is_compared_with_its_soft_caps(make_gguf_source: Maker, make_adapter: Maker, tmp_path: Path) -> None:
     """transformers' default attention drops them (F27): both sides would be another model than the one trained."""
     base = make_gguf_source("gemma2", attn_logit_softcapping=0.5)
-    source = Source(base, make_adapter(base), tokenizer=base)
+    source = Reference(base, make_adapter(base), tokenizer=base)
     report = check(source, plain(merge(source, tmp_path, dtype="float32"), "float32"))
     assert not report.failed
     logits = peft_logits(source.base, source.adapter)
@@ -205,7 +213,7 @@ def test_gemma_2_is_compared_with_its_soft_caps(make_gguf_source: Maker, make_ad
     assert report.reference_perplexity == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
-def test_both_bases_are_compared_with_the_4_bit_model_that_was_trained(source: Source, tmp_path: Path) -> None:
+def test_both_bases_are_compared_with_the_4_bit_model_that_was_trained(source: Reference, tmp_path: Path) -> None:
     """F41. The oracle quantises and expands by transformers' own means."""
     trained = replace(source, trained_dtype="float32")
     report = check(trained, plain(merge(source, tmp_path, dtype="bfloat16"), "bfloat16"))
@@ -220,12 +228,21 @@ def test_both_bases_are_compared_with_the_4_bit_model_that_was_trained(source: S
     assert on_16_bits.passed is None and not report.failed
 
 
+def without_llama_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llama_cpp" else find(name))
+
+
 # --- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def gguf(merged: Path, output: Path, *, dtype: Any = "f16") -> Candidate:
-    convert_to_gguf(merged, output, dtype=dtype, provenance=GgufProvenance("test"))
-    return Candidate(Form(output.stem, "gguf", output), "gguf", merged=merged)
+def gguf(merged: Path, output: Path, *, of: Path | None = None) -> Runner:
+    convert_to_gguf(merged, output, dtype="f16", provenance=GgufProvenance("test"))
+    return run_gguf(output, of or merged)
+
+
+def run_gguf(path: Path, merged: Path | None) -> Runner:
+    return replace(gguf_runner(path.stem, path, merged_dir=merged), limits=LIMITS["gguf"])
 
 
 def without_norm_offset(merged: Path, directory: Path) -> Path:
@@ -235,10 +252,10 @@ def without_norm_offset(merged: Path, directory: Path) -> Path:
     return directory
 
 
-def test_a_gguf_is_run(source: Source, tmp_path: Path) -> None:
+def test_a_gguf_is_run(source: Reference, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     merged = merge(source, tmp_path, dtype="float16")
-    wrong = replace(gguf(without_norm_offset(merged, tmp_path / "off"), tmp_path / "off.gguf"), merged=merged)
+    wrong = gguf(without_norm_offset(merged, tmp_path / "off"), tmp_path / "off.gguf", of=merged)
     report = check(source, gguf(merged, tmp_path / "right.gguf"), wrong)
     right, off = report.exports
     assert right.passed and right.method == "logits" and right.answers_equal == 2, right
@@ -247,12 +264,12 @@ def test_a_gguf_is_run(source: Source, tmp_path: Path) -> None:
 
 
 def test_without_llama_cpp_its_weights_and_its_token_ids_are_compared(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
+    without_llama_cpp(monkeypatch)
     merged = merge(source, tmp_path, dtype="float16")
-    wrong = replace(gguf(without_norm_offset(merged, tmp_path / "off"), tmp_path / "off.gguf"), merged=merged)
-    report = check(source, gguf(merged, tmp_path / "right.gguf"), wrong, replace(wrong, merged=None))
+    wrong = gguf(without_norm_offset(merged, tmp_path / "off"), tmp_path / "off.gguf", of=merged)
+    report = check(source, gguf(merged, tmp_path / "right.gguf"), wrong, replace(wrong, check=None))
     right, off, alone = report.exports
     assert right.passed and right.method == "weights" and "logits were not run" in right.reason
     assert right.texts_equal == 3 and "by the file's own lists, without llama.cpp" in right.reason
@@ -279,18 +296,19 @@ DAMAGE: dict[str, Change] = {
 
 @pytest.mark.parametrize("reader", ["llama.cpp", "its lists"])
 def test_a_damaged_tokenizer_fails(
-    reader: str, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: str, source: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if reader == "llama.cpp":
         pytest.importorskip("llama_cpp")
     else:
-        monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
-    right = gguf(merge(source, tmp_path, dtype="float16"), tmp_path / "right.gguf")
+        without_llama_cpp(monkeypatch)
+    merged = merge(source, tmp_path, dtype="float16")
+    gguf(merged, tmp_path / "right.gguf")
     changes: dict[str, Change] = {"nothing": lambda lists, id_of: None, **DAMAGE}
     candidates = []
     for name, change in changes.items():
-        path = with_other_tokenizer(right.form.path, tmp_path / f"{name}.gguf", change)
-        candidates.append(replace(right, form=replace(right.form, name=name, path=path)))
+        path = with_other_tokenizer(tmp_path / "right.gguf", tmp_path / f"{name}.gguf", change)
+        candidates.append(run_gguf(path, merged))
     report = check(source, *candidates, probe=replace(PROBE, texts=TRICKY_STRINGS))
     assert report.exports[0].passed and report.exports[0].texts_equal == len(TRICKY_STRINGS), report.exports[0]
     assert [each.name for each in report.failed] == list(DAMAGE)
@@ -298,17 +316,18 @@ def test_a_damaged_tokenizer_fails(
 
 
 def test_a_gguf_that_cannot_be_read_fails_and_the_others_are_checked(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "has_llama_cpp", lambda: False)
-    right = gguf(merge(source, tmp_path, dtype="float16"), tmp_path / "right.gguf")
-    cut = replace(right, form=replace(right.form, name="cut", path=tmp_path / "cut.gguf"))
-    cut.form.path.write_bytes(right.form.path.read_bytes()[:5000])
+    without_llama_cpp(monkeypatch)
+    merged = merge(source, tmp_path, dtype="float16")
+    right = gguf(merged, tmp_path / "right.gguf")
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "right.gguf").read_bytes()[:5000])
+    cut = run_gguf(tmp_path / "cut.gguf", merged)
     report = check(source, cut, right)
     assert [each.passed for each in report.exports] == [False, True]
     assert "cannot be read" in report.exports[0].reason
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (unread,) = check(source, right).exports
+    (unread,) = check(source, run_gguf(tmp_path / "right.gguf", merged)).exports
     assert unread.passed is None and "package `gguf`" in unread.reason
 
 
@@ -316,14 +335,21 @@ def test_a_gguf_that_cannot_be_read_fails_and_the_others_are_checked(
 
 
 def test_too_little_memory_is_told_and_the_weights_are_compared(
-    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "free_memory_bytes", lambda: 500_000_000)
     merged = merge(source, tmp_path, dtype="bfloat16")
     spoilt = tmp_path / "spoilt"
     shutil.copytree(merged, spoilt)
     spoil(spoilt / "model.safetensors", SABOTAGE["one tensor zeroed"])
-    report = check(source, plain(merged, "bfloat16"), plain(spoilt, "bfloat16", name="spoilt"))
+    runners = [
+        replace(
+            plain(path, "bfloat16", name=path.name),
+            check=partial(check_merged_weights, source.base, source.adapter, path),
+        )
+        for path in (merged, spoilt)
+    ]
+    report = check(source, *runners)
     right, wrong = report.exports
     assert right.passed and right.method == "weights" and "logits were not run" in right.reason
     assert right.texts_equal == 3 and "3 strings have the same token ids" in right.reason
@@ -336,7 +362,7 @@ def test_the_free_memory_of_this_machine_is_known() -> None:
     assert free is None or 10_000_000 < free < 1 << 50
 
 
-def test_nothing_to_compare(source: Source) -> None:
+def test_nothing_to_compare(source: Reference) -> None:
     for rows in ((), ((2, 3), ())):
         with pytest.raises(ExportError, match="at least one row"):
             check(source, plain(source.base, "bfloat16"), probe=replace(PROBE, rows=rows))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.merge.write import merge_adapter
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify.weight_check import check_gguf_weights, check_merged_weights
 
 Maker = Callable[..., Path]
@@ -35,7 +36,7 @@ def spoil(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor])
 def test_a_right_merge_passes(kind: str, dtype: Any, make_base: Maker, make_adapter: Maker, tmp_path: Path) -> None:
     base = make_base(dtype=torch.bfloat16)
     adapter = make_adapter(base, **ADAPTERS[kind])
-    merged = merge_adapter(base, adapter, tmp_path / "merged", dtype=dtype).output_dir
+    merged = merge_adapter(base, adapter, tmp_path / "merged", settings=ExportSettings(dtype=dtype)).output_dir
     check = check_merged_weights(base, adapter, merged)
     assert check.passed, check
     assert check.num_tensors + len(check.skipped) == len(load_file(merged / "model.safetensors"))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config,
 
 from gemma_tune.errors import ExportError, ModelError
 from gemma_tune.exporting.formats import nf4 as four_bit
-from gemma_tune.exporting.formats.nf4 import FourBitReport, quantize_merged
+from gemma_tune.exporting.merge.quantize_nf4 import FourBitReport, quantize_merged
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TOKEN_IDS = torch.tensor([[2, 5, 17, 40, 63, 95]])
@@ -167,7 +167,7 @@ def test_tokenizer_template_and_licence_go_with_it(merged: Path, output: Path, t
 _KILLED = """
 import json, os, signal, sys, time
 from pathlib import Path
-from gemma_tune.exporting.formats.nf4 import quantize_merged
+from gemma_tune.exporting.merge.quantize_nf4 import quantize_merged
 
 output = Path(sys.argv[2])
 record = output.parent / f".{output.name}.partial" / ".finished.json"

@@ -21,15 +21,8 @@ from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.template import load_template, parse_template
 from gemma_tune.errors import ExportError, GemmaTuneError
-from gemma_tune.exporting.formats.modelfile import (
-    GREEDY,
-    PromptShape,
-    create_command,
-    describe_shape,
-    format_modelfile,
-    translate_template,
-    write_modelfile,
-)
+from gemma_tune.exporting.formats.ollama import GREEDY, create_command, format_modelfile, write_modelfile
+from gemma_tune.exporting.ollama_template import PromptShape, describe_shape, translate_template
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import dump_recipe
@@ -277,11 +270,9 @@ def run(tmp_path: Path) -> RunDir:
 def test_the_modelfile_of_a_run(run: RunDir, tmp_path: Path) -> None:
     folder = tmp_path / "gguf"
     folder.mkdir()
-    report = write_modelfile(
-        run, folder / "model.Q8_0.gguf", licence="Gemma Terms of Use\nhttps://ai.google.dev/gemma/terms"
-    )
-    assert report.path == folder / "Modelfile"
-    commands = go.parse_modelfile(report.path.read_text(encoding="utf-8"))
+    write_modelfile(run, folder / "model.Q8_0.gguf", licence="Gemma Terms of Use\nhttps://ai.google.dev/gemma/terms")
+    written = (folder / "Modelfile").read_text(encoding="utf-8")
+    commands = go.parse_modelfile(written)
     assert commands[0] == ("FROM", "./model.Q8_0.gguf")
     assert commands[2:] == [
         ("PARAMETER stop", "<eos>"),
@@ -294,8 +285,7 @@ def test_the_modelfile_of_a_run(run: RunDir, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(TINY_MODEL_DIR)
     filled = go.render_for_ollama(commands[1][1], [{"role": "user", "content": "Who?"}])
     assert tokenizer(filled)["input_ids"] == trained(load_template("dolly-chat"), {"instruction": "Who?"}, tokenizer)
-    assert report.create_command == "ollama create mine-01 -f Modelfile"
-    assert str(tmp_path) not in report.path.read_text(encoding="utf-8")
+    assert str(tmp_path) not in written
     with pytest.raises(ExportError, match=r"Modelfile exists"):
         write_modelfile(run, folder / "model.Q8_0.gguf")
 
@@ -321,9 +311,9 @@ def test_llama_cpp_reads_the_ids_of_training(name: str, make_gguf_source: Callab
 def test_rows_with_control_tokens_of_their_own_are_told(run: RunDir, tmp_path: Path) -> None:
     recipe = {"data": {"source": "x", "max_seq_tokens": 64, "control_tokens": "control"}}
     run.resolved_recipe.write_text(json.dumps(recipe), encoding="utf-8")
-    report = write_modelfile(run, tmp_path / "m.gguf", parameters={"temperature": 0.7, "top_k": 64})
-    assert any("data.control_tokens" in note for note in report.notes)
-    commands = dict(go.parse_modelfile(report.path.read_text(encoding="utf-8")))
+    notes = write_modelfile(run, tmp_path / "m.gguf", parameters={"temperature": 0.7, "top_k": 64})
+    assert any("data.control_tokens" in note for note in notes)
+    commands = dict(go.parse_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8")))
     assert (commands["PARAMETER temperature"], commands["PARAMETER top_k"]) == ("0.7", "64")
 
 
@@ -336,7 +326,13 @@ def test_a_run_without_its_tokenizer_leaves_nothing(run: RunDir, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("quickstart-001", "quickstart-001"), ("Ünï $(x)", "n-x"), ("../..", "gemma-tuned"), ("x" * 200, "x" * 80)],
+    [
+        ("quickstart-001", "quickstart-001"),
+        ("Mine 01", "mine-01"),
+        ("Ünï $(x)", "n-x"),
+        ("../..", "gemma-tuned"),
+        ("x" * 200, "x" * 80),
+    ],
 )
 def test_names_for_ollama(name: str, command: str) -> None:
     assert create_command(name) == f"ollama create {command} -f Modelfile"

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_tune.errors import ExportError, GemmaTuneError
-from gemma_tune.exporting.source import Combination, combine_sources, open_source
+from gemma_tune.exporting.export_source import Combination, combine_sources, open_source
 from gemma_tune.identity import json_sha256
 from gemma_tune.paths import TINY_MODEL_DIR
 

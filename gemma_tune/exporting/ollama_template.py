@@ -1,4 +1,4 @@
-"""A Modelfile, so that Ollama asks a GGUF file of a run with exactly the prompt that it was trained with.
+"""Translates a training template to Ollama's, so that it asks a GGUF with exactly the prompt of training.
 
 Ollama's templates are Go's text/template. Of a request they see the system text, the questions and the answers, and no
 other field: what a data template prints besides one question is translated only where it is empty or constant.
@@ -13,10 +13,8 @@ must hold none.
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import jinja2
 from jinja2 import nodes
@@ -25,15 +23,8 @@ from gemma_tune.data.encode.encoder import Encoder, FastTokenizer
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.segments import RowError, Segment
-from gemma_tune.data.rows.template import DataTemplate, load_template, render_text
-from gemma_tune.disk import output_file
+from gemma_tune.data.rows.template import DataTemplate, render_text
 from gemma_tune.errors import ExportError
-from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.layout import RunDir
-
-MODELFILE = "Modelfile"
-# How `gemma-tune generate` and the evaluation of a run answer. Ollama's own default would be 0.8 with a penalty of 1.1.
-GREEDY: Mapping[str, float] = {"temperature": 0, "repeat_penalty": 1}
 
 _LAST_QUESTION = (
     '{{ $question := "" }}{{ range .Messages }}{{ if eq .Role "user" }}{{ $question = .Content }}{{ end }}{{ end }}'
@@ -101,89 +92,6 @@ class PromptShape:
             else:
                 start = "{{ if .System }}" + opening + "{{ .System }}" + closing + "{{ else }}" + before + "{{ end }}"
         return start + "{{ .Prompt }}" + after + "{{ .Response }}" + _go_text(self.after_answer)
-
-
-@dataclass(frozen=True)
-class OllamaReport:
-    """A written Modelfile. `create_command` is run in its directory; `notes` say what a user must know to ask well."""
-
-    path: Path
-    create_command: str
-    notes: tuple[str, ...]
-
-
-def write_modelfile(
-    run: RunDir,
-    gguf: Path,
-    *,
-    name: str | None = None,
-    licence: str | None = None,
-    parameters: Mapping[str, float] = GREEDY,
-) -> OllamaReport:
-    """Write the Modelfile of a run's GGUF file beside it.
-
-    `name` is what `ollama create` calls the model, the run's name unless given.
-
-    Raises:
-        ExportError: the training template cannot be translated, a Modelfile is there already, or cannot be written.
-        GemmaTuneError: the run has no adapter with its tokenizer, template or recipe.
-    """
-    from gemma_tune.models.tokenizer import load_tokenizer
-
-    section = load_recipe(run.resolved_recipe).recipe.data
-    template = load_template(run.template)
-    tokenizer = load_tokenizer(run.adapter)
-    shape = translate_template(template, tokenizer=tokenizer)
-    notes = describe_shape(shape, template)
-    if section.control_tokens == "control":
-        notes += ("the rows brought control tokens of their own (data.control_tokens: control); so must a prompt.",)
-    text = format_modelfile(
-        gguf.name,
-        shape,
-        stops=tokenizer.convert_ids_to_tokens(Encoder(tokenizer).stop_token_ids),
-        parameters={"num_ctx": section.max_seq_tokens, **parameters},
-        notes=notes,
-        licence=licence,
-    )
-    path = gguf.parent / MODELFILE
-    with output_file(path) as partial_file:
-        partial_file.write_text(text, encoding="utf-8", newline="\n")
-    return OllamaReport(path, create_command(name or run.name), notes)
-
-
-def create_command(name: str) -> str:
-    """`ollama create NAME -f Modelfile`, with a name that Ollama accepts."""
-    allowed = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._") or "gemma-tuned"
-    return f"ollama create {shlex.quote(allowed[:80])} -f {MODELFILE}"
-
-
-def format_modelfile(
-    gguf_name: str,
-    shape: PromptShape,
-    *,
-    stops: Sequence[str],
-    parameters: Mapping[str, float],
-    notes: Sequence[str] = (),
-    licence: str | None = None,
-) -> str:
-    """The text of a Modelfile for a GGUF file that lies beside it.
-
-    Raises:
-        ExportError: the file's name or the system text cannot be written in a Modelfile.
-    """
-    if not gguf_name.isprintable() or '"' in gguf_name or gguf_name != gguf_name.strip() or "/" in gguf_name:
-        raise ExportError(
-            f"the file name {gguf_name!r} cannot be written in a Modelfile", hint="take letters, digits, . _ and -"
-        )
-    lines = [f"# {note}" for note in notes]
-    lines += [f"FROM ./{gguf_name}", f'TEMPLATE """{shape.to_go()}"""']
-    if shape.system:
-        lines.append(f'SYSTEM """{_plain_value(shape.system, what="the system text of the training template")}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {key} {value:g}" for key, value in parameters.items()]
-    if licence:
-        lines.append(f'LICENSE """{_plain_value(licence.strip(), what="the licence")}"""')
-    return "\n".join(lines) + "\n"
 
 
 def describe_shape(shape: PromptShape, template: DataTemplate) -> tuple[str, ...]:
@@ -430,8 +338,12 @@ def _go_char(char: str) -> str:
     return char if char.isprintable() and char not in '"\\' else f"\\U{ord(char):08x}"
 
 
-def _plain_value(text: str, *, what: str) -> str:
-    """A value between triple quotes, in which nothing can be escaped."""
+def plain_value(text: str, *, what: str) -> str:
+    """Return a value of a Modelfile between triple quotes, in which nothing can be escaped.
+
+    Raises:
+        ExportError: it cannot be written so; `what` it is, in words.
+    """
     if '"""' in text or not all(map(_is_kept, text)):
         raise ExportError(
             f"{what} holds three quotes or a character that does not print, which no Modelfile can hold",

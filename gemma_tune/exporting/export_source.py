@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, RunError
-from gemma_tune.exporting.formats.adapter import public_name
+from gemma_tune.exporting.verify.prove import Reference
 from gemma_tune.identity import files_sha256, json_sha256
+from gemma_tune.models.catalogue import resolve_model
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.adapter import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
+from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
 from gemma_tune.runs.layout import RunDir, open_run
 
 if TYPE_CHECKING:
@@ -56,10 +57,21 @@ class ExportSource:
         name = public_name(self.base)
         return Path(name).name if Path(name).is_dir() else name
 
+    @property
+    def reference(self) -> Reference:
+        """What its exports are compared with."""
+        return Reference(self.base.directory, self.adapter, self.tokenizer, self.trained_dtype)
+
     def adapter_hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of the adapter's config and weights."""
         files = (self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_WEIGHTS_FILE)
         return files_sha256(files)
+
+
+def public_name(base: LocalModel) -> str:
+    """How others find the base: its hub id, whichever alias the recipe names; a local path as it was given."""
+    location = resolve_model(base.name).location
+    return base.name if Path(location).is_dir() else location
 
 
 @dataclass(frozen=True)

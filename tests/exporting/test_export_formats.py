@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.errors import CheckFailed, ExportError
-from gemma_tune.exporting import export as run
-from gemma_tune.exporting.export import ExportOutcome, export, find_exports, verify_directories
+from gemma_tune.exporting import export_formats as run
+from gemma_tune.exporting.export_formats import ExportOutcome, export_formats, find_exports, verify_directories
 from gemma_tune.exporting.export_record import read_record
-from gemma_tune.exporting.formats import writers
-from gemma_tune.exporting.source import ExportSource, open_source
+from gemma_tune.exporting.export_source import ExportSource, open_source
+from gemma_tune.exporting.formats import gguf
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify.forms import measure_here
 from gemma_tune.exporting.verify.probe import Probe, built_in_probe
 from gemma_tune.models.tokenizer import load_tokenizer
@@ -53,9 +54,15 @@ def exporter(source: ExportSource, probe: Probe, tmp_path: Path) -> Exporter:
     """exporter(*formats, verify=..., **settings) -> outcome, in tmp_path/out."""
 
     def exported(*formats: str, verify: bool = True, **settings: Any) -> ExportOutcome:
-        options: dict[str, Any] = {"output": tmp_path / "out", "reporter": SilentReporter(), "measure": measure_here}
-        options |= {"make_probe": (lambda: probe) if verify else None, **settings}
-        return export(options.pop("source", source), formats, **options)
+        return export_formats(
+            settings.pop("source", source),
+            formats,
+            output=tmp_path / "out",
+            settings=ExportSettings(verify=verify, **settings),
+            make_probe=lambda: probe,
+            reporter=SilentReporter(),
+            measure=measure_here,
+        )
 
     return exported
 
@@ -116,7 +123,7 @@ def test_a_killed_export_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writers, "convert_to_gguf", interrupted)
+        patch.setattr(gguf, "convert_to_gguf", interrupted)
         with pytest.raises(KeyboardInterrupt):
             exporter("gguf-f16")
     assert [path.name.rpartition("-")[0] for path in (tmp_path / "out" / ".parts").iterdir()] == ["merged-16bit"]

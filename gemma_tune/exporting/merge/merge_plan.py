@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
-from gemma_tune.runs.adapter import FLOAT_DTYPES, LoraAdapter, LoraFactors
+from gemma_tune.runs.adapter_dir import FLOAT_DTYPES, LoraAdapter, LoraFactors
 
-MergeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 # (a, b, transposed) -> whether b holds a's values, or those of a.T
 SameValues = Callable[[StoredTensor, StoredTensor, bool], bool]
 
@@ -80,8 +80,7 @@ def plan_merge(
     *,
     base: Mapping[str, StoredTensor],
     base_config: Mapping[str, Any],
-    dtype: MergeDtype,
-    max_shard_bytes: int,
+    settings: ExportSettings,
     same_values: SameValues,
 ) -> MergePlan:
     """Decide every tensor of the output; ExportError names the adapter keys that have no place or do not fit."""
@@ -114,12 +113,12 @@ def plan_merge(
     for output in planned.values():
         _check_shapes(adapter, output)
 
-    if dtype != "auto":
-        stored = STORED_DTYPE_OF[dtype]
+    if settings.dtype != "auto":
+        stored = STORED_DTYPE_OF[settings.dtype]
         planned = {n: replace(t, dtype=stored) if t.dtype in FLOAT_DTYPES else t for n, t in planned.items()}
     main_dtype = _main_dtype(planned.values())
     return MergePlan(
-        shards=_shards(list(planned.values()), max_shard_bytes),
+        shards=_shards(list(planned.values()), settings.max_shard_bytes),
         config={"dtype": main_dtype} | _with_dtype(config, main_dtype),
         dtype=main_dtype,
         notes=notes,

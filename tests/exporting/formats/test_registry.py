@@ -1,25 +1,31 @@
-"""Names of formats: each has a writer and limits, and a wrong one is told with what is near."""
+"""Names of formats: each has a parent, and a wrong one is refused with what is near."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
+from pathlib import Path
 
 import pytest
 
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.formats.table import FORMATS, GGUF_AS_MERGED, OLLAMA, find_formats, gguf_for_ollama
-from gemma_tune.exporting.verify.parity import LIMITS
+from gemma_tune.exporting.export_source import ExportSource
+from gemma_tune.exporting.formats.registry import FORMATS, find_formats
+from gemma_tune.models.fetch import fetch_model
+from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.runs.layout import RunDir
+
+SOURCE = ExportSource("mine", fetch_model("gemma-tiny"), {}, Path(), RunDir(Path()), TINY_MODEL_DIR, None, None)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_each_has_a_writer_limits_and_something_it_is_made_from(name: str) -> None:
+def test_each_says_what_it_is_and_is_made_from(name: str) -> None:
     each = FORMATS[name]
-    module, function = each.writer.split(":")
-    assert callable(getattr(importlib.import_module(module), function))
-    assert each.limits is None or each.limits in LIMITS
-    assert each.made_from is None or each.made_from in {*FORMATS, GGUF_AS_MERGED}
-    assert each.about
+    assert each.about and each.card.what and each.files
+    parents = []
+    while (parent := each.parent(SOURCE, [each], "auto")) is not None:
+        each = FORMATS[parent]
+        parents.append(parent)
+    assert parents in ([], ["merged-16bit"], ["gguf-f32", "merged-16bit"], ["gguf-q8_0", "merged-16bit"])
 
 
 @pytest.mark.parametrize(
@@ -59,5 +65,6 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_ollama_takes_the_gguf_that_is_asked_for_beside_it() -> None:
-    assert gguf_for_ollama(find_formats(["merged-16bit", "gguf-f16", OLLAMA])) == "gguf-f16"
-    assert gguf_for_ollama(find_formats([OLLAMA])) == "gguf-q8_0"
+    ollama = FORMATS["ollama"]
+    assert ollama.parent(SOURCE, find_formats(["merged-16bit", "gguf-f16", "ollama"]), "auto") == "gguf-f16"
+    assert ollama.parent(SOURCE, find_formats(["ollama"]), "auto") == "gguf-q8_0"

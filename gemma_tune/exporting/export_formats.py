@@ -1,0 +1,290 @@
+"""The one entry to exporting: several formats at once, shared work done once, finished work kept, every format proven.
+
+What a format is made from (a GGUF from the merged weights) is taken from a finished export where there is one, else
+written to `.parts` and removed at the end. A killed export is gone on with: what was finished is kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_tune.disk import require_free_disk
+from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
+from gemma_tune.exporting.export_record import (
+    RECORD_FILE,
+    ExportRecord,
+    add_verification,
+    finish_record,
+    list_files,
+    read_record,
+    stored_result,
+)
+from gemma_tune.exporting.export_source import TEMPLATE_FILE, ExportSource, open_source
+from gemma_tune.exporting.formats.format import ExportTask, Format
+from gemma_tune.exporting.formats.registry import FORMATS, find_formats
+from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.text_files import NOTICE_FILE, licence_notice
+from gemma_tune.exporting.verify.forms import Measure, measure_in_child
+from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.exporting.verify.prove import FormReport, ParityReport, verify_exports
+from gemma_tune.identity import json_sha256
+from gemma_tune.models.safetensors import directory_bytes
+from gemma_tune.reporting.card import CARD_FILE
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.reporter import Reporter
+
+PARTS_DIR = ".parts"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported directory.
+
+    Attributes:
+        kept: it was there already, made from the same files.
+        result: the verdict; None when it was not checked.
+    """
+
+    format: str
+    path: Path
+    num_bytes: int
+    kept: bool
+    record: ExportRecord
+    result: FormReport | None
+
+
+@dataclass(frozen=True)
+class ExportOutcome:
+    """All exports of one call; `parity` holds what they share, None when nothing was checked now."""
+
+    exports: tuple[Exported, ...]
+    parity: ParityReport | None
+
+    @property
+    def failed(self) -> tuple[Exported, ...]:
+        """Exports that did not pass their check."""
+        return tuple(each for each in self.exports if each.result is not None and each.result.passed is False)
+
+    def require_passed(self) -> None:
+        """Raise CheckFailed when an export failed, naming each, why, and where its files are."""
+        if self.failed:
+            told = [
+                f"  {each.format}: {each.result.reason}; kept at {each.path}" for each in self.failed if each.result
+            ]
+            raise CheckFailed(
+                "an export does not compare as it should with what was trained\n" + "\n".join(told),
+                hint="do not give it away; figures are in its export.json, and `gemma-tune verify` measures again",
+            )
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One directory to write, or to keep when it is finished."""
+
+    format: Format
+    output: Path
+    made_from: Path
+    fingerprint: str
+    kept: bool
+
+
+def export_formats(
+    source: ExportSource,
+    formats: Sequence[str],
+    *,
+    output: Path,
+    settings: ExportSettings,
+    make_probe: Callable[[], Probe],
+    reporter: Reporter,
+    measure: Measure = measure_in_child,
+) -> ExportOutcome:
+    """Write `output/<format>/` for each format and prove it, unless the settings leave that out.
+
+    Everything that can be refused is refused before anything is written: unknown formats, missing packages, outputs
+    that were made from something else, too little disk. A failed verdict is not an error: see `ExportOutcome.failed`.
+
+    Raises:
+        ExportError: see above.
+    """
+    asked = find_formats(formats)
+    steps = _plan(source, asked, output=output, settings=settings)
+    missing = [step.format for step in steps.values() if not step.kept]
+    needed_bytes = sum(each.estimate_bytes(source, settings.dtype) for each in missing)
+    require_free_disk(output / PARTS_DIR, needed_bytes, what=", ".join(each.name for each in missing) or "nothing")
+    for step in steps.values():
+        if step.kept:
+            _finish_if_killed(step.output)
+            reporter.detail(f"{step.format.name}: finished already")
+        else:
+            _write(step, source, settings, reporter=reporter)
+    wanted = [steps[each.name] for each in asked]
+    unproven = [step.output for step in wanted if settings.verify and not read_record(step.output).passed]
+    parity = None
+    if unproven:
+        reporter.stage("verify")
+        parity = verify_directories(
+            source,
+            unproven,
+            siblings={name: step.output for name, step in steps.items()},
+            probe=make_probe(),
+            reporter=reporter,
+            measure=measure,
+        )
+    for step in wanted:
+        _write_card(step.output, source, reporter=reporter)
+    shutil.rmtree(output / PARTS_DIR, ignore_errors=True)
+    return ExportOutcome(tuple(_exported(step.output, kept=step.kept) for step in wanted), parity)
+
+
+def _exported(directory: Path, *, kept: bool = True) -> Exported:
+    record = read_record(directory)
+    return Exported(record.format, directory, directory_bytes(directory), kept, record, stored_result(record))
+
+
+# --- the plan -------------------------------------------------------------------------------------------------------
+
+
+def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settings: ExportSettings) -> dict[str, _Step]:
+    """What is to be done, by format; a format before those that are made from it."""
+    inputs = {
+        "base": dict(source.base_files),
+        "adapter": source.adapter_hashes(),
+        "template": source.template,
+    }
+    steps: dict[str, _Step] = {}
+
+    def add(each: Format) -> Path:
+        if each.name not in steps:
+            parent = each.parent(source, asked, settings.dtype)
+            chosen = {name: getattr(settings, name) for name in each.settings}
+            fingerprint = json_sha256({**inputs, **chosen, "format": each.name, "made_from": parent})
+            final, part = output / each.name, output / PARTS_DIR / f"{each.name}-{fingerprint[:12]}"
+            is_part = each not in asked and not _is_finished(final, fingerprint)
+            place = part if is_part else final
+            kept = _is_finished(place, fingerprint)
+            if not kept and not is_part:
+                _refuse_other(final)
+            made_from = source.adapter if kept or parent is None else add(FORMATS[parent])
+            steps[each.name] = _Step(each, place, made_from, fingerprint, kept)
+        return steps[each.name].output
+
+    for each in asked:
+        add(each)
+    return steps
+
+
+def _is_finished(directory: Path, fingerprint: str) -> bool:
+    """Whether a complete export of the same files and settings lies there."""
+    if not (directory / RECORD_FILE).is_file():
+        return False
+    record = read_record(directory)
+    return record.fingerprint == fingerprint and (record.files is None or record.files == list_files(directory))
+
+
+def _finish_if_killed(directory: Path) -> None:
+    """Complete the record of an export whose process ended between its renaming and its last line."""
+    record = read_record(directory)
+    if record.files is None:
+        finish_record(directory, record, {})
+
+
+def _refuse_other(directory: Path) -> None:
+    if directory.is_symlink() or (directory.exists() and (not directory.is_dir() or any(directory.iterdir()))):
+        raise ExportError(
+            f"{directory} exists, and is not the export of this adapter with these settings",
+            hint="give another --output, or remove it yourself; nothing is ever overwritten",
+        )
+
+
+# --- writing and proving --------------------------------------------------------------------------------------------
+
+
+def _write(step: _Step, source: ExportSource, settings: ExportSettings, *, reporter: Reporter) -> None:
+    reporter.stage(step.format.name)
+    base = {"name": source.base_name, "revision": source.base.revision, "files": dict(source.base_files)}
+    record = ExportRecord(step.format.name, step.fingerprint, base, source.adapter_hashes())
+    texts = {RECORD_FILE: record.to_json()}
+    if source.template is not None:
+        texts[TEMPLATE_FILE] = source.template
+    notice = licence_notice(source.base.model)
+    if notice is not None:
+        texts[NOTICE_FILE] = notice
+    task = ExportTask(source, step.made_from, step.output, texts, settings, reporter)
+    finish_record(step.output, record, step.format.write(task))
+
+
+def _write_card(directory: Path, source: ExportSource, *, reporter: Reporter) -> None:
+    """README.md for the hub, with what the check found. Of a bare adapter too little is known for one."""
+    if source.run is None or (directory / CARD_FILE).exists():
+        return
+    from gemma_tune.exporting.export_card import write_model_card
+
+    try:
+        write_model_card(directory, source.run, base=source.base)
+    except GemmaTuneError as error:
+        reporter.warn(f"{directory} has no model card: {error.message}")
+
+
+def verify_directories(
+    source: ExportSource,
+    directories: Sequence[Path],
+    *,
+    probe: Probe,
+    reporter: Reporter,
+    siblings: Mapping[str, Path] | None = None,
+    measure: Measure = measure_in_child,
+) -> ParityReport:
+    """Prove exported directories and store each verdict in its export.json.
+
+    `siblings` are directories of the same source by format: what others were made from is compared with them.
+    """
+    formats = [FORMATS.find(read_record(directory).format, error=ExportError) for directory in directories]
+    runners = [
+        each.runner(directory, source, siblings or {}) for each, directory in zip(formats, directories, strict=True)
+    ]
+    report = verify_exports(runners, source.reference, probe=probe, reporter=reporter, measure=measure)
+    for directory, result in zip(directories, report.exports, strict=True):
+        add_verification(directory, report, result)
+    return report
+
+
+def find_exports(path: Path, *, of: Path | None = None, base: str | None = None) -> tuple[ExportSource, list[Path]]:
+    """What was exported, and the exported directories: those of a run or adapter at `path`, or those that lie there.
+
+    `of` is the run or adapter that exports at `path` are of; the run that holds them unless given.
+
+    Raises:
+        GemmaTuneError: there are none, or nobody says what they are of.
+    """
+    directories = _exports_at(path)
+    if directories:
+        return open_source(of or _run_above(path), base=base), directories
+    source = open_source(path, base=base)
+    directories = _exports_at(source.default_output)
+    if not directories:
+        raise ExportError(f"{path} has no export yet", hint=f"make one: gemma-tune export {path} --format merged-16bit")
+    return source, directories
+
+
+def _exports_at(path: Path) -> list[Path]:
+    """The exported directory at a path, or those in it."""
+    if (path / RECORD_FILE).is_file():
+        return [path]
+    return sorted(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
+
+
+def _run_above(path: Path) -> Path:
+    for parent in path.absolute().parents:
+        if RunDir(parent).manifest.is_file():
+            return parent
+    raise ExportError(
+        f"{path} lies in no run, so what it should be equal to is not known", hint="name the run or adapter: --of RUN"
+    )
+
+
+def outcome_of(directories: Sequence[Path], parity: ParityReport | None) -> ExportOutcome:
+    """The exports that lie in directories, with their stored verdicts."""
+    return ExportOutcome(tuple(map(_exported, directories)), parity)

@@ -1,0 +1,84 @@
+"""What an export format is: the seam that every member of `FORMATS` fills, and the task that it is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from re import Pattern
+from typing import Any
+
+from gemma_tune.disk import output_directory, write_text
+from gemma_tune.exporting.export_source import ExportSource
+from gemma_tune.exporting.required_packages import RequiredPackage
+from gemma_tune.exporting.settings import ExportSettings, MergeDtype
+from gemma_tune.exporting.verify.runner import Runner
+from gemma_tune.reporting.card import CardFormat
+from gemma_tune.runs.reporter import Reporter
+
+# What a format reports for export.json, such as bits per weight; `notes` and `create_command` are shown to the user.
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ExportTask:
+    """One export to write.
+
+    Attributes:
+        made_from: directory of the format's parent; the adapter's where it has none.
+        output: the directory to write; it does not exist, or is empty.
+        texts: name -> content of small files that go with it.
+    """
+
+    source: ExportSource
+    made_from: Path
+    output: Path
+    texts: Mapping[str, str]
+    settings: ExportSettings
+    reporter: Reporter
+
+    def progress(self, what: str) -> Callable[[int, int], None]:
+        """Report (bytes done, bytes in all) under a name."""
+        return lambda done, total: self.reporter.progress_bytes(what, done, total)
+
+    @contextmanager
+    def directory(self) -> Iterator[Path]:
+        """Yield a directory with the texts in it, which becomes the output when the block ends without an error."""
+        with output_directory(self.output) as directory:
+            for name, text in self.texts.items():
+                write_text(directory / name, text)
+            yield directory
+
+
+def made_from_adapter(source: ExportSource, asked: Sequence[Format], dtype: MergeDtype) -> None:
+    """The parent of a format that is made from base and adapter."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One export format.
+
+    Attributes:
+        about: a phrase for the user.
+        card: what a model card says of it.
+        files: patterns of the names of its own files: each matches one at least, and what matches may be pushed.
+        estimate_bytes: (source, dtype) -> bytes on the disk, parents not counted. It may refuse a source.
+        write: write the task's output, which bears its name only when it is complete.
+        runner: (directory, source, siblings) -> how an exported directory is run and compared; `siblings` are the
+            directories of other formats of the same source by name.
+        parent: (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter.
+        packages: what it needs and a user may lack.
+        settings: names of the `ExportSettings` that decide its files.
+    """
+
+    name: str
+    about: str
+    card: CardFormat
+    files: tuple[Pattern[str], ...]
+    estimate_bytes: Callable[[ExportSource, MergeDtype], int]
+    write: Callable[[ExportTask], Facts]
+    runner: Callable[[Path, ExportSource, Mapping[str, Path]], Runner]
+    parent: Callable[[ExportSource, Sequence[Format], MergeDtype], str | None] = made_from_adapter
+    packages: tuple[RequiredPackage, ...] = ()
+    settings: tuple[str, ...] = ("dtype",)

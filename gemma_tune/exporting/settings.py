@@ -1,0 +1,43 @@
+"""What a user chooses about exports, in one value that the recipe, the command line and Python make alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from gemma_tune.recipe.schema import ExportSection
+
+MergeDtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """Settings of an export, whichever its formats.
+
+    Attributes:
+        dtype: of merged weights; auto keeps the dtype of each base tensor.
+        max_shard_bytes: the largest safetensors file.
+        verify: run every export and compare it with base + adapter.
+        num_positions: tokens of eval rows to compare logits at.
+    """
+
+    dtype: MergeDtype = "auto"
+    max_shard_bytes: int = 5_000_000_000
+    verify: bool = True
+    num_positions: int = 200
+
+    @classmethod
+    def of(
+        cls, *, dtype: MergeDtype, max_shard_gb: float, verify: bool, num_positions: int | None = None
+    ) -> ExportSettings:
+        """Convert what a user writes; `max_shard_gb` is in 10^9 bytes."""
+        return cls(dtype, int(max_shard_gb * 1e9), verify, num_positions or cls.num_positions)
+
+    @classmethod
+    def of_section(cls, section: ExportSection) -> ExportSettings:
+        """Convert the `export` section of a recipe."""
+        return cls.of(dtype=section.dtype, max_shard_gb=section.max_shard_gb, verify=section.verify)
+
+
+DEFAULT_SETTINGS = ExportSettings()

@@ -1,0 +1,72 @@
+"""How an export is run and compared with what was trained: what its format says of it. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+from gemma_tune.exporting.verify.forms import Form
+from gemma_tune.exporting.verify.parity import Limits
+
+
+class StoredCheck(Protocol):
+    """What a comparison of stored files found."""
+
+    @property
+    def passed(self) -> bool: ...
+
+    @property
+    def against(self) -> str:
+        """What the files were compared with."""
+        ...
+
+    def told(self) -> str:
+        """The result in words."""
+        ...
+
+
+@dataclass(frozen=True)
+class Runner:
+    """How an export is run and compared with base + adapter.
+
+    Attributes:
+        name: what it is called in reports.
+        limits: what it may lose.
+        form: what is loaded and run; None for a format that nothing runs.
+        check: compares its stored files where it is not run; None where there is nothing to compare them with.
+        tokenize: texts -> token ids by its own tokenizer, without loading the model; None where it has none.
+        why_not_run: why this machine cannot run the form; None when it can.
+        why_not_read: why this machine cannot even read its files; None when it can.
+        notes: what a verdict adds where the form was run, and where only its tokenizer was read.
+        against_trained: compare with the 4-bit model that was trained, where there is one, instead of base + adapter.
+    """
+
+    name: str
+    limits: Limits
+    form: Form | None = None
+    check: Callable[[], StoredCheck] | None = None
+    tokenize: Callable[[Sequence[str]], list[list[int]]] | None = None
+    why_not_run: str | None = None
+    why_not_read: str | None = None
+    notes: tuple[str, str] = ("", "")
+    against_trained: bool = False
+
+
+def transformers_runner(
+    form: Form, limits: Limits, *, check: Callable[[], StoredCheck] | None = None, against_trained: bool = False
+) -> Runner:
+    """Return the runner of a form that transformers loads."""
+    assert form.tokenizer is not None, "a form of transformers has a tokenizer directory"
+    tokenize = partial(tokenize_by, form.tokenizer)
+    return Runner(form.name, limits, form, check=check, tokenize=tokenize, against_trained=against_trained)
+
+
+def tokenize_by(directory: Path, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts by the tokenizer of a directory, BOS and control tokens included."""
+    from gemma_tune.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    return [tokenizer(text).input_ids for text in texts]
