@@ -14,7 +14,7 @@ from markdown_it import MarkdownIt
 from ruamel.yaml import YAML
 
 from gemma_tune.disk import write_json
-from gemma_tune.exporting.export_card import card_format
+from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import read_config
 from gemma_tune.models.fetch import LocalModel
@@ -115,7 +115,7 @@ def local_base(name: str, directory: Path) -> LocalModel:
 
 
 def build(run: RunDir, *, export_format: str, **facts: Any) -> str:
-    return build_model_card(run, CardExport(card_format(export_format), **facts))
+    return build_model_card(run, CardExport(FORMATS[export_format].card, **facts))
 
 
 def read(card: str) -> tuple[ModelCard, list[Any]]:
@@ -176,7 +176,7 @@ def test_the_hub_reads_base_data_licence_and_figures(make_run: MakeRun) -> None:
         ),
         ("merged-4bit", "finetune", "transformers", ("AutoModelForCausalLM",), ("ollama", "PeftModel")),
         (
-            "gguf",
+            "gguf-q8_0",
             "finetune",
             None,
             ("ollama create gemma-2b-dolly -f Modelfile", "Llama('m.gguf'"),
@@ -201,7 +201,7 @@ def test_only_snippets_that_fit_the_format(
 
 def test_quantized_only_where_the_same_weights_are_on_the_hub(make_run: MakeRun) -> None:
     run = make_run()
-    text = build(run, export_format="gguf", base=hub_base(), prompt=PROMPT, quantized_from="me/gemma-2b-dolly")
+    text = build(run, export_format="gguf-q8_0", base=hub_base(), prompt=PROMPT, quantized_from="me/gemma-2b-dolly")
     assert read(text)[0].data.base_model == "me/gemma-2b-dolly"
     assert read(text)[0].data.to_dict()["base_model_relation"] == "quantized"
 
@@ -275,7 +275,7 @@ def test_no_secret_no_path_no_name_of_the_user_or_the_machine(
     prompt = CardPrompt(f"prompt: '# {home}/notes.txt {TOKEN}'\n", True, f"see /data/{user}/notes.txt", WANDB)
     base = local_base(f"{home}/models/my-gemma", Path(f"{home}/models/my-gemma"))
     checks = [f"compared with {home}/merged"]
-    for export_format in ("adapter", "merged-16bit", "merged-4bit", "gguf"):
+    for export_format in ("adapter", "merged-16bit", "merged-4bit", "gguf-q8_0"):
         card = build(
             run, export_format=export_format, base=base, prompt=prompt, files=["m.gguf", "Modelfile"], checks=checks
         )
@@ -295,7 +295,11 @@ def test_text_of_others_means_nothing_in_markdown(make_run: MakeRun) -> None:
     run = make_run(data={"sources": [{"label": HOSTILE, "template": "d", "train_rows": 1}], "eval_label": HOSTILE})
     prompt = CardPrompt("kind: text\n```\n# no heading\n", False, "````\n<b>\n````", "```")
     text = build(
-        run, export_format="gguf", base=hub_base(), prompt=prompt, checks=[f"1. {HOSTILE}", "- no list", "# no heading"]
+        run,
+        export_format="gguf-q8_0",
+        base=hub_base(),
+        prompt=prompt,
+        checks=[f"1. {HOSTILE}", "- no list", "# no heading"],
     )
     parsed, tokens = read(text)
     assert " ".join(HOSTILE.split()) in text_of(tokens)

@@ -20,7 +20,7 @@ SOURCE = ExportSource("mine", fetch_model("gemma-tiny"), {}, Path(), RunDir(Path
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_says_what_it_is_and_is_made_from(name: str) -> None:
     each = FORMATS[name]
-    assert each.about and each.card.what and each.files
+    assert each.about and each.card.about and each.files
     parents = []
     while (parent := each.parent(SOURCE, [each], "auto")) is not None:
         each = FORMATS[parent]

@@ -53,7 +53,7 @@ def run(directory: Path, source: ExportSource, siblings: Mapping[str, Path]) -> 
 TOY = Format(
     name="toy",
     about="a line of text",
-    card=CardFormat(what="a line about an adapter"),
+    card=CardFormat(about="a line about an adapter"),
     files=(re.compile(re.escape(FILE)),),
     estimate_bytes=lambda source, dtype: 100,
     write=write,
