@@ -22,7 +22,6 @@ from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import Recipe
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-RENDEZVOUS_PORT = 29500
 # Seconds between the signal to stop and the end: a long step, and a checkpoint of adapter and optimizer.
 GRACE_SECONDS = 180
 RESTARTS = 20
@@ -103,7 +102,7 @@ class Job:
         return label if label == name else f"{label[: _MAX_LABEL - 7]}-{text_sha256(name)[:6]}"
 
     def command(self, recipe: str, *more: str) -> list[str]:
-        """The command line, but for the number of the machine and the address of the first.
+        """Return the command line, but for the number of the machine and the address of the first.
 
         Args:
             recipe: where the job finds the recipe.
@@ -158,7 +157,7 @@ class Scheduler:
 
 
 def shell_lines(words: list[str]) -> list[str]:
-    """A command line quoted for the shell, in lines that a person can read: an override a line, an option a line."""
+    """Return a command line quoted for the shell, in readable lines: an override or an option a line."""
     lines = [shlex.join(words[:3])]
     for word in words[3:]:
         if lines[-1].startswith("--") and " " not in lines[-1]:
@@ -200,7 +199,7 @@ def _secrets(recipe: Recipe) -> Iterator[str]:
 
 
 def local_paths(recipe: Recipe) -> list[LocalPath]:
-    """Everything beside the recipe that the run reads from the disk."""
+    """Return everything next to the recipe that the run reads from the disk."""
     data = recipe.data
     sources = [("data.source", data.source), ("data.eval_source", data.eval_source)]
     sources += [(f"data.mix.{number}.source", part.source) for number, part in enumerate(data.mix)]
@@ -230,7 +229,7 @@ def _is_model_directory(name: str) -> bool:
 
 
 def common_notes(recipe: Recipe) -> list[str]:
-    """What a job that may be stopped and started again does with the recipe's own settings."""
+    """Return what a job that may be stopped and started again does with the recipe's own settings."""
     training, notes = recipe.training, []
     if training.save_every_steps is None and training.save_every_minutes is None:
         notes.append(
@@ -245,7 +244,7 @@ def common_notes(recipe: Recipe) -> list[str]:
 
 
 def require_word(option: str, value: str) -> str:
-    """A value that goes into a line of the file as it is.
+    """Return a value that goes into a line of the file as it is.
 
     Raises:
         LaunchError: it holds a blank, a quote or another sign with a meaning.
@@ -256,7 +255,7 @@ def require_word(option: str, value: str) -> str:
 
 
 def parse_time(text: str) -> int:
-    """`1d12h`, `90m` → seconds.
+    """Return seconds: `1d12h`, `90m`.
 
     Raises:
         LaunchError: it is written otherwise.

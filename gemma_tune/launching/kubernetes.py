@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from gemma_tune.errors import LaunchError
 from gemma_tune.launching.job import (
     GRACE_SECONDS,
-    RENDEZVOUS_PORT,
     RESTARTS,
     TEMPLATES_DIR,
     Job,
@@ -23,8 +22,6 @@ from gemma_tune.launching.yaml_text import YAML_FILTERS
 from gemma_tune.templates import render_template
 
 WORK_DIR = "/volume"
-RECIPE_DIR = "/etc/gemma-tune"
-GPU_LABEL = "nvidia.com/gpu.product"
 _DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -63,17 +60,11 @@ def render_kubernetes(job: Job, options: KubernetesOptions) -> JobFile:
                 f"{option} {value!r} is not a name of Kubernetes", hint="lower-case letters, digits and -"
             )
     on_volume = _require_on_volume(job)
-    recipe_file = f"{job.label}.yaml"
     values = {
         "job": job,
         "options": options,
-        "recipe_file": recipe_file,
-        "command": _command(job, f"{RECIPE_DIR}/{recipe_file}"),
         "deadline_seconds": None if options.time is None else parse_time(options.time),
-        "node_label": (job.resources.gpu_type or "").rpartition("=")[0] or GPU_LABEL,
         "work_dir": WORK_DIR,
-        "recipe_dir": RECIPE_DIR,
-        "port": RENDEZVOUS_PORT,
     }
     return JobFile(
         run_name=job.run_name,
@@ -85,16 +76,6 @@ def render_kubernetes(job: Job, options: KubernetesOptions) -> JobFile:
 
 
 KUBERNETES = Scheduler("kubernetes", KubernetesOptions, render_kubernetes)
-
-
-def _command(job: Job, recipe: str) -> list[str]:
-    """The words of the command as Kubernetes takes them: it puts values in for $(NAME), and one $ for two."""
-    words = [word.replace("$", "$$") for word in job.command(recipe)]
-    if job.resources.nodes == 1:
-        return words
-    # Pod N of an Indexed Job has the host name JOB-N; the index is put in by Kubernetes.
-    address = f"{job.label}-0.{job.label}:{RENDEZVOUS_PORT}"
-    return [*words, "--node-rank", "$(JOB_COMPLETION_INDEX)", "--rendezvous", address]
 
 
 def _require_on_volume(job: Job) -> list[str]:

@@ -1,4 +1,4 @@
-"""From a recipe to a job file for one scheduler, and to that scheduler."""
+"""Make the job file of a recipe for one scheduler, and hand it to that scheduler."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SCHEDULERS = Members("scheduler", (SLURM, KUBERNETES, SKYPILOT))
 
 
 def make_job_file(loaded: LoadedRecipe, on: str, resources: Resources, options: Mapping[str, Any]) -> JobFile:
-    """Write the text of a job.
+    """Return the file of a job.
 
     Args:
         on: a name of SCHEDULERS.
@@ -64,7 +64,7 @@ def write_job(path: Path, text: str) -> None:
 
 
 def require_program(job_file: JobFile) -> None:
-    """Raises LaunchError where the program that submits is not there."""
+    """Raise LaunchError where the program that submits is missing."""
     program = job_file.submit[0]
     if shutil.which(program) is None:
         raise LaunchError(

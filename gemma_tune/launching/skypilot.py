@@ -10,7 +10,6 @@ from pathlib import Path
 
 from gemma_tune.errors import LaunchError
 from gemma_tune.launching.job import (
-    RENDEZVOUS_PORT,
     TEMPLATES_DIR,
     Job,
     JobFile,
@@ -76,7 +75,6 @@ def render_skypilot(job: Job, options: SkypilotOptions) -> JobFile:
         "uploads": uploads,
         "command": shell_lines(job.command(recipe, f"run.output_dir={RUNS_DIR}")),
         "runs_dir": RUNS_DIR,
-        "port": RENDEZVOUS_PORT,
     }
     template, filters = TEMPLATES_DIR / "skypilot.yaml.j2", {**YAML_FILTERS, "quote": shlex.quote}
     secrets = [word for name in job.secrets for word in ("--secret", name)]

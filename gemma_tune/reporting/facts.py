@@ -1,9 +1,9 @@
-"""What a report tells of a run, gathered from the files of its directory; a file that is not there yet is left out."""
+"""Gather what a report says of a run from the files of its directory; a file that is not there yet is left out."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +130,7 @@ def describe_run(run: RunFacts) -> dict[str, Any]:
 
 
 def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """The settings that are not the same in all runs, with the value of each; `—` where a recipe has none."""
+    """Return the settings that are not the same in all runs, with the value of each; `—` where a recipe has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_COMPARED)
     rows = [(name, [_written(run.settings[name]) if name in run.settings else "—" for run in runs]) for name in names]
     return [(name, values) for name, values in rows if len(set(values)) > 1]
@@ -144,7 +144,7 @@ def _written(value: object) -> str:
 
 
 def results(run: RunFacts) -> list[tuple[str, str]]:
-    """What came out, as label and value."""
+    """Return what came out, as label and value."""
     state: str = run.manifest.status
     if run.manifest.total_steps:
         state += f", step {run.manifest.step:,} of {run.manifest.total_steps:,}"
@@ -175,14 +175,14 @@ def results(run: RunFacts) -> list[tuple[str, str]]:
 
 
 def results_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
-    """Every result, with the value of each run."""
+    """Return every result, with the value of each run."""
     columns = [dict(results(run)) for run in runs]
     labels = dict.fromkeys(label for column in columns for label in column)
     return [(label, [column.get(label, "—") for column in columns]) for label in labels]
 
 
 def before_after(before: float | None, after: float | None, *, form: str, rows: int | None = None) -> str:
-    """`2.235 → 0.069 (115 rows)`; one value where there is one, `—` where there is none."""
+    """Return `2.235 → 0.069 (115 rows)`; one value where there is one, `—` where there is none."""
     written = [format(value, form).replace("%", " %") for value in (before, after) if value is not None]
     if not written:
         return "—"
@@ -260,34 +260,32 @@ def _answer(label: str, text: str, asked: Question) -> tuple[str, str, bool]:
 
 
 def plan_against_measured(run: RunFacts) -> list[tuple[str, str, str]]:
-    """What was planned and what was measured; nothing without a plan.
+    """Return what was planned and what was measured; nothing without a plan.
 
     Memory is what PyTorch allocates, as the peak of a run is, so without CUDA's own context.
     """
     if run.plan is None:
         return []
-    plan, summary = run.plan, run.summary
-    schedule = plan.get("schedule") or {}
-    need, spread = plan.get("allocated_bytes"), plan.get("uncertainty_bytes")
-    measured = {
-        "memory allocated": format_bytes(summary.peak_memory_bytes) if summary else "—",
-        "steps": f"{summary.steps:,}" if summary else "—",
-        "tokens": f"{summary.num_tokens:,}" if summary else "—",
-        "time of training": format_seconds(summary.training_seconds) if summary else "—",
-    }
-    planned = {
-        "memory allocated": None
-        if need is None
-        else format_bytes(need) + (f" ± {format_bytes(spread)}" if spread else ""),
-        "steps": None if schedule.get("steps") is None else f"{schedule['steps']:,}",
-        "tokens": None if schedule.get("tokens") is None else f"{schedule['tokens']:,.0f}",
-        "time of training": None if schedule.get("seconds") is None else format_seconds(schedule["seconds"]),
-    }
-    return [(what, value or "—", measured[what]) for what, value in planned.items()]
+    plan, schedule = run.plan, run.plan.get("schedule") or {}
+    spread = f" ± {format_bytes(plan['uncertainty_bytes'])}" if plan.get("uncertainty_bytes") else ""
+    rows: list[tuple[str, Any, str, Callable[[Any], str]]] = [
+        ("memory allocated", plan.get("allocated_bytes"), "peak_memory_bytes", format_bytes),
+        ("steps", schedule.get("steps"), "steps", "{:,}".format),
+        ("tokens", schedule.get("tokens"), "num_tokens", "{:,.0f}".format),
+        ("time of training", schedule.get("seconds"), "training_seconds", format_seconds),
+    ]
+    return [
+        (
+            what,
+            "—" if planned is None else form(planned) + (spread if form is format_bytes else ""),
+            form(getattr(run.summary, measured)) if run.summary else "—",
+        )
+        for what, planned, measured, form in rows
+    ]
 
 
 def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Counts of the rows, as label and value; what did not happen is left out."""
+    """Return counts of the rows, as label and value; what did not happen is left out."""
     share = data["train_supervised_tokens"] / max(1, data["train_tokens"])
     rows = [
         ("read", f"{data['rows_read']:,} rows"),
@@ -310,7 +308,7 @@ def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def warnings(run: RunFacts) -> list[str]:
-    """What a reader of the figures has to know, the worst first."""
+    """Return what a reader of the figures has to know, the worst first."""
     found = []
     if run.manifest.status != "finished":
         found.append(f"the run is {run.manifest.status}" + (f": {run.manifest.error}" if run.manifest.error else ""))
@@ -347,7 +345,7 @@ def warnings(run: RunFacts) -> list[str]:
 
 
 def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run depends on."""
+    """Return what the run depends on, as label and value."""
     base, engine, precision, hardware = (lock[part] for part in ("base", "engine", "precision", "hardware"))
     memory = f", {format_bytes(hardware['memory_bytes'])}" if hardware.get("memory_bytes") else ""
     return [
@@ -364,7 +362,7 @@ def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def reproduce_steps(run: RunFacts) -> list[str]:
-    """Commands that make the run again, each with what it does."""
+    """Return commands that re-run it, each with what it does."""
     packages = (run.lock or {}).get("packages", {})
     pins = " ".join(f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version)
     return [

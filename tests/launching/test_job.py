@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gemma_tune.errors import LaunchError
@@ -43,6 +43,7 @@ def test_processes(recipe_file: Path) -> None:
     assert job_of(recipe_file, gpus=0, nodes=2).command("R")[-4:] == ["--nproc", "1", "--nnodes", "2"]
 
 
+@settings(deadline=None)  # loads a recipe for each name
 @given(st.sets(st.from_regex(RUN_NAME_PATTERN, fullmatch=True), min_size=2, max_size=6))
 def test_labels_are_names_of_kubernetes_and_differ(names: set[str]) -> None:
     labels = {job_of(Path("quickstart"), f"run.name='{name.strip()}'").label for name in names}
