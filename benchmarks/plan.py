@@ -38,7 +38,7 @@ from gemma_tune.models.config import read_config
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.planning.activations import activations
 from gemma_tune.planning.plan import plan_recipe
-from gemma_tune.planning.step import Adapter, Batch, Execution, Numerics, Step
+from gemma_tune.planning.step import Batch, Execution, Numerics, Step
 from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import LoraSection, ModelSection
@@ -84,8 +84,8 @@ def _cpu_point(
     import torch
     from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
+    from benchmarks.measure_memory import peak_bytes, saved_bytes
     from gemma_tune.engines.transformers import TransformersEngine
-    from gemma_tune.planning.measure import peak_bytes, saved_bytes
 
     classes = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3": Gemma3TextConfig}
     hidden, ffn, heads, kv_heads = shape
@@ -121,7 +121,7 @@ def _cpu_point(
     step = Step(
         batch=Batch(rows, tokens, padded=False),
         numerics=Numerics(compute=2, stream=2, autocast=True),
-        adapter=Adapter(LoraSection().rank, _TARGETS),
+        lora=LoraSection(),
         execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
     )
     planned = activations(facts, step)

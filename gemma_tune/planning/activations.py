@@ -86,18 +86,18 @@ def _attention_bytes(config: TextConfig, layer: LayerShape, step: Step) -> int:
 
 def _adapter_bytes_per_token(config: TextConfig, rows: tuple[LayerRow, ...], step: Step) -> int:
     """Inputs and rank-r activations of the adapters of a layer; see `Numerics.casts_inputs` for who shares an input."""
-    numerics, adapter = step.numerics, step.adapter
-    chosen = _target_names(config, adapter.targets)
+    numerics, lora = step.numerics, step.lora
+    chosen = _target_names(config, lora.targets)
     total = 0
     counted: set[str] = set()
     for row in rows:
         if row.name not in chosen:
             continue
         size_out, size_in = row.weight_shape
-        total += numerics.compute * adapter.rank
-        if adapter.dora:
+        total += numerics.compute * lora.rank
+        if lora.use_dora:
             total += 2 * numerics.compute * size_out
-        if adapter.dropout:
+        if lora.dropout:
             total += size_in * (numerics.compute + numerics.dropout_mask)
             continue
         from_norm = row.connected_to.endswith(_NORM_INPUTS)
@@ -116,8 +116,8 @@ def _cast_weight_bytes(config: TextConfig, rows: tuple[LayerRow, ...], step: Ste
     """Autocast's 16-bit copies of A and B, which live as long as the graph does."""
     if not step.numerics.autocast:
         return 0
-    chosen = _target_names(config, step.adapter.targets)
-    return step.numerics.compute * step.adapter.rank * sum(sum(row.weight_shape) for row in rows if row.name in chosen)
+    chosen = _target_names(config, step.lora.targets)
+    return step.numerics.compute * step.lora.rank * sum(sum(row.weight_shape) for row in rows if row.name in chosen)
 
 
 @functools.cache

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from gemma_tune.engines.facts import EngineFacts
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.describe import LayerRow, count_weight_bytes, select_lora_rows, summarize
-from gemma_tune.planning.step import Adapter, Bits, Numerics
+from gemma_tune.planning.step import Bits, Numerics
+from gemma_tune.recipe.schema import LoraSection
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -74,44 +75,44 @@ def tower_bytes(num_params: int, *, bits: Bits, engine: EngineFacts) -> int:
 
 
 @functools.cache
-def trained_shapes(config: TextConfig, adapter: Adapter) -> Shapes:
+def trained_shapes(config: TextConfig, lora: LoraSection) -> Shapes:
     """Shapes of the trained tensors: A (r, in) and B (out, r) of each target (arXiv:2106.09685, section 4.1), a
     magnitude (out) with DoRA (arXiv:2402.09353), and whole modules."""
     shapes: list[tuple[int, ...]] = []
-    for row in select_lora_rows(config, adapter.targets):
+    for row in select_lora_rows(config, lora.targets):
         size_out, size_in = row.weight_shape
-        shapes += [(adapter.rank, size_in), (size_out, adapter.rank)]
-        if adapter.dora:
+        shapes += [(lora.rank, size_in), (size_out, lora.rank)]
+        if lora.use_dora:
             shapes.append((size_out,))
-    for name in adapter.saved:
+    for name in lora.modules_to_save:
         shapes += [
             row.weight_shape for row in list_rows(config) if row.name.rsplit(".", 1)[-1] == name and row.weight_shape
         ]
     return tuple(shapes)
 
 
-def count_trained(config: TextConfig, adapter: Adapter) -> int:
-    return sum(math.prod(shape) for shape in trained_shapes(config, adapter))
+def count_trained(config: TextConfig, lora: LoraSection) -> int:
+    return sum(math.prod(shape) for shape in trained_shapes(config, lora))
 
 
-def adapter_bytes(config: TextConfig, adapter: Adapter) -> int:
+def adapter_bytes(config: TextConfig, lora: LoraSection) -> int:
     """Trained weights are float32 whatever the base computes in (engines/lora.py): 4 bytes each."""
-    return _FLOAT32 * count_trained(config, adapter)
+    return _FLOAT32 * count_trained(config, lora)
 
 
-def gradient_bytes(config: TextConfig, adapter: Adapter) -> int:
+def gradient_bytes(config: TextConfig, lora: LoraSection) -> int:
     """A gradient has the type of its weight: 4 bytes for each trained one, none for frozen ones."""
-    return adapter_bytes(config, adapter)
+    return adapter_bytes(config, lora)
 
 
-def optimizer_bytes(config: TextConfig, adapter: Adapter, *, optimizer: str) -> int:
+def optimizer_bytes(config: TextConfig, lora: LoraSection, *, optimizer: str) -> int:
     """State of an optimizer.
 
     adamw, adamw_fused, paged_adamw: two float32 moments (arXiv:1711.05101). adamw_8bit, paged_adamw_8bit: the same in
     8 bits with block-wise absmax (arXiv:2110.02861). lion_8bit: one such moment (arXiv:2302.06675). adafactor: a row
     and a column of second moments a matrix (arXiv:1804.04235). sgd: none without momentum.
     """
-    return _STATE[optimizer](trained_shapes(config, adapter))
+    return _STATE[optimizer](trained_shapes(config, lora))
 
 
 def _full(moments: int, shapes: Shapes) -> int:

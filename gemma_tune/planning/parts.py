@@ -25,7 +25,7 @@ def resident_parts(recipe: Recipe, *, base: Base, step: Step, processes: int) ->
     config, bits, numerics = base.config, step.bits, step.numerics
     optimizer = recipe.training.optimizer
     quantized = memory.quantized_bytes(config, bits=bits)
-    state = memory.optimizer_bytes(config, step.adapter, optimizer=optimizer)
+    state = memory.optimizer_bytes(config, step.lora, optimizer=optimizer)
     parts = [
         Part(
             "weights in 4 bits" if bits == "4bit" else "weights in 8 bits",
@@ -44,11 +44,11 @@ def resident_parts(recipe: Recipe, *, base: Base, step: Step, processes: int) ->
             memory.tower_bytes(base.num_tower_params, bits=bits, engine=step.execution.engine),
             "loaded, never trained",
         ),
-        Part("adapter", memory.adapter_bytes(config, step.adapter), "r·(in + out) a target, float32"),
-        Part("gradients", memory.gradient_bytes(config, step.adapter), "float32, of the adapter alone"),
+        Part("adapter", memory.adapter_bytes(config, step.lora), "r·(in + out) a target, float32"),
+        Part("gradients", memory.gradient_bytes(config, step.lora), "float32, of the adapter alone"),
         Part(
             "buckets of gradients",
-            memory.gradient_bytes(config, step.adapter) if processes > 1 else 0,
+            memory.gradient_bytes(config, step.lora) if processes > 1 else 0,
             "DDP sums the gradients of all cards in a copy of them",
         ),
         Part(
@@ -89,7 +89,7 @@ def moment_parts(
         Part("head and loss", found.head, head_how[step.execution.head]),
         Part(
             "optimizer step",
-            memory.adapter_bytes(config, step.adapter) if foreach else 0,
+            memory.adapter_bytes(config, step.lora) if foreach else 0,
             "a copy of the adapter (PyTorch's foreach kernels)" if foreach else "in place",
         ),
         Part("saving", 0, "the adapter is copied to the host"),
@@ -125,14 +125,14 @@ def host_parts(recipe: Recipe, *, base: Base, step: Step, found: Activations) ->
         Part("layer inputs", found.offloaded, "L·T·H, pinned (gradient_checkpointing: unsloth)"),
     ]
     if recipe.training.optimizer in memory.PAGED:
-        state = memory.optimizer_bytes(base.config, step.adapter, optimizer=recipe.training.optimizer)
+        state = memory.optimizer_bytes(base.config, step.lora, optimizer=recipe.training.optimizer)
         parts.append(Part("paged optimizer state", state, "managed memory"))
     return tuple(part for part in parts if part.bytes)
 
 
 def disk_parts(recipe: Recipe, *, base: Base, step: Step) -> tuple[Part, ...]:
-    adapter = memory.adapter_bytes(base.config, step.adapter)
-    state = memory.optimizer_bytes(base.config, step.adapter, optimizer=recipe.training.optimizer)
+    adapter = memory.adapter_bytes(base.config, step.lora)
+    state = memory.optimizer_bytes(base.config, step.lora, optimizer=recipe.training.optimizer)
     num_params = memory.count_all(base.config) + base.num_tower_params
     # The newest is written before the oldest is removed.
     kept = recipe.training.keep_checkpoints + 1

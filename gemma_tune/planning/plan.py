@@ -56,7 +56,7 @@ def plan_recipe(
     plan = Plan(
         model=base.name,
         num_params=memory.count_all(config),
-        num_trained=memory.count_trained(config, step.adapter),
+        num_trained=memory.count_trained(config, step.lora),
         card=card,
         engine=decision.engine.name,
         compute=decision.precision.compute,

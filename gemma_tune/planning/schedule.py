@@ -66,7 +66,7 @@ def step_operations(config: TextConfig, step: Step, *, tokens: float, row_tokens
     recomputes = 0 if step.execution.checkpointing == "off" else 1
     per_token: float = (4 + 2 * recomputes) * linear
     per_token += (4 if step.execution.head == "fused" else 6) * head
-    per_token += (6 + 2 * recomputes) * count_trained(config, step.adapter)
+    per_token += (6 + 2 * recomputes) * count_trained(config, step.lora)
     for layer in config.layers:
         reach = row_tokens
         if layer.attention == "sliding" and config.sliding_window is not None:

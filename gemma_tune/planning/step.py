@@ -9,7 +9,7 @@ from gemma_tune.engines.attention import decide_attention
 from gemma_tune.engines.choose import EngineDecision
 from gemma_tune.engines.facts import Checkpointing, EngineFacts, Head
 from gemma_tune.models.config import TextConfig
-from gemma_tune.recipe.schema import Recipe
+from gemma_tune.recipe.schema import LoraSection, Recipe
 
 Bits = Literal["4bit", "8bit", "plain"]
 
@@ -34,17 +34,6 @@ class Numerics:
     autocast: bool
     casts_inputs: bool = False
     dropout_mask: int = 1
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA: rank, targets, dropout; `dora` keeps two outputs more a target; `saved` are modules trained as a whole."""
-
-    rank: int
-    targets: tuple[str, ...]
-    dropout: float = 0.0
-    dora: bool = False
-    saved: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -80,7 +69,7 @@ class Step:
 
     batch: Batch
     numerics: Numerics
-    adapter: Adapter
+    lora: LoraSection
     execution: Execution
     bits: Bits = "4bit"
 
@@ -91,7 +80,7 @@ def to_step(recipe: Recipe, *, config: TextConfig, decision: EngineDecision) -> 
     Raises:
         EngineError: the recipe asks for an attention that would compute another model.
     """
-    model, lora, training = recipe.model, recipe.lora, recipe.training
+    model, training = recipe.model, recipe.training
     engine, precision = decision.engine, decision.precision
     stream = precision.compute if engine.stream_in_compute_dtype else precision.storage
     # transformers takes sdpa where it has the choice. Unsloth's own capped attention keeps its scores as `eager` does.
@@ -102,7 +91,7 @@ def to_step(recipe: Recipe, *, config: TextConfig, decision: EngineDecision) -> 
     return Step(
         batch=Batch(training.batch_size, tokens, padded=needs_mask),
         numerics=Numerics(_BYTES[precision.compute], _BYTES[stream], precision.autocast is not None),
-        adapter=Adapter(lora.rank, lora.targets, lora.dropout, lora.use_dora, lora.modules_to_save),
+        lora=recipe.lora,
         execution=Execution(engine, attention, engine.checkpointing(training.gradient_checkpointing), engine.head),
         bits="4bit" if model.load_in_4bit else "8bit" if model.load_in_8bit else "plain",
     )

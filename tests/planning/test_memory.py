@@ -11,9 +11,9 @@ import torch
 from transformers.optimization import Adafactor
 from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 
+from benchmarks import measure_memory as measure
 from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.config import TextConfig, check_config
-from gemma_tune.planning import measure
 from gemma_tune.planning.activations import activations, head_bytes, layer_saved_bytes
 from gemma_tune.planning.memory import (
     PAGED,
@@ -24,7 +24,8 @@ from gemma_tune.planning.memory import (
     quantized_bytes,
     unquantized_bytes,
 )
-from gemma_tune.planning.step import Adapter, Batch, Execution, Numerics, Step
+from gemma_tune.planning.step import Batch, Execution, Numerics, Step
+from gemma_tune.recipe.schema import LoraSection
 
 Build = Callable[..., tuple[Any, TextConfig]]
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -49,26 +50,22 @@ def test_weights_and_adapter_are_counted_to_the_byte(build: Build, family: str, 
     model, config = build(family, load_in_4bit=load_in_4bit, lora={"rank": 5})
     bits = "4bit" if load_in_4bit else "plain"
     base = quantized_bytes(config, bits=bits) + unquantized_bytes(config, bits=bits, numerics=BF16)
-    adapter = Adapter(rank=5, targets=SEVEN)
+    adapter = LoraSection(rank=5, targets=SEVEN)
     assert measure.parameter_bytes(model, trained=False) == base
     assert measure.parameter_bytes(model, trained=True) == adapter_bytes(config, adapter)
 
 
 @pytest.mark.parametrize(
-    ("lora", "adapter"),
+    "lora",
     [
-        ({"rank": 4, "targets": ("q_proj", "down_proj")}, Adapter(4, ("q_proj", "down_proj"))),
-        ({"rank": 8, "targets": ("all-linear",), "use_dora": True}, Adapter(8, ("all-linear",), dora=True)),
-        (
-            {"rank": 8, "targets": ("v_proj",), "modules_to_save": ("embed_tokens",)},
-            Adapter(8, ("v_proj",), saved=("embed_tokens",)),
-        ),
+        {"rank": 4, "targets": ("q_proj", "down_proj")},
+        {"rank": 8, "targets": ("all-linear",), "use_dora": True},
+        {"rank": 8, "targets": ("v_proj",), "modules_to_save": ("embed_tokens",)},
     ],
 )
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_trained_weights_gradients_and_every_optimizer(
-    build: Build, as_on_cuda: None, lora: dict[str, Any], adapter: Adapter
-) -> None:
+def test_trained_weights_gradients_and_every_optimizer(build: Build, as_on_cuda: None, lora: dict[str, Any]) -> None:
+    adapter = LoraSection(**lora)
     model, config = build("gemma", lora=lora)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     assert sum(weight.numel() for weight in trained) == count_trained(config, adapter)
@@ -100,7 +97,7 @@ def _optimizers() -> dict[str, Callable[[list[torch.nn.Parameter]], torch.optim.
 def test_bitsandbytes_state(name: str) -> None:
     """Shapes on both sides of 4,096 elements, and one that does not fill its last block of 256."""
     config = _facts(hidden_size=1100, intermediate_size=40)
-    adapter = Adapter(rank=4, targets=("gate_proj", "down_proj"))
+    adapter = LoraSection(rank=4, targets=("gate_proj", "down_proj"))
     weights = [
         torch.nn.Parameter(torch.zeros(shape)) for shape in [(4, 1100), (40, 4), (4, 40), (1100, 4)] * config.num_layers
     ]
@@ -150,7 +147,7 @@ def test_what_layers_keep(
         Step(
             batch=Batch(ROWS, TOKENS, padded),
             numerics=numerics,
-            adapter=Adapter(8, SEVEN),
+            lora=LoraSection(rank=8, targets=SEVEN),
             execution=Execution(ENGINES["transformers"], attention, "off", "chunked"),
         ),
     )
@@ -158,14 +155,14 @@ def test_what_layers_keep(
 
 
 @pytest.mark.parametrize(
-    ("lora", "adapter"),
+    "lora",
     [
-        ({"rank": 8, "dropout": 0.5}, Adapter(8, SEVEN, dropout=0.5)),
-        ({"rank": 24, "targets": ("q_proj", "v_proj")}, Adapter(24, ("q_proj", "v_proj"))),
-        ({"rank": 8, "targets": ("down_proj", "o_proj")}, Adapter(8, ("down_proj", "o_proj"))),
+        {"rank": 8, "dropout": 0.5},
+        {"rank": 24, "targets": ("q_proj", "v_proj")},
+        {"rank": 8, "targets": ("down_proj", "o_proj")},
     ],
 )
-def test_what_adapters_keep(build: Build, lora: dict[str, Any], adapter: Adapter) -> None:
+def test_what_adapters_keep(build: Build, lora: dict[str, Any]) -> None:
     """Without CUDA's autocast every adapter casts its input for itself, and a dropout mask is float32."""
     numerics = Numerics(compute=2, stream=2, autocast=True, casts_inputs=True, dropout_mask=4)
     measured = []
@@ -180,7 +177,7 @@ def test_what_adapters_keep(build: Build, lora: dict[str, Any], adapter: Adapter
         Step(
             batch=Batch(ROWS, TOKENS, padded=False),
             numerics=numerics,
-            adapter=adapter,
+            lora=LoraSection(**lora),
             execution=Execution(ENGINES["transformers"], "sdpa", "off", "chunked"),
         ),
     )
@@ -211,7 +208,7 @@ def test_peak_of_a_backward_pass(
         Step(
             batch=Batch(rows, tokens, padded=False),
             numerics=BF16,
-            adapter=Adapter(8, SEVEN),
+            lora=LoraSection(rank=8, targets=SEVEN),
             execution=Execution(ENGINES["transformers"], attention, checkpointing, "chunked"),
         ),
     )
@@ -227,7 +224,7 @@ def test_checkpointing_keeps_an_input_a_layer(build: Build, num_layers: int) -> 
         Step(
             batch=Batch(ROWS, TOKENS, padded=False),
             numerics=BF16,
-            adapter=Adapter(16, SEVEN),
+            lora=LoraSection(rank=16, targets=SEVEN),
             execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
         ),
     )
@@ -270,7 +267,7 @@ def test_the_float32_stream_of_a_t4_costs_copies() -> None:
             Step(
                 batch=Batch(1, 128),
                 numerics=numerics,
-                adapter=Adapter(16, SEVEN),
+                lora=LoraSection(rank=16, targets=SEVEN),
                 execution=Execution(ENGINES["transformers"], "sdpa", "on", "chunked"),
             ),
         )

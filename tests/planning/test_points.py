@@ -15,8 +15,9 @@ from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning import memory
 from gemma_tune.planning.activations import activations
 from gemma_tune.planning.schedule import pass_seconds
-from gemma_tune.planning.step import Adapter, Batch, Bits, Execution, Numerics, Step
+from gemma_tune.planning.step import Batch, Bits, Execution, Numerics, Step
 from gemma_tune.planning.verdict import CONTEXT_BYTES, FRAGMENTATION, LOADING_BYTES
+from gemma_tune.recipe.schema import LoraSection
 
 GIB = 2**30
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,7 +67,7 @@ def _need_gib(
     bytes_per_logit: int,
     bits: Bits = "4bit",
 ) -> float:
-    adapter = Adapter(rank, SEVEN)
+    adapter = LoraSection(rank=rank, targets=SEVEN)
     resident = (
         memory.quantized_bytes(config, bits=bits)
         + memory.unquantized_bytes(config, bits=bits, numerics=BF16)
@@ -199,7 +200,7 @@ def test_tokens_a_second_of_the_table_that_the_speed_was_fitted_to(
     execution: Execution, tokens: int, published: float
 ) -> None:
     """No proof of the model, as two of the rows of each engine made its coefficients; the others follow."""
-    step = Step(Batch(1, tokens), BF16, Adapter(8, SEVEN), execution)
+    step = Step(Batch(1, tokens), BF16, LoraSection(rank=8, targets=SEVEN), execution)
     seconds = pass_seconds(LLAMA_2_7B, step, card=CARDS["a100-40"], tokens=tokens, row_tokens=tokens)
     assert seconds is not None
     assert tokens / seconds == pytest.approx(published, rel=0.15)

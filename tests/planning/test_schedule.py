@@ -12,8 +12,8 @@ from gemma_tune.engines.facts import ENGINES
 from gemma_tune.machine.cards import CARDS, Card, find_card
 from gemma_tune.models.config import check_config
 from gemma_tune.planning.schedule import Schedule, pass_seconds, plan_schedule, step_operations
-from gemma_tune.planning.step import Adapter, Batch, Execution, Numerics, Step
-from gemma_tune.recipe.schema import TrainingSection
+from gemma_tune.planning.step import Batch, Execution, Numerics, Step
+from gemma_tune.recipe.schema import LoraSection, TrainingSection
 
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 BF16 = Numerics(compute=2, stream=2, autocast=True)
@@ -42,7 +42,7 @@ def test_operations_of_a_frozen_model() -> None:
     execution = Execution(ENGINES["transformers"], "eager", "off", "fused")
     planned = step_operations(
         check_config({"model_type": "gemma", **SHAPE}, "test"),
-        Step(Batch(rows, tokens), BF16, Adapter(1, ("k_proj",)), execution),
+        Step(Batch(rows, tokens), BF16, LoraSection(rank=1, targets=("k_proj",)), execution),
         tokens=rows * tokens,
         row_tokens=2 * tokens,
     )
@@ -53,7 +53,7 @@ def _schedule(*, counted: RowCount | None = None, card: Card | None = CARDS["l4"
     settings = {"gradient_accumulation": 2, "epochs": 2.0, **training}
     return plan_schedule(
         check_config({"model_type": "gemma"}, "test"),
-        Step(Batch(4, 1024), BF16, Adapter(16, SEVEN), UNSLOTH),
+        Step(Batch(4, 1024), BF16, LoraSection(rank=16, targets=SEVEN), UNSLOTH),
         training=TrainingSection.model_validate(settings),
         counted=counted or RowCount(950, 200.0, "test"),
         card=card,
@@ -84,7 +84,7 @@ def test_recomputing_costs_time_and_a_faster_card_saves_it() -> None:
 
     def seconds(name: str, checkpointing: str) -> float:
         execution = Execution(ENGINES["unsloth"], "sdpa", checkpointing, "fused")  # type: ignore[arg-type]
-        step = Step(Batch(4, 1024), BF16, Adapter(16, SEVEN), execution)
+        step = Step(Batch(4, 1024), BF16, LoraSection(rank=16, targets=SEVEN), execution)
         taken = pass_seconds(config, step, card=CARDS[name], tokens=4096, row_tokens=1024)
         assert taken is not None
         return taken

@@ -1,4 +1,4 @@
-"""Bytes of the tensors of a step, measured: what `memory` is checked against, on a processor or on a card (LEAF)."""
+"""Bytes of the tensors of a step, measured: what the planner is checked against, on a processor or on a card."""
 
 from __future__ import annotations
 
