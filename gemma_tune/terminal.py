@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -150,11 +150,23 @@ def _told(cell: object) -> str:
     return "—" if cell is None else without_controls(str(cell))
 
 
-def make_table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = ()) -> Table:
-    """A table of cells that are not parsed for markup; `right` are the indices of right-aligned columns."""
+def make_table(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[object]],
+    *,
+    right: Sequence[int] = (),
+    whole: Sequence[int] = (),
+) -> Table:
+    """Make a table of cells that are not parsed for markup.
+
+    Args:
+        right: indices of columns that are aligned to the right.
+        whole: indices of columns that are never broken into lines.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if index in right else "left"
+        table.add_column(column, justify=justify, overflow="fold", no_wrap=index in whole)
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(_told(cell)) for cell in row))
     return table

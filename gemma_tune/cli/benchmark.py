@@ -70,7 +70,8 @@ def benchmark(
 
     A run or an adapter is measured with its base. A run keeps its results, and makes again only what has changed.
     """
-    from gemma_tune.evaluation.benchmarks import BenchmarkSettings, choose_tasks, require_harness, run_benchmarks
+    from gemma_tune.evaluation.benchmark_tasks import BenchmarkSettings, choose_tasks, require_harness
+    from gemma_tune.evaluation.benchmarks import run_benchmarks
     from gemma_tune.inference.target import find_target
     from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.runs.layout import open_run
@@ -132,7 +133,5 @@ def print_benchmarks(terminal: Terminal, results: Sequence[BenchmarkResult]) -> 
 
 
 def _figure(result: BenchmarkResult) -> str:
-    value = result.value
-    if value.low is None or value.high is None:
-        return f"{value.value:,.3f}"
-    return f"{value.value * 100:.1f} [{value.low * 100:.1f}, {value.high * 100:.1f}]"
+    is_share = result.value.low is not None
+    return result.value.format(lambda value: f"{value * 100:.1f}" if is_share else f"{value:,.3f}")

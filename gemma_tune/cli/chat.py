@@ -6,30 +6,18 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.text import Text
 
 from gemma_tune.cli.answering import Base, TargetName, TemplateName, with_answer_settings
-from gemma_tune.errors import DataError, GemmaTuneError
+from gemma_tune.errors import GemmaTuneError
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.terminal import Terminal
-from gemma_tune.text import did_you_mean
 
 if TYPE_CHECKING:
     from gemma_tune.inference.chat import Talk
-
-_COMMANDS = {
-    "/help": "this list",
-    "/reset": "forget the talk; the system text stays",
-    "/undo": "forget the last question and its answer",
-    "/system TEXT": "start anew with this text before the talk; without TEXT with none",
-    "/save FILE.jsonl": "add the talk to a file of training rows (data.template=chat)",
-    "/quit": "end (Ctrl-D as well; Ctrl-C ends an answer)",
-}
-_NAMES = [usage.split()[0] for usage in _COMMANDS]
 
 
 @with_answer_settings(without=["batch_size"])
@@ -41,7 +29,7 @@ def chat(
     settings: AnswerSettings,
 ) -> None:
     """Talk with a model that knows chat turns. In a pipe, every line of stdin is a message."""
-    from gemma_tune.inference.chat import Talk, require_turns
+    from gemma_tune.inference.chat import Talk, obey, require_turns
     from gemma_tune.inference.target import find_target
     from gemma_tune.machine.quiet import libraries_to
 
@@ -59,11 +47,12 @@ def chat(
     if is_person:
         terminal.note("[dim]/help lists the commands, Ctrl-D ends[/]")
     for line in _lines(terminal, is_person=is_person):
-        if line == "/quit":
-            return
         try:
             if line.startswith("/"):
-                _obey(terminal, talk, line)
+                said = obey(talk, line)
+                if talk.is_over:
+                    return
+                terminal.note(escape(said))
             elif line:
                 with libraries_to(None):
                     _answer(terminal, talk, line, is_person=is_person)
@@ -112,31 +101,3 @@ def _answer(terminal: Terminal, talk: Talk, text: str, *, is_person: bool) -> No
         seconds = time.perf_counter() - started
         cut = "" if completion.stopped else ", cut at its longest length"
         terminal.note(f"[dim]{completion.num_tokens} tokens, {completion.num_tokens / seconds:,.0f} tokens/s{cut}[/]")
-
-
-def _obey(terminal: Terminal, talk: Talk, line: str) -> None:
-    """Run one of _COMMANDS; what it did is told on stderr."""
-    name, _, rest = line.partition(" ")
-    rest = rest.strip()
-    if name == "/help":
-        for usage, about in _COMMANDS.items():
-            terminal.note(f"  {usage:<18}{about}")
-    elif name == "/reset":
-        talk.reset()
-        terminal.note("the talk is forgotten")
-    elif name == "/undo":
-        terminal.note("the last question and its answer are forgotten" if talk.undo() else "there is nothing to undo")
-    elif name == "/system":
-        talk.start_anew(system=rest)
-        where = "" if talk.has_system_turn or not rest else "; the model has no system turn: it goes before message 1"
-        terminal.note(f"a new talk {'with this' if rest else 'without a'} system text{where}")
-    elif name == "/save":
-        if not rest:
-            raise DataError("/save needs a file", hint="for example: /save talk.jsonl")
-        number = talk.save(Path(rest).expanduser())
-        terminal.note(f"{escape(rest)}: row {number}, {talk.num_answers} answers")
-    else:
-        near = did_you_mean(name, _NAMES)
-        raise DataError(
-            f"there is no command {name}" + (f"; {near}" if near else ""), hint=f"commands: {' '.join(_NAMES)}"
-        )

@@ -18,9 +18,10 @@ from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.comparison import Comparison
-    from gemma_tune.evaluation.judge import Duel, Judge, Ruling
+    from gemma_tune.evaluation.judge import Duel, Ruling, Verdict
 
 _PAGE = "comparison.html"
+_VERDICTS: dict[str, Verdict] = {"1": "first", "2": "second", "t": "tie"}
 _NOTE = (
     "In brackets: 95 % intervals. A win rate counts a tie as half a win; an interval that holds 50 % says that the "
     "prompts do not tell which model is better."
@@ -74,7 +75,7 @@ def compare(
         typer.Option(
             "--output",
             "-o",
-            help="Directory for answers, judgements and page; the same command goes on with what is there. "
+            help="Directory for answers, judgements and page; the same command continues what is there. "
             "comparisons/A-vs-B-PROMPTS unless given.",
             show_default=False,
         ),
@@ -92,6 +93,7 @@ def compare(
     A judge model sees every pair in both orders; its key, if it needs one, comes from GEMMA_TUNE_JUDGE_API_KEY.
     """
     from gemma_tune.evaluation.compare import compare_models, find_contenders
+    from gemma_tune.evaluation.judge import JUDGE_PROMPT, find_judge
     from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
     from gemma_tune.inference.settings import AnswerSettings
     from gemma_tune.machine.quiet import libraries_to
@@ -106,9 +108,17 @@ def compare(
         prompts = load_prompt_sets(PROMPT_SETS if sets is None else [name.strip() for name in sets.split(",")])
     with libraries_to(None):
         contenders = find_contenders(models, default_template=template)
-        chosen = _choose_judge(
-            terminal, judge, model=judge_model, timeout=judge_timeout, template=template, batch_size=batch_size
+        chosen = find_judge(
+            judge,
+            person=PersonJudge(terminal),
+            model=judge_model,
+            timeout_seconds=judge_timeout,
+            template=template,
+            batch_size=batch_size,
         )
+        if chosen is not None and chosen.asks_both_orders:
+            asked = f"What the judge is asked, with every pair in both orders:\n\n{JUDGE_PROMPT}\n"
+            terminal.note(Text(asked, style="dim"))
         directory = output or Path("comparisons") / _name(models, Path(file).stem if file else sets or "all")
         with TerminalReporter(terminal) as reporter:
             comparison = compare_models(
@@ -125,38 +135,12 @@ def compare(
     else:
         print_comparison(terminal, comparison)
     if chosen is not None and comparison.judge.duels < comparison.judge.expected:
-        terminal.note("\nthe same command goes on with the pairs that are not judged yet")
+        terminal.note("\nthe same command resumes with the pairs that are not judged yet")
     terminal.note(f"\nthe answers side by side: {escape(str(directory / _PAGE))}")
 
 
 def _name(models: Sequence[str], prompts: str) -> str:
     return "-vs-".join(Path(name).name for name in models) + "-" + prompts.replace(" ", "").replace(",", "+")
-
-
-def _choose_judge(
-    terminal: Terminal, name: str, *, model: str | None, timeout: float, template: str | None, batch_size: int
-) -> Judge | None:
-    """None stands for the prompts' own rules."""
-    from gemma_tune.evaluation.judge import JUDGE_PROMPT, EndpointJudge, LocalJudge
-    from gemma_tune.inference.target import find_target
-
-    is_address = name.startswith(("http://", "https://"))
-    if is_address != (model is not None):
-        raise DataError(
-            f"--judge {name} needs --judge-model" if is_address else f"--judge {name} takes no --judge-model",
-            hint="--judge-model names the model behind an address: --judge http://localhost:8000/v1 --judge-model NAME",
-        )
-    if name == "rules":
-        return None
-    if name == "person":
-        return PersonJudge(terminal)
-    judge: Judge
-    if model is not None:
-        judge = EndpointJudge(name, model, timeout_seconds=timeout)
-    else:
-        judge = LocalJudge(name, find_target(name, default_template=template), batch_size=batch_size)
-    terminal.note(Text(f"What the judge is asked, with every pair in both orders:\n\n{JUDGE_PROMPT}\n", style="dim"))
-    return judge
 
 
 class PersonJudge:
@@ -199,11 +183,8 @@ class PersonJudge:
     def _ruling(self, answer: str) -> Ruling | None:
         from gemma_tune.evaluation.judge import Ruling
 
-        if answer == "1":
-            return Ruling("first", "")
-        if answer == "2":
-            return Ruling("second", "")
-        return Ruling("tie", "") if answer == "t" else None
+        verdict = _VERDICTS.get(answer)
+        return None if verdict is None else Ruling(verdict, "")
 
 
 def print_comparison(terminal: Terminal, comparison: Comparison) -> None:

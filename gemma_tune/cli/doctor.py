@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides
-from gemma_tune.terminal import Terminal, TerminalReporter
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
 if TYPE_CHECKING:
     from gemma_tune.doctor.finding import Finding
@@ -55,10 +56,7 @@ def doctor(
         terminal.json(
             {
                 "verdict": verdict,
-                "findings": [
-                    {"name": item.name, "verdict": item.verdict, "found": item.found, "fix": item.fix}
-                    for item in findings
-                ],
+                "findings": [asdict(finding) for finding in findings],
                 "report": bug_report(findings),
             }
         )
@@ -73,24 +71,21 @@ def doctor(
 
 def _table(findings: Sequence[Finding]) -> Table:
     """A row a finding, and below it what to do."""
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    rows = []
     for finding in findings:
         mark, style = _MARKS[finding.verdict]
         found = Text(finding.found)
         if finding.fix:
             found.append(f"\n→ {finding.fix}", style="cyan")
-        table.add_row(Text(f"{mark} {finding.verdict}", style=style), Text(finding.name, style="bold"), found)
-    return table
+        rows.append((Text(f"{mark} {finding.verdict}", style=style), Text(finding.name, style="bold"), found))
+    return make_table(("", "", ""), rows, whole=(0, 1))
 
 
 def _closing(findings: Sequence[Finding]) -> Text:
     counts = {verdict: sum(item.verdict == verdict for item in findings) for verdict in _MARKS}
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     if counts["fail"]:
-        advice = "a run would not work; mend what failed"
+        advice = "a run would not work; fix what failed"
     elif counts["warn"]:
         advice = "runs work, within what the warnings say"
     else:

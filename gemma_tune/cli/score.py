@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -40,7 +39,7 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Tell how likely a model finds answers: log-likelihood and perplexity, a single one token by token."""
+    """Say how likely a model finds answers: log-likelihood and perplexity, a single one token by token."""
     from gemma_tune.data.sources.source import open_source, read_whole
     from gemma_tune.inference.questions import questions_of
     from gemma_tune.inference.target import find_target
@@ -54,7 +53,7 @@ def score(
         rows = read_whole(open_source(file)) if file is not None else []
 
         from gemma_tune.inference.load import load_target
-        from gemma_tune.inference.score import row_of_example, row_of_response, score_rows
+        from gemma_tune.inference.score import TextScore, row_of_example, row_of_response, score_rows
 
         loaded = load_target(found)
         if prompt is not None and response is not None:
@@ -74,31 +73,23 @@ def score(
         return
     if as_json:
         for row, scored in zip(rows, scores, strict=True):
-            terminal.json_line({"where": row.where, **_figures([scored])})
+            terminal.json_line({"where": row.where, **scored.to_json()})
     else:
-        table = [(row.where, *_cells([scored])) for row, scored in zip(rows, scores, strict=True)]
-        terminal.result(make_table(("row", *_COLUMNS), [*table, ("all", *_cells(scores))], right=(1, 2, 3)))
+        lines = [*zip((row.where for row in rows), scores, strict=True), ("all", TextScore.joined(scores))]
+        table = [(where, *_cells(scored)) for where, scored in lines]
+        terminal.result(make_table(("row", *_COLUMNS), table, right=(1, 2, 3)))
 
 
 def _show_tokens(terminal: Terminal, scored: TextScore, *, as_json: bool) -> None:
     if as_json:
         tokens = [{"id": each.token_id, "text": each.text, "log_prob": each.log_prob} for each in scored.tokens]
-        terminal.json({**_figures([scored]), "tokens": tokens})
+        terminal.json({**scored.to_json(), "tokens": tokens})
         return
     rows = [(repr(each.text)[1:-1], f"{each.log_prob:.3f}", f"{math.exp(each.log_prob):.1%}") for each in scored.tokens]
     terminal.result(make_table(("token", "log-probability", "probability"), rows, right=(1, 2)))
-    count, log_likelihood, perplexity = _cells([scored])
+    count, log_likelihood, perplexity = _cells(scored)
     terminal.result(f"\nlog-likelihood {log_likelihood} nats over {count} tokens · perplexity {perplexity}")
 
 
-def _figures(scores: Sequence[TextScore]) -> dict[str, float]:
-    """Of several scores together: every token counts once."""
-    num_tokens = sum(len(each.tokens) for each in scores)
-    log_likelihood = math.fsum(each.log_likelihood for each in scores)
-    perplexity = math.exp(-log_likelihood / num_tokens)
-    return {"num_tokens": num_tokens, "log_likelihood": log_likelihood, "perplexity": perplexity}
-
-
-def _cells(scores: Sequence[TextScore]) -> tuple[str, str, str]:
-    figures = _figures(scores)
-    return f"{figures['num_tokens']:,}", f"{figures['log_likelihood']:,.3f}", f"{figures['perplexity']:,.3f}"
+def _cells(scored: TextScore) -> tuple[str, str, str]:
+    return f"{len(scored.tokens):,}", f"{scored.log_likelihood:,.3f}", f"{scored.perplexity:,.3f}"

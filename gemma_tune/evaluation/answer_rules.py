@@ -1,4 +1,4 @@
-"""Exact rules that an answer keeps or breaks, without a judge."""
+"""Rules that an answer is held against, without a judge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.errors import DataError
-from gemma_tune.evaluation.metrics import count_words, is_json
+from gemma_tune.evaluation.metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
+from gemma_tune.members import Members
 from gemma_tune.text import did_you_mean
 
 # A refusal says so at its beginning. Phrases of English models; a refusal in other words counts as an answer.
@@ -24,12 +25,20 @@ _REFUSAL = re.compile(
 
 
 @dataclass(frozen=True)
-class _Rule:
-    """One kind of rule: what its value may be, as a test and in words, and whether an answer keeps it."""
+class AnswerRule:
+    """One kind of rule.
 
+    Attributes:
+        score: a pure function of prompt, answer and what the rule expects: 1 where the answer keeps it, 0 where not.
+        accepts, takes: what may be expected, as a test and in words.
+        is_graded: whether the score may lie between 0 and 1; such a rule is neither kept nor broken.
+    """
+
+    name: str
+    score: Callable[[str, str, Any], float]
     accepts: Callable[[Any], bool]
     takes: str
-    holds: Callable[[str, Any], bool]
+    is_graded: bool = False
 
 
 def has_words(answer: str, text: str) -> bool:
@@ -75,46 +84,55 @@ def _has_json(answer: str, keys: bool | list[str]) -> bool:
     return keys is True or (isinstance(value, dict) and set(keys) <= set(value))  # type: ignore[arg-type]
 
 
-_TEXTS, _RANGE = "a list of texts", "[least, most]"
-RULES: Mapping[str, _Rule] = {
-    "contains": _Rule(_is_texts, _TEXTS, lambda answer, texts: any(has_words(answer, text) for text in texts)),
-    "contains_all": _Rule(_is_texts, _TEXTS, lambda answer, texts: all(has_words(answer, text) for text in texts)),
-    "excludes": _Rule(_is_texts, _TEXTS, lambda answer, texts: not any(has_words(answer, text) for text in texts)),
-    "regex": _Rule(
-        _is_pattern, "a regular expression of Python", lambda answer, pattern: re.search(pattern, answer) is not None
-    ),
-    "json": _Rule(
-        lambda value: value is True or _is_texts(value), "true, or the keys that the object needs", _has_json
-    ),
-    "words": _Rule(_is_range, _RANGE, lambda answer, span: span[0] <= count_words(answer) <= span[1]),
-    "lines": _Rule(_is_range, _RANGE, lambda answer, span: span[0] <= _count_lines(answer) <= span[1]),
-    "refuses": _Rule(
-        lambda value: isinstance(value, bool), "true or false", lambda answer, wanted: is_refusal(answer) is wanted
-    ),
-}
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+# What may be expected, as a test and in words.
+_TEXT = (_is_text, "a text")
+_TEXTS = (_is_texts, "a list of texts")
+_RANGE = (_is_range, "[least, most]")
+_PATTERN = (_is_pattern, "a regular expression of Python")
+_KEYS = (lambda value: value is True or _is_texts(value), "true, or the keys that the object needs")
+_FLAG = (lambda value: isinstance(value, bool), "true or false")
+# What `evaluate` counts, what a prompt of `compare` may ask for, and what a reward can be made of.
+RULES = Members(
+    "rule",
+    [
+        AnswerRule("exact_match", lambda _, answer, text: is_exact_match(answer, text), *_TEXT),
+        AnswerRule("token_f1", lambda _, answer, text: token_f1(answer, text), *_TEXT, is_graded=True),
+        AnswerRule("rouge_l", lambda _, answer, text: rouge_l(answer, text), *_TEXT, is_graded=True),
+        AnswerRule("contains", lambda _, answer, texts: any(has_words(answer, it) for it in texts), *_TEXTS),
+        AnswerRule("contains_all", lambda _, answer, texts: all(has_words(answer, it) for it in texts), *_TEXTS),
+        AnswerRule("excludes", lambda _, answer, texts: not any(has_words(answer, it) for it in texts), *_TEXTS),
+        AnswerRule("regex", lambda _, answer, pattern: re.search(pattern, answer) is not None, *_PATTERN),
+        AnswerRule("json", lambda _, answer, keys: _has_json(answer, keys), *_KEYS),
+        AnswerRule("words", lambda _, answer, span: span[0] <= count_words(answer) <= span[1], *_RANGE),
+        AnswerRule("lines", lambda _, answer, span: span[0] <= _count_lines(answer) <= span[1], *_RANGE),
+        AnswerRule("refuses", lambda _, answer, wanted: is_refusal(answer) is wanted, *_FLAG),
+    ],
+)
 
 
 def check_rules(rules: object, *, where: str) -> dict[str, Any]:
-    """The rules of a prompt, once they are known to be rules.
+    """Return the rules of a prompt, once they are known to be rules that an answer keeps or breaks.
 
     Raises:
-        DataError: they are no mapping, one of them does not exist, or its value is not what it takes.
+        DataError: they are not a mapping, one of them does not exist, or its value is not what it takes.
     """
+    known = [name for name, rule in RULES.items() if not rule.is_graded]
+    hint = f"rules: {', '.join(known)}"
     if not isinstance(rules, Mapping):
-        raise DataError(f"{where}: rules is no mapping", hint=f'for example {{"contains": ["Canberra"]}}; {_known()}')
+        raise DataError(f"{where}: rules is not a mapping", hint=f'for example {{"contains": ["Canberra"]}}; {hint}')
     for name, value in rules.items():
-        if name not in RULES:
-            near = did_you_mean(str(name), RULES)
-            raise DataError(f"{where}: there is no rule {name!r}" + (f"; {near}" if near else ""), hint=_known())
+        if name not in known:
+            near = did_you_mean(str(name), known)
+            raise DataError(f"{where}: there is no rule {name!r}" + (f"; {near}" if near else ""), hint=hint)
         if not RULES[name].accepts(value):
             raise DataError(f"{where}: the rule {name} has the value {value!r}", hint=f"it takes {RULES[name].takes}")
     return dict(rules)
 
 
-def broken_rules(rules: Mapping[str, Any], answer: str) -> list[str]:
-    """The names of the rules that an answer breaks."""
-    return [name for name, value in rules.items() if not RULES[name].holds(answer, value)]
-
-
-def _known() -> str:
-    return f"rules: {', '.join(RULES)}"
+def broken_rules(rules: Mapping[str, Any], *, prompt: str, answer: str) -> list[str]:
+    """The names of the rules that an answer to a prompt breaks."""
+    return [name for name, expected in rules.items() if not RULES[name].score(prompt, answer, expected)]

@@ -6,34 +6,28 @@ A comparison is a directory: `comparison.json` (what decides the answers), `answ
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import broken_rules
-from gemma_tune.evaluation.comparison import Comparison, JudgeFacts, PairResult, PassRate, Question
+from gemma_tune.evaluation.comparison import ComparedPrompt, Comparison, JudgeFacts, PairResult, PassRate, Scores
+from gemma_tune.evaluation.duels import judge_answers, read_lines
 from gemma_tune.evaluation.intervals import share_estimate
-from gemma_tune.evaluation.judge import JUDGE_PROMPT, Duel, Judge, Ruling
+from gemma_tune.evaluation.judge import Judge
 from gemma_tune.evaluation.prompt_sets import Prompts
 from gemma_tune.evaluation.ratings import rate, win_rate
-from gemma_tune.identity import text_sha256
 from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
 from gemma_tune.inference.questions import questions_of
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
-from gemma_tune.runs.evaluation import Estimate
 from gemma_tune.runs.reporter import Reporter
 
 _BASE_SUFFIX = "@base"
-_SAME_TEXT = "both answers are the same text"
-# A pair of labels in the order of the comparison.
-Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +67,7 @@ def compare_models(
     judge: Judge | None,
     reporter: Reporter,
 ) -> Comparison:
-    """Answer every prompt with every model and judge the answers, going on with what `directory` holds.
+    """Answer every prompt with every model and judge the answers, keeping what `directory` holds already.
 
     Args:
         judge: rules on pairs of answers; None lets the prompts' own rules decide.
@@ -93,7 +87,7 @@ def compare_models(
         scores, facts = _scores_of_rules(prompts, labels, broken)
     else:
         reporter.stage(f"judge: {judge.name}")
-        scores, facts = _judge_all(prompts, answers, judge=judge, directory=directory, reporter=reporter)
+        scores, facts = judge_answers(prompts, answers, judge=judge, directory=directory, reporter=reporter)
     return Comparison(
         labels=labels,
         prompts_label=prompts.label,
@@ -148,19 +142,10 @@ def _answers(
                 file=answers,
                 listener=Listener(on_progress=lambda done, total: reporter.progress("prompts answered", done, total)),
             )
-    found = [row["answer"] for row in _read_lines(file)]
+    found = [row["answer"] for row in read_lines(file)]
     if len(found) != len(prompts.items):
         raise DataError(f"{file} is damaged: it holds {len(found)} of {len(prompts.items)} answers", hint="remove it")
     return found
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    """JSON objects, one a line; a last line that a kill has cut is left out."""
-    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    try:
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
-    except ValueError as error:
-        raise DataError(f"{file} is damaged: {error}", hint="remove it, and the same command makes it again") from None
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -169,7 +154,9 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 def _broken_rules(prompts: Prompts, answers: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[str]]]:
     """By prompt and label, for the prompts that have rules."""
     return {
-        prompt.id: {label: broken_rules(prompt.rules, of[index]) for label, of in answers.items()}
+        prompt.id: {
+            label: broken_rules(prompt.rules, prompt=prompt.text, answer=of[index]) for label, of in answers.items()
+        }
         for index, prompt in enumerate(prompts.items)
         if prompt.rules
     }
@@ -177,7 +164,7 @@ def _broken_rules(prompts: Prompts, answers: Mapping[str, Sequence[str]]) -> dic
 
 def _scores_of_rules(
     prompts: Prompts, labels: Sequence[str], broken: Mapping[str, Mapping[str, Sequence[str]]]
-) -> tuple[dict[Pair, dict[str, float]], JudgeFacts]:
+) -> tuple[Scores, JudgeFacts]:
     """Who keeps the rules beats who breaks them; nothing is said where a prompt has none."""
     if not broken:
         raise DataError(
@@ -205,133 +192,6 @@ def _pass_rates(
             yield PassRate(label, group, len(ruled), share_estimate(passed / len(ruled), num_rows=len(ruled)))
 
 
-# --- judges -----------------------------------------------------------------------------------------------------------
-
-
-# One showing of a pair: the prompt's id, and the labels in the order in which their answers are shown.
-Turn = tuple[str, str, str]
-
-
-def _judge_all(
-    prompts: Prompts, answers: Mapping[str, Sequence[str]], *, judge: Judge, directory: Path, reporter: Reporter
-) -> tuple[dict[Pair, dict[str, float]], JudgeFacts]:
-    """Rule on every pair that no stored ruling covers; a judge that ends early leaves the rest unjudged."""
-    shown = JUDGE_PROMPT if judge.asks_both_orders else None
-    file = directory / f"judgments-{_slug(judge, shown)}.jsonl"
-    found = {
-        (row["prompt"], row["first"], row["second"]): Ruling(row["verdict"], row["reply"]) for row in _read_lines(file)
-    }
-    turns = list(_turns(prompts, tuple(answers), both_orders=judge.asks_both_orders))
-    open_turns = [turn for turn in turns if turn not in found]
-    if len(open_turns) < len(turns):
-        reporter.detail(f"{len(turns) - len(open_turns):,} of {len(turns):,} duels were judged before")
-    place = {prompt.id: index for index, prompt in enumerate(prompts.items)}
-    duels = [
-        Duel(prompts.items[place[prompt]], answers[first][place[prompt]], answers[second][place[prompt]])
-        for prompt, first, second in open_turns
-    ]
-    _drop_cut_line(file)
-    with file.open("a", encoding="utf-8", newline="\n") as lines:
-        for turn, ruling in _rulings(open_turns, duels, judge):
-            found[turn] = ruling
-            row = dict(zip(("prompt", "first", "second"), turn, strict=True))
-            lines.write(
-                json.dumps({**row, "verdict": ruling.verdict, "reply": ruling.reply}, ensure_ascii=False) + "\n"
-            )
-            lines.flush()
-            if judge.asks_both_orders:  # a person sees the progress in front of each pair
-                reporter.progress("duels judged", len(found), len(turns))
-    rulings = {turn: found[turn] for turn in turns if turn in found}
-    return _scores_of_rulings(rulings, tuple(answers), both_orders=judge.asks_both_orders), JudgeFacts(
-        name=judge.name,
-        prompt=shown,
-        duels=len(rulings),
-        expected=len(turns),
-        malformed=sum(ruling.verdict == "malformed" for ruling in rulings.values()),
-        first_preferred=_first_preferred(rulings.values()),
-        consistent=_consistent(rulings) if judge.asks_both_orders else None,
-    )
-
-
-def _slug(judge: Judge, shown: str | None) -> str:
-    if shown is None:
-        return judge.name
-    return "model-" + text_sha256(f"{judge.name}\n{shown}")[:8]
-
-
-def _turns(prompts: Prompts, labels: Sequence[str], *, both_orders: bool) -> Iterator[Turn]:
-    """Every pair on every prompt: in both orders, or in one that a hash draws, the same in every run."""
-    for prompt in prompts.items:
-        for first, second in itertools.combinations(labels, 2):
-            turns = [(prompt.id, first, second), (prompt.id, second, first)]
-            if not both_orders:
-                turns = [turns[hashlib.sha256(repr(turns[0]).encode()).digest()[0] % 2]]
-            yield from turns
-
-
-def _rulings(turns: Sequence[Turn], duels: Sequence[Duel], judge: Judge) -> Iterator[tuple[Turn, Ruling]]:
-    """Equal answers are a tie without asking."""
-    asked = []
-    for turn, duel in zip(turns, duels, strict=True):
-        if duel.first == duel.second:
-            yield turn, Ruling("tie", _SAME_TEXT)
-        else:
-            asked.append((turn, duel))
-    if asked:
-        # Not strict: a person may stop.
-        for (turn, _), ruling in zip(asked, judge.rule([duel for _, duel in asked]), strict=False):
-            if ruling is not None:
-                yield turn, ruling
-
-
-def _drop_cut_line(file: Path) -> None:
-    if file.is_file():
-        whole = file.read_bytes()
-        with file.open("rb+") as lines:
-            lines.truncate(whole.rfind(b"\n") + 1)
-
-
-_POINTS = {"first": 1.0, "tie": 0.5, "second": 0.0}
-
-
-def _scores_of_rulings(
-    rulings: Mapping[Turn, Ruling], labels: Sequence[str], *, both_orders: bool
-) -> dict[Pair, dict[str, float]]:
-    """Of each pair by prompt: the mean over the orders; a pair of which one order has no verdict is left out.
-
-    Half of a pair would bring back the bias for a position that the second order takes away.
-    """
-    points: dict[Pair, dict[str, list[float]]] = {pair: {} for pair in itertools.combinations(labels, 2)}
-    for (prompt, first, second), ruling in rulings.items():
-        if ruling.verdict == "malformed":
-            continue
-        value = _POINTS[ruling.verdict]
-        if (first, second) in points:
-            points[first, second].setdefault(prompt, []).append(value)
-        else:
-            points[second, first].setdefault(prompt, []).append(1 - value)
-    needed = 2 if both_orders else 1
-    return {
-        pair: {prompt: sum(values) / needed for prompt, values in of.items() if len(values) == needed}
-        for pair, of in points.items()
-    }
-
-
-def _first_preferred(rulings: Iterable[Ruling]) -> Estimate | None:
-    clear = [ruling.verdict for ruling in rulings if ruling.verdict in ("first", "second")]
-    return share_estimate(clear.count("first") / len(clear), num_rows=len(clear)) if clear else None
-
-
-def _consistent(rulings: Mapping[Turn, Ruling]) -> Estimate | None:
-    same = []
-    for (prompt, first, second), ruling in rulings.items():
-        other = rulings.get((prompt, second, first))
-        # Each pair once, from the side of the label that sorts first.
-        if first < second and other is not None and "malformed" not in (ruling.verdict, other.verdict):
-            same.append(_POINTS[ruling.verdict] == 1 - _POINTS[other.verdict])
-    return share_estimate(sum(same) / len(same), num_rows=len(same)) if same else None
-
-
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +203,7 @@ def _groups(prompts: Prompts) -> dict[str | None, list[str]]:
     return groups if len(groups) > 2 else {None: groups[None]}
 
 
-def _pair_results(prompts: Prompts, scores: Mapping[Pair, Mapping[str, float]]) -> Iterator[PairResult]:
+def _pair_results(prompts: Prompts, scores: Scores) -> Iterator[PairResult]:
     for group, ids in _groups(prompts).items():
         for (first, second), of_pair in scores.items():
             values = [of_pair[id] for id in ids if id in of_pair]
@@ -362,11 +222,11 @@ def _questions(
     prompts: Prompts,
     answers: Mapping[str, Sequence[str]],
     broken: Mapping[str, Mapping[str, Sequence[str]]],
-    scores: Mapping[Pair, Mapping[str, float]],
-) -> Iterator[Question]:
+    scores: Scores,
+) -> Iterator[ComparedPrompt]:
     for index, prompt in enumerate(prompts.items):
         of_rules = broken.get(prompt.id)
-        yield Question(
+        yield ComparedPrompt(
             id=prompt.id,
             group=prompt.group,
             prompt=prompt.text,

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemma_tune.runs.evaluation import Estimate
+
+# Two labels, in the order of the comparison.
+Pair = tuple[str, str]
+# Of each pair, by prompt: 1 where the first of the pair wins, 0 where the second does, 1/2 for a tie.
+Scores = Mapping[Pair, Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class JudgeFacts:
 
 
 @dataclass(frozen=True)
-class Question:
+class ComparedPrompt:
     """One prompt with everything that was found.
 
     Attributes:
@@ -94,21 +100,14 @@ class Comparison:
     pairs: tuple[PairResult, ...]
     ratings: tuple[Rating, ...]
     passes: tuple[PassRate, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[ComparedPrompt, ...]
 
 
 def format_share(estimate: Estimate | None) -> str:
     """`62.5 % [48.1, 75.0]`; `—` where there is nothing."""
-    if estimate is None:
-        return "—"
-    value = f"{estimate.value * 100:.1f} %"
-    if estimate.low is None or estimate.high is None:
-        return value
-    return f"{value} [{estimate.low * 100:.1f}, {estimate.high * 100:.1f}]"
+    return "—" if estimate is None else estimate.format(lambda value: f"{value * 100:.1f}", unit=" %")
 
 
 def format_points(estimate: Estimate) -> str:
     """`1,084 [1,010, 1,162]`."""
-    if estimate.low is None or estimate.high is None:
-        return f"{estimate.value:,.0f}"
-    return f"{estimate.value:,.0f} [{estimate.low:,.0f}, {estimate.high:,.0f}]"
+    return estimate.format(lambda value: f"{value:,.0f}")

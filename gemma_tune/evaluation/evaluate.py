@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.disk import read_json, write_text
 from gemma_tune.errors import DataError, ModelError
-from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, judge_answer
+from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
 from gemma_tune.identity import files_sha256, installed_version
@@ -200,7 +200,8 @@ def _answers(
         on_progress=lambda done, total: reporter.progress("rows answered", done, total),
     )
     return [
-        judge_answer(
+        measure_answer(
+            example.question,
             completion.text,
             example.response,
             num_tokens=completion.num_tokens,

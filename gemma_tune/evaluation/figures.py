@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_tune.evaluation.answer_rules import RULES
 from gemma_tune.evaluation.intervals import Floats, percentile_estimate, resampled_sums, share_estimate
-from gemma_tune.evaluation.metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
+from gemma_tune.evaluation.metrics import count_words
 from gemma_tune.runs.evaluation import Estimate, Figure, Group, Side
 
 
@@ -43,18 +44,24 @@ class RowResult:
     answer: RowAnswer | None
 
 
-def judge_answer(text: str, expected: str, *, num_tokens: int, stopped: bool, expects_json: bool) -> RowAnswer:
+def measure_answer(
+    prompt: str, text: str, expected: str, *, num_tokens: int, stopped: bool, expects_json: bool
+) -> RowAnswer:
     """Compare an answer with the expected one."""
+
+    def score(rule: str, value: object = expected) -> float:
+        return RULES[rule].score(prompt, text, value)
+
     return RowAnswer(
         text=text,
         num_tokens=num_tokens,
         stopped=stopped,
-        exact_match=is_exact_match(text, expected),
-        token_f1=token_f1(text, expected),
-        rouge_l=rouge_l(text, expected),
+        exact_match=bool(score("exact_match")),
+        token_f1=score("token_f1"),
+        rouge_l=score("rouge_l"),
         words=count_words(text),
         expected_words=count_words(expected),
-        valid_json=is_json(text) if expects_json else None,
+        valid_json=bool(score("json", True)) if expects_json else None,
     )
 
 

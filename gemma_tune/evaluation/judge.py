@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 from urllib.parse import urlsplit
 
-from gemma_tune.errors import ModelError
+from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.prompt_sets import Prompt
 from gemma_tune.identity import text_sha256
 from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.target import GgufTarget, Target, find_target
 
 if TYPE_CHECKING:
     import httpx
-
-    from gemma_tune.inference.target import GgufTarget, Target
 
 Verdict = Literal["first", "second", "tie", "malformed"]
 
@@ -126,7 +125,7 @@ class EndpointJudge:
                 "the judge's address holds a user name or password", hint=f"put the key into {KEY_VARIABLE}"
             )
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ModelError(f"{self.url} is no web address", hint="for example http://localhost:8000/v1")
+            raise ModelError(f"{self.url} is not a web address", hint="for example http://localhost:8000/v1")
 
     @property
     def name(self) -> str:
@@ -184,7 +183,7 @@ class EndpointJudge:
                 time.sleep(wait)
         raise ModelError(
             f"the judge {self.name} did not answer in {_ATTEMPTS} attempts: {problem}",
-            hint="what was judged is kept; the same command goes on",
+            hint="what was judged is kept; the same command resumes",
         )
 
     def _reply(self, response: httpx.Response) -> str:
@@ -193,7 +192,7 @@ class EndpointJudge:
             return str(response.json()["choices"][0]["message"]["content"] or "")
         except (ValueError, LookupError, TypeError):
             raise ModelError(
-                f"{self.url} answers with something that is no chat completion: {response.text[:200]!r}",
+                f"{self.url} answers with something that is not a chat completion: {response.text[:200]!r}",
                 hint="give the address of an OpenAI-compatible API, up to and with /v1",
             ) from None
 
@@ -237,3 +236,30 @@ class LocalJudge:
             rows = questions_of(loaded.template, prompts).rows
             for completion in loaded.complete(encode_questions(loaded, rows), settings):
                 yield Ruling(parse_verdict(completion.text), completion.text)
+
+
+def find_judge(
+    name: str, *, person: Judge, model: str | None, timeout_seconds: float, template: str | None, batch_size: int
+) -> Judge | None:
+    """Find the judge that the user named.
+
+    Args:
+        name: `rules`, for which None stands; `person`; the address of an API; or a local model.
+        model: the one to ask behind an address.
+        template: data template of a local model that does not say how it is asked.
+
+    Raises:
+        GemmaTuneError: `model` goes without an address or an address without it, or there is no such model.
+    """
+    is_address = name.startswith(("http://", "https://"))
+    if is_address != (model is not None):
+        raise DataError(
+            f"--judge {name} needs --judge-model" if is_address else f"--judge {name} takes no --judge-model",
+            hint="--judge-model names the model behind an address: --judge http://localhost:8000/v1 --judge-model NAME",
+        )
+    if model is not None:
+        return EndpointJudge(name, model, timeout_seconds=timeout_seconds)
+    not_models: dict[str, Judge | None] = {"rules": None, "person": person}
+    if name in not_models:
+        return not_models[name]
+    return LocalJudge(name, find_target(name, default_template=template), batch_size=batch_size)

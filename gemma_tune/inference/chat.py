@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.errors import DataError
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
+from gemma_tune.text import did_you_mean
 
 if TYPE_CHECKING:
     from gemma_tune.data.rows.chat_template import ChatRenderer
@@ -45,6 +47,7 @@ class Talk:
         self._settings = settings
         self._turns: list[Message] = []
         self._system = ""
+        self.is_over = False
         self.has_system_turn = self._renders([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
 
     @property
@@ -81,7 +84,7 @@ class Talk:
         self._turns.append({"role": "assistant", "content": completion.text})
         return completion
 
-    def start_anew(self, *, system: str) -> None:
+    def restart(self, *, system: str) -> None:
         """Forget the talk and set the system text: no answer stands behind a text that it was not given with."""
         self._turns.clear()
         self._system = system
@@ -105,7 +108,7 @@ class Talk:
         if not self._turns:
             raise DataError("there is no talk yet", hint="say something first")
         if path.suffix != ".jsonl":
-            raise DataError(f"{path} is no .jsonl file", hint=f"for example: /save {path.with_suffix('.jsonl')}")
+            raise DataError(f"{path} is not a .jsonl file", hint=f"for example: /save {path.with_suffix('.jsonl')}")
         try:
             self._chat.row(self.messages, where="the talk")
         except RowError as error:
@@ -126,3 +129,68 @@ class Talk:
         except (RowError, DataError):
             return False
         return True
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed in a talk instead of a message; `run` gets what stands behind its name, and returns what it did."""
+
+    usage: str
+    about: str
+    run: Callable[[Talk, str], str]
+
+
+def obey(talk: Talk, line: str) -> str:
+    """Run one of COMMANDS, and return what to say about it.
+
+    Raises:
+        DataError: there is no such command, or it cannot do that.
+    """
+    name, _, rest = line.partition(" ")
+    if name not in COMMANDS:
+        near = did_you_mean(name, COMMANDS)
+        raise DataError(
+            f"there is no command {name}" + (f"; {near}" if near else ""), hint=f"commands: {' '.join(COMMANDS)}"
+        )
+    return COMMANDS[name].run(talk, rest.strip())
+
+
+def _help(talk: Talk, _: str) -> str:
+    return "\n".join(f"  {command.usage:<18}{command.about}" for command in COMMANDS.values())
+
+
+def _reset(talk: Talk, _: str) -> str:
+    talk.reset()
+    return "the talk is forgotten"
+
+
+def _undo(talk: Talk, _: str) -> str:
+    return "the last question and its answer are forgotten" if talk.undo() else "there is nothing to undo"
+
+
+def _system(talk: Talk, text: str) -> str:
+    talk.restart(system=text)
+    where = "" if talk.has_system_turn or not text else "; the model has no system turn: it goes before message 1"
+    return f"a new talk {'with this' if text else 'without a'} system text{where}"
+
+
+def _save(talk: Talk, name: str) -> str:
+    if not name:
+        raise DataError("/save needs a file", hint="for example: /save talk.jsonl")
+    return f"{name}: row {talk.save(Path(name).expanduser())}, {talk.num_answers} answers"
+
+
+def _quit(talk: Talk, _: str) -> str:
+    talk.is_over = True
+    return ""
+
+
+_COMMANDS = (
+    Command("/help", "this list", _help),
+    Command("/reset", "forget the talk; the system text stays", _reset),
+    Command("/undo", "forget the last question and its answer", _undo),
+    Command("/system TEXT", "start again with this text before the talk; without TEXT with none", _system),
+    Command("/save FILE.jsonl", "add the talk to a file of training rows (data.template=chat)", _save),
+    Command("/quit", "end (Ctrl-D as well; Ctrl-C ends an answer)", _quit),
+)
+COMMANDS = {command.usage.split()[0]: command for command in _COMMANDS}

@@ -174,6 +174,19 @@ class TextScore:
         """exp of the mean loss of a token: 1 for a response that is certain."""
         return math.exp(-self.log_likelihood / len(self.tokens))
 
+    def to_json(self) -> dict[str, float]:
+        """The figures of all tokens together."""
+        return {
+            "num_tokens": len(self.tokens),
+            "log_likelihood": self.log_likelihood,
+            "perplexity": self.perplexity,
+        }
+
+    @classmethod
+    def joined(cls, scores: Sequence[TextScore]) -> TextScore:
+        """Several responses as one, in which every token counts once."""
+        return cls(tuple(token for score in scores for token in score.tokens))
+
 
 @dataclass(frozen=True)
 class ScoredRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +48,13 @@ class Estimate:
     value: float
     low: float | None
     high: float | None
+
+    def format(self, number: Callable[[float], str], *, unit: str = "") -> str:
+        """Write the value and, where there is one, its interval: `62.5 % [48.1, 75.0]`."""
+        value = number(self.value) + unit
+        if self.low is None or self.high is None:
+            return value
+        return f"{value} [{number(self.low)}, {number(self.high)}]"
 
 
 @dataclass(frozen=True)
@@ -135,18 +142,13 @@ def format_estimate(estimate: Estimate | None, *, metric: str, signed: bool = Fa
     if estimate is None:
         return "—"
     is_share = METRICS[metric].form == "share"
-    value = _number(estimate.value, is_share=is_share, signed=signed)
-    unit = " %" if is_share and not signed else ""  # a difference of shares is in points
-    if estimate.low is None or estimate.high is None:
-        return value + unit
-    low, high = (_number(each, is_share=is_share, signed=signed) for each in (estimate.low, estimate.high))
-    return f"{value}{unit} [{low}, {high}]"
 
+    def number(value: float) -> str:
+        scaled = value * 100 if is_share else value
+        digits = 1 if is_share or abs(scaled) >= 100 else 3
+        return f"{scaled:{'+' if signed else ''},.{digits}f}"
 
-def _number(value: float, *, is_share: bool, signed: bool) -> str:
-    scaled = value * 100 if is_share else value
-    digits = 1 if is_share or abs(scaled) >= 100 else 3
-    return f"{scaled:{'+' if signed else ''},.{digits}f}"
+    return estimate.format(number, unit=" %" if is_share and not signed else "")  # a difference of shares is in points
 
 
 def _groups_from(values: list[dict[str, Any]]) -> tuple[Group, ...]:

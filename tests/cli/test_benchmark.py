@@ -10,8 +10,9 @@ import pytest
 
 from gemma_tune.cli.benchmark import benchmark
 from gemma_tune.errors import DataError
-from gemma_tune.evaluation import benchmarks
-from gemma_tune.evaluation.benchmarks import BenchmarkResult, BenchmarkSettings
+from gemma_tune.evaluation import benchmark_tasks, benchmarks
+from gemma_tune.evaluation.benchmark_tasks import BenchmarkSettings
+from gemma_tune.evaluation.benchmarks import BenchmarkResult
 from gemma_tune.evaluation.intervals import share_estimate
 
 KEY = {"shots": 5, "limit": 10}
@@ -36,8 +37,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         found.update(arguments, target=target)
         return [result(name, side, 0.5) for name in ("mmlu", "mine") for side in ("base", "tuned")]
 
-    monkeypatch.setattr(benchmarks, "require_harness", lambda: None)
-    monkeypatch.setattr(benchmarks, "choose_tasks", choose_tasks)
+    monkeypatch.setattr(benchmark_tasks, "require_harness", lambda: None)
+    monkeypatch.setattr(benchmark_tasks, "choose_tasks", choose_tasks)
     monkeypatch.setattr(benchmarks, "run_benchmarks", run_benchmarks)
     return found
 

@@ -105,7 +105,7 @@ def test_a_person_quits_and_goes_on(lines: Callable[..., list[str]]) -> None:
     assert {"Bread.", "Shoes."} <= set(shown.split()) and "good" not in shown and "bad" not in shown
     printed = " ".join(done.stdout.split())
     assert "1 of 3 duels judged" in printed  # the equal answers
-    assert "the same command goes on with the pairs that are not judged yet" in done.stderr
+    assert "the same command resumes with the pairs that are not judged yet" in done.stderr
     choice = "1" if shown.index("Bread.") < shown.index("Shoes.") else "2"
     again = lines(*person, stdin=f"{choice}\nt\n")
     assert "good against bad 1 2 0 66.7 % [20.8, 93.9]" in again

@@ -51,6 +51,7 @@ def test_refusals(answer: str, refuses: bool) -> None:
 @pytest.mark.parametrize(
     ("rules", "kept", "broken"),
     [
+        ({"exact_match": "It has  six"}, "It has six ", "It has six sides"),
         ({"contains": ["six", "6"]}, "It has six sides.", "It has seven sides."),
         ({"contains_all": ["lamp", "ocean"]}, "The ocean took the lamp.", "The ocean took it."),
         ({"excludes": ["dog"]}, "It barks, the doggerel.", "A dog barks."),
@@ -67,26 +68,30 @@ def test_refusals(answer: str, refuses: bool) -> None:
 )
 def test_each_rule(rules: dict[str, Any], kept: str, broken: str) -> None:
     assert check_rules(rules, where="here") == rules
-    assert broken_rules(rules, kept) == []
-    assert broken_rules(rules, broken) == list(rules)
+    assert broken_rules(rules, prompt="?", answer=kept) == []
+    assert broken_rules(rules, prompt="?", answer=broken) == list(rules)
 
 
 def test_every_rule_is_tried_above() -> None:
     marks = test_each_rule.pytestmark[0]  # type: ignore[attr-defined]
-    assert {name for case in marks.args[1] for name in case[0]} == set(RULES)
+    assert {name for case in marks.args[1] for name in case[0]} == {
+        rule.name for rule in RULES.values() if not rule.is_graded
+    }
 
 
 def test_several_rules_tell_which_one_broke() -> None:
     rules = {"contains": ["yellow"], "words": [1, 1]}
-    assert broken_rules(rules, "It is yellow") == ["words"]
-    assert broken_rules(rules, "It is blue") == ["contains", "words"]
+    assert broken_rules(rules, prompt="?", answer="It is yellow") == ["words"]
+    assert broken_rules(rules, prompt="?", answer="It is blue") == ["contains", "words"]
 
 
 @pytest.mark.parametrize(
     ("rules", "told"),
     [
-        (["contains"], r"row 3: rules is no mapping"),
+        (["contains"], r"row 3: rules is not a mapping"),
         ({"contain": ["x"]}, r"row 3: there is no rule 'contain'; did you mean 'contains'"),
+        ({"token_f1": "x"}, r"there is no rule 'token_f1'"),
+        ({"exact_match": ""}, r"the rule exact_match has the value ''"),
         ({"contains": "x"}, r"row 3: the rule contains has the value 'x'"),
         ({"contains": []}, r"the rule contains has the value \[\]"),
         ({"regex": "("}, r"the rule regex has the value '\('"),
@@ -99,3 +104,9 @@ def test_several_rules_tell_which_one_broke() -> None:
 def test_wrong_rules_are_told(rules: Any, told: str) -> None:
     with pytest.raises(DataError, match=told):
         check_rules(rules, where="row 3")
+
+
+def test_scores_are_functions_of_prompt_answer_and_what_is_expected() -> None:
+    assert RULES["token_f1"].score("Who?", "a red house", "the red car") == 0.5
+    assert RULES["rouge_l"].score("Who?", "the red house", "the red car") == pytest.approx(2 / 3)
+    assert RULES["exact_match"].score("Who?", "x", "x") is True

@@ -14,16 +14,10 @@ from transformers import AutoTokenizer
 
 from gemma_tune import load
 from gemma_tune.errors import DataError, EngineError, ModelError
-from gemma_tune.evaluation import benchmarks
+from gemma_tune.evaluation import benchmark_tasks, benchmarks
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET
-from gemma_tune.evaluation.benchmarks import (
-    BenchmarkSettings,
-    benchmarks_file,
-    choose_tasks,
-    read_benchmarks,
-    require_harness,
-    run_benchmarks,
-)
+from gemma_tune.evaluation.benchmark_tasks import BenchmarkSettings, choose_tasks, require_harness
+from gemma_tune.evaluation.benchmarks import benchmarks_file, read_benchmarks, run_benchmarks
 from gemma_tune.inference.target import find_target
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import SilentReporter
@@ -212,21 +206,21 @@ def test_without_the_hub_it_says_so() -> None:
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"question": "x", "choices": ["a"], "answer": 0}, r"mine.jsonl, row 1 is no multiple-choice question"),
-        ({"choices": ["a", "b"], "answer": 0}, r"row 1 is no multiple-choice question"),
-        ({"question": "x", "choices": ["a", "b"], "answer": 2}, r"the answer 2 is none of its choices"),
-        ({"question": "x", "choices": ["a", "b"], "answer": "c"}, r"the answer 'c' is none of its choices"),
-        ({"question": "x", "choices": ["a", "b"], "answer": True}, r"the answer True is none of its choices"),
+        ({"question": "x", "choices": ["a"], "answer": 0}, r"mine.jsonl, row 1 is not a multiple-choice question"),
+        ({"choices": ["a", "b"], "answer": 0}, r"row 1 is not a multiple-choice question"),
+        ({"question": "x", "choices": ["a", "b"], "answer": 2}, r"the answer 2 is not one of its choices"),
+        ({"question": "x", "choices": ["a", "b"], "answer": "c"}, r"the answer 'c' is not one of its choices"),
+        ({"question": "x", "choices": ["a", "b"], "answer": True}, r"the answer True is not one of its choices"),
     ],
 )
 def test_wrong_rows(tmp_path: Path, row: dict[str, Any], told: str) -> None:
     (tmp_path / "mine.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=told):
-        benchmarks._local_tasks(BenchmarkSettings(task_dir=tmp_path))
+        benchmark_tasks._local_tasks(BenchmarkSettings(task_dir=tmp_path))
 
 
 def test_a_missing_harness_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarks, "installed_version", lambda _: None)
+    monkeypatch.setattr(benchmark_tasks, "installed_version", lambda _: None)
     with pytest.raises(EngineError, match=r"lm-evaluation-harness, which is not installed") as told:
         require_harness()
     assert told.value.hint == "pip install 'gemma-tune[eval]'"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, judge_answer
+from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.runs.evaluation import METRICS, Figure, Group
 
 
 def result(text: str, expected: str, *, nats: float = 1.0, tokens: int = 2, expects_json: bool = False) -> RowResult:
     return RowResult(
-        RowLoss(nats, tokens), judge_answer(text, expected, num_tokens=5, stopped=True, expects_json=expects_json)
+        RowLoss(nats, tokens), measure_answer("", text, expected, num_tokens=5, stopped=True, expects_json=expects_json)
     )
 
 

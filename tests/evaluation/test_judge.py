@@ -105,7 +105,7 @@ def test_it_gives_up_and_says_so(waits: list[float]) -> None:
     ):
         list(EndpointJudge(endpoint.url, "m").rule([DUEL]))
     assert len(endpoint.bodies) == 4 and len(waits) == 3
-    assert told.value.hint == "what was judged is kept; the same command goes on"
+    assert told.value.hint == "what was judged is kept; the same command resumes"
 
 
 def test_a_timeout_is_a_failure() -> None:
@@ -159,7 +159,7 @@ def test_a_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_something_else_than_a_completion(text: str) -> None:
     with (
         serve_judge(lambda _: (200, {}, text)) as endpoint,
-        pytest.raises(ModelError, match=r"no chat completion"),
+        pytest.raises(ModelError, match=r"not a chat completion"),
     ):
         list(EndpointJudge(endpoint.url, "m").rule([DUEL]))
 
@@ -172,7 +172,7 @@ def test_an_empty_reply_is_malformed() -> None:
 
 @pytest.mark.parametrize(
     ("url", "told"),
-    [("http://me:secret@host/v1", r"holds a user name or password"), ("http:///v1", r"is no web address")],
+    [("http://me:secret@host/v1", r"holds a user name or password"), ("http:///v1", r"is not a web address")],
 )
 def test_wrong_addresses(url: str, told: str) -> None:
     with pytest.raises(ModelError, match=told):

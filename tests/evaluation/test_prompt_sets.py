@@ -37,15 +37,15 @@ def test_the_shipped_sets() -> None:
 def test_the_reference_keeps_the_rules() -> None:
     for item in load_prompt_sets(["factuality"]).items:
         assert item.reference is not None and item.rules
-        assert broken_rules(item.rules, item.reference) == [], item.id
+        assert broken_rules(item.rules, prompt=item.text, answer=item.reference) == [], item.id
 
 
 @pytest.mark.parametrize("name", GOOD)
 def test_the_rules_can_be_kept(name: str) -> None:
     for item, answer in zip(load_prompt_sets([name]).items, GOOD[name], strict=True):
-        assert broken_rules(item.rules, answer) == [], item.id
+        assert broken_rules(item.rules, prompt=item.text, answer=answer) == [], item.id
         wrong = "Sure, here it is." if item.rules.get("refuses") else "I cannot. It is long and says nothing.\n" * 9
-        assert broken_rules(item.rules, wrong), item.id
+        assert broken_rules(item.rules, prompt=item.text, answer=wrong), item.id
 
 
 def test_the_first_of_each_set() -> None:

@@ -72,7 +72,7 @@ def test_undo_reset_and_a_new_system_text(talk: Talk) -> None:
     assert [message["content"] for message in talk.messages] == ["The town", first.text]
     talk.reset()
     assert talk.ask("The town") == first
-    talk.start_anew(system="Be brief.")
+    talk.restart(system="Be brief.")
     assert talk.num_answers == 0
     talk.ask("The town")
     assert not talk.has_system_turn
@@ -85,7 +85,7 @@ def test_a_template_with_a_system_turn_gets_one(tiny_chat: LoadedTarget) -> None
     )
     loaded, prompts = scripted(dataclasses.replace(tiny_chat, chat=renderer), ["x"])
     talk = Talk(loaded, settings=AnswerSettings())
-    talk.start_anew(system="Be brief.")
+    talk.restart(system="Be brief.")
     talk.ask("Hi")
     assert talk.messages[0] == {"role": "system", "content": "Be brief."}
     assert tiny_chat.tokenizer.decode(prompts[0]).startswith("<bos><start_of_turn>system\nBe brief.<end_of_turn>")
@@ -115,7 +115,7 @@ def test_saved_talks_are_rows_that_can_be_trained(tiny_chat: LoadedTarget, tmp_p
     talk.ask("Hi")
     talk.ask("2 + 2?")
     assert talk.save(path) == 2
-    talk.start_anew(system="Be brief.")
+    talk.restart(system="Be brief.")
     talk.ask("Go")
     assert talk.save(path) == 3
     rows = [json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -128,7 +128,7 @@ def test_saved_talks_are_rows_that_can_be_trained(tiny_chat: LoadedTarget, tmp_p
         load=lambda: (tiny_chat.encoder, tiny_chat.chat),
     )
     assert len(datasets.train) == 3
-    with pytest.raises(DataError, match=r"talks.txt is no .jsonl file"):
+    with pytest.raises(DataError, match=r"talks.txt is not a .jsonl file"):
         talk.save(tmp_path / "talks.txt")
 
 

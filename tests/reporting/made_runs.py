@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
 from gemma_tune.disk import write_json
-from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, judge_answer
+from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import Evaluation, Side, write_evaluation
@@ -39,7 +39,9 @@ SUMMARY = RunSummary(
 def drawn_evaluation(category: str) -> Evaluation:
     def results(answers: list[str], nats: float) -> list[RowResult]:
         return [
-            RowResult(RowLoss(nats, 4), judge_answer(text, "A baker.", num_tokens=3, stopped=True, expects_json=False))
+            RowResult(
+                RowLoss(nats, 4), measure_answer("", text, "A baker.", num_tokens=3, stopped=True, expects_json=False)
+            )
             for text in answers
         ]
 
