@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError, EngineError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchmark
-from gemma_tune.identity import file_sha256, installed_version
+from gemma_tune.identity import file_sha256, installed_version, text_sha256
 from gemma_tune.text import did_you_mean
 
 INSTALL_HINT = "pip install 'gemma-tune[eval]'"
@@ -154,10 +153,8 @@ def _harness_source(settings: BenchmarkSettings) -> str:
     if settings.task_dir is None or not settings.allow_code:
         return source
     files = sorted(path for path in settings.task_dir.rglob("*") if path.is_file())
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{file_sha256(path)}  {path.relative_to(settings.task_dir).as_posix()}\n".encode())
-    return f"{source}, {digest.hexdigest()}"
+    lines = [f"{file_sha256(path)}  {path.relative_to(settings.task_dir).as_posix()}\n" for path in files]
+    return f"{source}, {text_sha256(''.join(lines))}"
 
 
 def _local_tasks(settings: BenchmarkSettings) -> dict[str, ChosenTask]:

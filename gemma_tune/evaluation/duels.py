@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,7 +75,7 @@ def _turns(prompts: Prompts, labels: Sequence[str], *, both_orders: bool) -> Ite
         for first, second in itertools.combinations(labels, 2):
             turns = [(prompt.id, first, second), (prompt.id, second, first)]
             if not both_orders:
-                turns = [turns[hashlib.sha256(repr(turns[0]).encode()).digest()[0] % 2]]
+                turns = [turns[int(text_sha256(repr(turns[0]))[:2], 16) % 2]]
             yield from turns
 
 
