@@ -22,7 +22,7 @@ from gemma_tune.exporting.export_record import (
     read_record,
     stored_result,
 )
-from gemma_tune.exporting.export_source import TEMPLATE_FILE, ExportSource, open_source
+from gemma_tune.exporting.export_source import ExportSource, open_source
 from gemma_tune.exporting.formats.format import ExportTask, Format
 from gemma_tune.exporting.formats.registry import FORMATS, find_formats
 from gemma_tune.exporting.settings import ExportSettings
@@ -33,6 +33,7 @@ from gemma_tune.exporting.verify.prove import FormReport, ParityReport, verify_e
 from gemma_tune.identity import json_sha256
 from gemma_tune.models.safetensors import directory_bytes
 from gemma_tune.reporting.card import CARD_FILE
+from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter
 

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_tune.disk import read_json
-from gemma_tune.errors import ExportError, RunError
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.prove import Reference
-from gemma_tune.identity import files_sha256, json_sha256
+from gemma_tune.identity import json_sha256
 from gemma_tune.models.catalogue import resolve_model
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, read_adapter_config
+from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir, open_run
 
 if TYPE_CHECKING:
     from gemma_tune.exporting.merge.combine import CombineMethod
-
-TEMPLATE_FILE = "template.yaml"
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,7 @@ class ExportSource:
 
     def adapter_hashes(self) -> dict[str, str]:
         """File name -> SHA-256 of the adapter's config and weights."""
-        files = (self.adapter / ADAPTER_CONFIG_FILE, self.adapter / ADAPTER_WEIGHTS_FILE)
-        return files_sha256(files)
+        return AdapterDir(self.adapter).hashes()
 
 
 def public_name(base: LocalModel) -> str:
@@ -99,7 +96,7 @@ def combine_sources(source: ExportSource, combination: Combination, *, directory
     opened = [source, *(open_source(path) for path in combination.others)]
     decided = {**asdict(combination), "others": [each.adapter_hashes() for each in opened]}
     output = directory / f"combined-{json_sha256(decided)[:12]}"
-    if not (output / ADAPTER_CONFIG_FILE).is_file():
+    if not AdapterDir(output).exists:
         combine_adapters(
             [each.adapter for each in opened],
             output,
@@ -116,8 +113,9 @@ def open_source(path: Path, *, base: str | None = None) -> ExportSource:
     Raises:
         GemmaTuneError: there is neither at `path`, the run has no adapter yet, or the base cannot be had.
     """
-    if (path / ADAPTER_CONFIG_FILE).is_file():
-        return _from_adapter(path, base=base)
+    adapter = AdapterDir(path)
+    if adapter.exists:
+        return _from_adapter(adapter, base=base)
     return _from_run(open_run(path), base=base)
 
 
@@ -126,8 +124,7 @@ def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
         raise ExportError(
             f"{run.path} knows its base, and --base names another", hint="leave --base out; it is for bare adapters"
         )
-    if not (run.adapter / ADAPTER_CONFIG_FILE).is_file():
-        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+    adapter = open_run_adapter(run)
     lock = read_json(run.lock)
     recipe = load_recipe(run.resolved_recipe).recipe
     # float16 is autocast over float32 weights, which a CPU has not.
@@ -136,28 +133,25 @@ def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
         name=run.name,
         base=fetch_model(lock["base"]["name"], revision=lock["base"]["revision"]),
         base_files=lock["base"]["files"],
-        adapter=run.adapter,
+        adapter=adapter.path,
         run=run,
-        tokenizer=run.adapter,
+        tokenizer=adapter.path,
         template=run.template.read_text(encoding="utf-8"),
         trained_dtype=compute if recipe.model.load_in_4bit else None,
     )
 
 
-def _from_adapter(directory: Path, *, base: str | None) -> ExportSource:
-    config = read_adapter_config(directory)
-    name = base or config.get("base_model_name_or_path")
-    if not name:
-        raise ExportError(f"{directory} does not name its base model", hint="name it with --base")
-    model = fetch_model(name, revision=None if base else config.get("revision"))
-    template = directory / TEMPLATE_FILE
+def _from_adapter(adapter: AdapterDir, *, base: str | None) -> ExportSource:
+    name = base or adapter.require_base_name(hint="name it with --base")
+    model = fetch_model(name, revision=None if base else adapter.base_revision)
+    template = adapter.template_file
     return ExportSource(
-        name=directory.absolute().name,
+        name=adapter.path.absolute().name,
         base=model,
         base_files=file_hashes(model.directory),
-        adapter=directory,
+        adapter=adapter.path,
         run=None,
-        tokenizer=directory if (directory / "tokenizer_config.json").is_file() else model.directory,
+        tokenizer=adapter.choose_tokenizer(model.directory),
         template=template.read_text(encoding="utf-8") if template.is_file() else None,
         trained_dtype=None,
     )

@@ -11,6 +11,7 @@ from gemma_tune.identity import file_sha256
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.reporter import Reporter
@@ -42,7 +43,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     Raises:
         RunError: the run has no adapter yet, or its base or rows are not those of then.
     """
-    weights = run.adapter / "adapter_model.safetensors"
+    weights = AdapterDir(run.adapter).weights_file
     if not weights.is_file():
         raise RunError(f"{run.path} has no adapter to compare with", hint="a run has one when it has finished")
     before = read_json(run.lock)

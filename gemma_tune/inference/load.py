@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import safe_open
 
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.chat_template import ChatRenderer
@@ -23,6 +22,7 @@ from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.machine.precision import decide_precision, detect_device
 from gemma_tune.models.tokenizer import load_tokenizer
+from gemma_tune.runs.adapter_dir import AdapterDir
 
 
 class Complete(Protocol):
@@ -116,16 +116,9 @@ def _load_gguf(target: GgufTarget) -> LoadedTarget:
 
 def _attach_adapter(model: Any, adapter: Path) -> Any:
     """Put an adapter on its base; refuse one whose tensors do not all land: PEFT only warns, and adds nothing (F31)."""
-    weights = adapter / "adapter_model.safetensors"
-    # Before PEFT looks for it: it would open a pickle, or ask the hub for the path.
-    if not weights.is_file():
-        raise ModelError(
-            f"{adapter} has no adapter_model.safetensors",
-            hint="pickled adapters (.bin) are not loaded; save it as safetensors",
-        )
+    # Before PEFT looks for the weights: it would open a pickle, or ask the hub for the path.
+    stored = set(AdapterDir(adapter, ModelError).read_header())
     model = PeftModel.from_pretrained(model, str(adapter))
-    with safe_open(weights, framework="pt") as file:
-        stored = set(file.keys())
     expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     if stored != expected:
         odd = sorted(stored ^ expected)

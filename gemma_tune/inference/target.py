@@ -11,14 +11,13 @@ from typing import Any
 
 from gemma_tune.data.rows.template import DataTemplate, load_template
 from gemma_tune.disk import read_json
-from gemma_tune.errors import ModelError, RunError
+from gemma_tune.errors import ModelError
 from gemma_tune.identity import file_stamp, files_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import ModelSection
+from gemma_tune.runs.adapter_dir import TEMPLATE_FILE, AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir, open_run
-
-TEMPLATE_FILE = "template.yaml"
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,9 @@ def find_target(
         return _from_gguf(gguf, template=template, without_adapter=without_adapter)
     if (path / "manifest.json").is_file():
         return _from_run(open_run(path), template=template, without_adapter=without_adapter)
-    if (path / "adapter_config.json").is_file():
-        return _from_adapter(path, template=template, default=default_template, without_adapter=without_adapter)
+    adapter = AdapterDir(path, ModelError)
+    if adapter.exists:
+        return _from_adapter(adapter, template=template, default=default_template, without_adapter=without_adapter)
     base = fetch_model(name)
     section = ModelSection(name=name, load_in_4bit=base.config.quantization is not None)
     chosen = _template(template, directory=base.directory, base=base, default=default_template)
@@ -115,34 +115,27 @@ def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> Gg
 
 
 def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Target:
-    if not (run.adapter / "adapter_config.json").is_file() and not without_adapter:
-        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+    adapter = None if without_adapter else open_run_adapter(run).path
     recipe = load_recipe(run.resolved_recipe).recipe
     locked = read_json(run.lock)["base"]
     base = fetch_model(locked["name"], revision=locked["revision"])
     return Target(
         base=base,
-        adapter=None if without_adapter else run.adapter,
-        tokenizer=base.directory if without_adapter else run.adapter,
+        adapter=adapter,
+        tokenizer=adapter or base.directory,
         template=load_template(template or run.template),
         section=recipe.model,
     )
 
 
-def _from_adapter(directory: Path, *, template: str | None, default: str | None, without_adapter: bool) -> Target:
-    config = read_json(directory / "adapter_config.json", error=ModelError)
-    name = config.get("base_model_name_or_path")
-    if not name:
-        raise ModelError(
-            f"{directory} does not name its base model", hint="set base_model_name_or_path in its adapter_config.json"
-        )
-    base = fetch_model(name, revision=config.get("revision"))
-    tokenizer = directory if (directory / "tokenizer_config.json").is_file() and not without_adapter else base.directory
+def _from_adapter(adapter: AdapterDir, *, template: str | None, default: str | None, without_adapter: bool) -> Target:
+    name = adapter.require_base_name(hint="set base_model_name_or_path in its adapter_config.json")
+    base = fetch_model(name, revision=adapter.base_revision)
     return Target(
         base=base,
-        adapter=None if without_adapter else directory,
-        tokenizer=tokenizer,
-        template=_template(template, directory=directory, base=base, default=default),
+        adapter=None if without_adapter else adapter.path,
+        tokenizer=base.directory if without_adapter else adapter.choose_tokenizer(base.directory),
+        template=_template(template, directory=adapter.path, base=base, default=default),
         section=ModelSection(name=name, load_in_4bit=base.config.quantization is not None),
     )
 

@@ -1,22 +1,27 @@
-"""Reads a PEFT LoRA adapter directory without PEFT: what was trained, by module. Refuses what cannot be merged."""
+"""A PEFT adapter directory, read without PEFT: its base, weights and template, and what was trained by module."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.errors import ExportError
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import ExportError, GemmaTuneError, RunError
+from gemma_tune.identity import files_sha256
 from gemma_tune.models.safetensors import StoredTensor, read_header
+from gemma_tune.runs.layout import RunDir
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+TEMPLATE_FILE = "template.yaml"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
+_HINT = "give a finished run, one of its checkpoints, or a directory that PEFT saved"
 _KEY_PREFIX = "base_model.model."
 _KEY_PATTERN = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
@@ -83,7 +88,7 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """What an adapter directory holds; module and tensor names as in the model, without `base_model.model.`.
+    """What an adapter trained; module and tensor names as in the model, without `base_model.model.`.
 
     Attributes:
         base_name: the base that it was trained on, as written in its config.
@@ -112,33 +117,97 @@ class LoraAdapter:
         return _is_saved(tensor.name.rpartition(".")[0], self.modules_to_save)
 
 
-def read_adapter(directory: Path) -> LoraAdapter:
-    """Read the config and the header of an adapter directory; ExportError names what is missing or not supported."""
-    config = read_adapter_config(directory)
-    _refuse_unsupported(directory, config)
-    path = directory / ADAPTER_WEIGHTS_FILE
-    if not path.is_file():
-        if any(directory.glob("*.bin")):
-            raise ExportError(
-                f"{directory}: the adapter is stored as pickle (.bin), which can run code when it is read",
+@dataclass(frozen=True)
+class AdapterDir:
+    """The one reader of an adapter directory; a file is read when it is asked for.
+
+    Attributes:
+        path: the directory.
+        error: what is raised where a file is missing or damaged.
+    """
+
+    path: Path
+    error: type[GemmaTuneError] = ExportError
+
+    @property
+    def exists(self) -> bool:
+        """Whether an adapter is there, with or without its weights."""
+        return self.config_file.is_file()
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / ADAPTER_CONFIG_FILE
+
+    @property
+    def weights_file(self) -> Path:
+        return self.path / ADAPTER_WEIGHTS_FILE
+
+    @property
+    def template_file(self) -> Path:
+        """The data template that it was trained with, where a run or an export put it."""
+        return self.path / TEMPLATE_FILE
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """adapter_config.json."""
+        return read_json_object(self.config_file, error=self.error, hint=_HINT)
+
+    @property
+    def base_name(self) -> str | None:
+        """The base that it says it was trained on."""
+        return self.config.get("base_model_name_or_path") or None
+
+    @property
+    def base_revision(self) -> str | None:
+        return self.config.get("revision")
+
+    def require_base_name(self, *, hint: str) -> str:
+        """Return the name of the base; an adapter that names none is refused with a hint."""
+        if self.base_name is None:
+            raise self.error(f"{self.path} does not name its base model", hint=hint)
+        return self.base_name
+
+    def require_weights(self) -> Path:
+        """Return the weights' file; refuse a directory without one, and weights stored as pickle."""
+        if self.weights_file.is_file():
+            return self.weights_file
+        told = f"{self.path} has no {ADAPTER_WEIGHTS_FILE}"
+        pickles = sorted(self.path.glob("*.bin"))
+        if pickles:
+            raise self.error(
+                f"{told}, and {pickles[0].name} is a pickle, which can run code when it is read",
                 hint="save it again with save_pretrained(..., safe_serialization=True) where you trust its origin",
             )
-        raise ExportError(f"{directory}: no {ADAPTER_WEIGHTS_FILE}", hint="give the adapter of a finished run")
-    return _group_tensors(directory, config, read_header(path))
+        raise self.error(told, hint=_HINT)
+
+    def read_header(self) -> dict[str, StoredTensor]:
+        """Return every tensor of the weights by its key; ModelError when the file is damaged."""
+        return read_header(self.require_weights())
+
+    def hashes(self) -> dict[str, str]:
+        """Return file name -> SHA-256 of config and weights."""
+        return files_sha256([self.config_file, self.require_weights()])
+
+    def choose_tokenizer(self, base_dir: Path) -> Path:
+        """Return the directory of the tokenizer that it was trained with: its own, else the base's."""
+        return self.path if (self.path / "tokenizer_config.json").is_file() else base_dir
+
+    def read_lora(self) -> LoraAdapter:
+        """Return what was trained, by module.
+
+        Raises:
+            ExportError: merging it is something else than the sums in `LoraFactors`, or its tensors have no place.
+        """
+        _refuse_unsupported(self.path, self.config)
+        return _group_tensors(self.path, self.config, self.read_header())
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json as a mapping; ExportError when it is missing, not JSON or not a mapping."""
-    path = directory / ADAPTER_CONFIG_FILE
-    if not path.is_file():
-        raise ExportError(f"{directory}: no {ADAPTER_CONFIG_FILE}", hint="give the adapter directory of a finished run")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ExportError(f"{path}: not JSON ({error})", hint="save the adapter again") from None
-    if not isinstance(config, dict):
-        raise ExportError(f"{path}: not a mapping", hint="save the adapter again")
-    return config
+def open_run_adapter(run: RunDir) -> AdapterDir:
+    """Return the adapter of a run; RunError when it has none yet."""
+    adapter = AdapterDir(run.adapter, RunError)
+    if not adapter.exists:
+        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+    return adapter
 
 
 def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
 from gemma_tune.identity import file_sha256
 from gemma_tune.recipe.schema import LoraSection
+from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.layout import RunDir
-
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -40,22 +37,16 @@ def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
     """
     path = Path(name)
     directory = RunDir(path).adapter if RunDir(path).manifest.is_file() else path
-    if not (directory / WEIGHTS).is_file() or not (directory / CONFIG).is_file():
-        is_pickle = (directory / "adapter_model.bin").is_file()
-        raise RunError(
-            f"model.adapter={name}: {directory} has no {WEIGHTS} with its {CONFIG}"
-            + (", and adapter_model.bin is a pickle, which could run code" if is_pickle else ""),
-            hint="give a run, one of its checkpoints, or a directory that PEFT saved",
-        )
-    config = read_json(directory / CONFIG)
+    adapter = AdapterDir(directory, RunError)
+    weights = adapter.require_weights()
     different = [
         f"lora.{field} is {wanted}, the adapter has {found}"
-        for field, wanted, found in _settings(lora, config)
+        for field, wanted, found in _settings(lora, adapter.config)
         if wanted != found
     ]
     if different:
         raise RunError(f"model.adapter={name}: {'; '.join(different)}", hint="set lora to what the adapter has")
-    return StartAdapter(name, directory, config.get("base_model_name_or_path"), file_sha256(directory / WEIGHTS))
+    return StartAdapter(name, directory, adapter.base_name, file_sha256(weights))
 
 
 def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:

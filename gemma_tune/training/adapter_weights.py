@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
-from gemma_tune.runs.warm_start import WEIGHTS
+from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE
 
 
 def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -52,7 +52,7 @@ def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
 
     def load() -> dict[str, torch.Tensor]:
         try:
-            return load_file(directory / WEIGHTS)
+            return load_file(directory / ADAPTER_WEIGHTS_FILE)
         except (OSError, SafetensorError) as error:
             raise _unreadable(directory, error) from None
 
@@ -68,11 +68,11 @@ def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
             *(f"{name} has no place" for name in result.unexpected_keys),
         ]
         raise RunError(
-            f"{directory / WEIGHTS} is not of this adapter: {strangers[0]}"
+            f"{directory / ADAPTER_WEIGHTS_FILE} is not of this adapter: {strangers[0]}"
             + (f", and {len(strangers) - 1} more" if len(strangers) > 1 else ""),
             hint="the lora section of the recipe must be the one that the adapter was trained with",
         )
 
 
 def _unreadable(directory: Path, error: Exception) -> RunError:
-    return RunError(f"{directory / WEIGHTS} cannot be read: {str(error).strip()}")
+    return RunError(f"{directory / ADAPTER_WEIGHTS_FILE} cannot be read: {str(error).strip()}")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.errors import RunError
-from gemma_tune.runs.warm_start import WEIGHTS
+from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE as WEIGHTS
 from gemma_tune.training.adapter_weights import name_base, read_adapter, trained_weights, write_adapter
 from tests.training.small_runs import attach, recipe_of
 

@@ -30,9 +30,8 @@ from gemma_tune.reporting.card import CardFormat
 from gemma_tune.runs.adapter_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
+    AdapterDir,
     LoraAdapter,
-    read_adapter,
-    read_adapter_config,
 )
 
 
@@ -65,7 +64,7 @@ def export_adapter(
     from gemma_tune.exporting.merge.write import check_adapter_values
 
     refuse_existing(output_dir)
-    adapter = read_adapter(adapter_dir)
+    adapter = AdapterDir(adapter_dir).read_lora()
     check_keys(adapter, base.directory)
     check_adapter_values(adapter)
     weights = adapter_dir / ADAPTER_WEIGHTS_FILE
@@ -77,7 +76,7 @@ def export_adapter(
         write_text_files(partial_dir, copied=texts, given=more_texts)
         write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(adapter_dir, base_name=base_name, base=base))
         shutil.copyfile(weights, partial_dir / ADAPTER_WEIGHTS_FILE)
-        if _facts(read_adapter(partial_dir)) != _facts(adapter):
+        if _facts(AdapterDir(partial_dir).read_lora()) != _facts(adapter):
             raise ExportError(f"{output_dir}: the copy does not read back as the adapter", hint="is the disk sound?")
     return AdapterReport(
         output_dir=output_dir,
@@ -101,7 +100,7 @@ def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
 
 
 def _config(adapter_dir: Path, *, base_name: str, base: LocalModel) -> dict[str, Any]:
-    config: dict[str, Any] = portable_settings(read_adapter_config(adapter_dir))
+    config: dict[str, Any] = portable_settings(AdapterDir(adapter_dir).config)
     # PEFT imports the package that auto_mapping names (S2); with a task type it needs none.
     named = {"base_model_name_or_path": base_name, "revision": base.revision, "task_type": "CAUSAL_LM"}
     return config | named | {"inference_mode": True}

@@ -29,10 +29,9 @@ from gemma_tune.models.safetensors import StoredTensor
 from gemma_tune.runs.adapter_dir import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
+    AdapterDir,
     LoraAdapter,
     LoraFactors,
-    read_adapter,
-    read_adapter_config,
 )
 
 CombineMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
@@ -70,7 +69,7 @@ def combine_adapters(
     """
     refuse_existing(output_dir)
     _refuse_options(adapter_dirs, weights=weights, method=method, density=density)
-    adapters = [read_adapter(directory) for directory in adapter_dirs]
+    adapters = [AdapterDir(directory).read_lora() for directory in adapter_dirs]
     for adapter in adapters:
         check_adapter_values(adapter)
     _refuse_mixture(adapters)
@@ -94,7 +93,7 @@ def combine_adapters(
         write_text_files(partial_dir, copied=texts, given=more_texts)
         write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(first, ranks))
         save_file(tensors, partial_dir / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-        check_adapter_values(read_adapter(partial_dir))
+        check_adapter_values(AdapterDir(partial_dir).read_lora())
     files = tuple(sorted(path.name for path in output_dir.iterdir()))
     return CombineReport(output_dir, files, len(modules), max(ranks.values()))
 
@@ -206,7 +205,7 @@ def _combine_factor(
 
 def _config(first: Path, ranks: Mapping[str, int]) -> dict[str, Any]:
     """adapter_config.json for scaling 1 everywhere. PEFT leaves use_rslora on, which would scale by the root of r."""
-    config: dict[str, Any] = portable_settings(read_adapter_config(first))
+    config: dict[str, Any] = portable_settings(AdapterDir(first).config)
     rank = max(ranks.values())
     others = {module: other for module, other in ranks.items() if other != rank}
     changes = {

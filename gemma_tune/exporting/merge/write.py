@@ -59,7 +59,7 @@ from gemma_tune.models.safetensors import (
     read_config,
     stored_tensors,
 )
-from gemma_tune.runs.adapter_dir import LoraAdapter, LoraFactors, read_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir, LoraAdapter, LoraFactors
 
 # A block takes a quarter of a millisecond. Handed out one by one, the caller's thread would take a tenth of the cores.
 _BLOCKS_A_TASK = 8
@@ -110,7 +110,7 @@ def merge_adapter(
     """
     started = time.perf_counter()
     refuse_existing(output_dir)
-    adapter = read_adapter(adapter_dir)
+    adapter = AdapterDir(adapter_dir).read_lora()
     base = stored_tensors(base_dir)
     plan = plan_merge(
         adapter,

@@ -20,7 +20,7 @@ from gemma_tune.exporting.verify.probe import Probe
 from gemma_tune.exporting.verify.runner import Runner, tokenize_by
 from gemma_tune.models.config import read_config
 from gemma_tune.models.safetensors import stored_tensors
-from gemma_tune.runs.adapter_dir import read_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.reporter import Reporter
 
 _FLOAT32_BYTES = 4
@@ -219,7 +219,7 @@ class _Bench:
 
 def _adapter_rows(adapter_dir: Path) -> int | None:
     """The vocabulary rows that the adapter's embedding has, if it carries one."""
-    adapter = read_adapter(adapter_dir)
+    adapter = AdapterDir(adapter_dir).read_lora()
     carried = dict(adapter.base_copies) | {n.removesuffix(".weight"): tensor for n, tensor in adapter.trained.items()}
     ends = [tensor for module, tensor in carried.items() if module.rpartition(".")[2] in ("embed_tokens", "lm_head")]
     return ends[0].shape[0] if ends else None

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header
 from gemma_tune.models.families.known import canonical_name
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
-from gemma_tune.runs.adapter_dir import LoraFactors, read_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir, LoraFactors
 
 Floats = npt.NDArray[np.float64]
 _MAX_ROWS = 64
@@ -52,7 +52,7 @@ class WeightCheck:
 
 def check_merged_weights(base_dir: Path, adapter_dir: Path, merged_dir: Path) -> WeightCheck:
     """Sampled rows of every merged tensor against base + scaling × B × A."""
-    adapter = read_adapter(adapter_dir)
+    adapter = AdapterDir(adapter_dir).read_lora()
     base = {canonical_name(name): tensor for name, tensor in stored_tensors(base_dir).items()}
     factors = {canonical_name(f"{module}.weight"): change for module, change in adapter.factors.items()}
     # What the adapter file carries stands for the base's: tensors trained as a whole, and embeddings saved beside it.

@@ -18,7 +18,7 @@ from gemma_tune.exporting.text_files import licence_notice
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import read_config
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.runs.adapter_dir import read_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir
 
 Maker = Callable[..., Path]
 Logits = Callable[..., torch.Tensor]
@@ -197,10 +197,10 @@ def test_a_quantised_base_is_compared_by_names(base_dir: Path, adapter_dir: Path
     save_file(packed, base / "model.safetensors")
     config = json.loads((base / "config.json").read_text(encoding="utf-8")) | {"quantization_config": {"bits": 4}}
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    check_keys(read_adapter(adapter_dir), base)
+    check_keys(AdapterDir(adapter_dir).read_lora(), base)
     _spoil(adapter_dir, lambda t: _rename(t, "layers.1", "layers.7"))
     with pytest.raises(ExportError, match="have no weight in the base"):
-        check_keys(read_adapter(adapter_dir), base)
+        check_keys(AdapterDir(adapter_dir).read_lora(), base)
 
 
 def test_existing_output_and_incomplete_base(base_dir: Path, adapter_dir: Path, output: Path, tmp_path: Path) -> None:

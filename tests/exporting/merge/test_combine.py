@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.combine import combine_adapters, module_seed
 from gemma_tune.exporting.merge.write import merge_adapter
-from gemma_tune.runs.adapter_dir import read_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir
 
 Maker = Callable[..., Path]
 Logits = Callable[..., torch.Tensor]
@@ -151,7 +151,7 @@ def test_cat_of_all_kinds_is_the_sum_of_the_changes(
     ]
     weights = [0.7, -0.5, 1.2]
     combine_adapters(adapters, output, weights=weights, method="cat")
-    found = read_adapter(output)
+    found = AdapterDir(output).read_lora()
     assert {change.scaling for change in found.factors.values()} == {1.0}
     assert found.factors["model.layers.0.mlp.up_proj"].a.shape[0] == 10
 
