@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
-from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -41,8 +40,8 @@ class Terminal:
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
 
-    def result(self, text: str | Text | Table | Panel) -> None:
-        self.out.print(text)
+    def result(self, text: str | Text | Table) -> None:
+        self.out.print(_masked(text))
 
     def plain(self, text: str, *, end: str = "\n") -> None:
         """Text that is not ours to style: rows, YAML, model output."""
@@ -56,16 +55,16 @@ class Terminal:
         self.plain(json.dumps(value, ensure_ascii=False))
 
     def result_inline(self, text: Text) -> None:
-        text.plain = without_controls(text.plain)
+        text.plain = _safe(text.plain)
         self.out.print(text, end="", soft_wrap=True)
 
     def note(self, text: str | Text) -> None:
-        self.err.print(mask_secrets(text) if isinstance(text, str) else text)
+        self.err.print(_masked(text))
 
     def error(self, error: GemmaTuneError) -> None:
-        self.err.print(f"[bold red]error:[/] {escape(without_controls(mask_secrets(error.message)))}", soft_wrap=True)
+        self.err.print(f"[bold red]error:[/] {escape(_safe(error.message))}", soft_wrap=True)
         if error.hint:
-            self.err.print(f"[cyan]hint:[/] {escape(without_controls(mask_secrets(error.hint)))}", soft_wrap=True)
+            self.err.print(f"[cyan]hint:[/] {escape(_safe(error.hint))}", soft_wrap=True)
 
 
 class TerminalReporter:
@@ -86,7 +85,7 @@ class TerminalReporter:
     def stage(self, title: str) -> None:
         self._end_live()
         self.stage_started = time.monotonic()
-        self.console.print(f"[bold blue]●[/] [bold]{title}[/]")
+        self.console.print(f"[bold blue]●[/] [bold]{mask_secrets(title)}[/]")
 
     def detail(self, text: str) -> None:
         self._end_live()
@@ -113,6 +112,7 @@ class TerminalReporter:
         self._advance(f"{format_bytes(done)} of {format_bytes(total)} {what}", done, total, "")
 
     def _advance(self, label: str, done: int, total: int, facts: str) -> None:
+        label = mask_secrets(label)
         if not self.console.is_terminal:
             now = time.monotonic()
             if done == total or now - self.last_printed >= _PIPE_INTERVAL_SECONDS:
@@ -147,7 +147,20 @@ def without_controls(text: str) -> str:
 
 
 def _told(cell: object) -> str:
-    return "—" if cell is None else without_controls(str(cell))
+    return "—" if cell is None else _safe(str(cell))
+
+
+def _safe(text: str) -> str:
+    return without_controls(mask_secrets(text))
+
+
+def _masked(shown: str | Text | Table) -> str | Text | Table:
+    """What is shown without its credentials; a table's cells are masked when it is made."""
+    if isinstance(shown, str):
+        return mask_secrets(shown)
+    if isinstance(shown, Text) and (masked := mask_secrets(shown.plain)) != shown.plain:
+        return Text(masked)
+    return shown
 
 
 def make_table(
@@ -166,7 +179,7 @@ def make_table(
     table = Table(box=None, header_style="bold", pad_edge=False, show_header=any(columns))
     for index, column in enumerate(columns):
         justify: Literal["left", "right"] = "right" if index in right else "left"
-        table.add_column(column, justify=justify, overflow="fold", no_wrap=index in whole)
+        table.add_column(_safe(column), justify=justify, overflow="fold", no_wrap=index in whole)
     for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(_told(cell)) for cell in row))
+        table.add_row(*(_masked(cell) if isinstance(cell, Text) else Text(_told(cell)) for cell in row))
     return table

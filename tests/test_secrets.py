@@ -1,16 +1,27 @@
-"""Credentials do not reach a file of a run."""
+"""Credentials reach no screen, no file of a run, nothing that becomes public, and no recipe."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
+from rich.text import Text
 
+from gemma_tune.data.text.pii import find_pii, mask_pii
 from gemma_tune.disk import read_json, write_text
+from gemma_tune.doctor.finding import Finding
+from gemma_tune.doctor.report import bug_report
+from gemma_tune.errors import DataError, RecipeError
+from gemma_tune.machine.quiet import libraries_to
+from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest, update_manifest
 from gemma_tune.runs.metrics import append_metrics
-from gemma_tune.secrets import mask_secrets
+from gemma_tune.secrets import mask_private, mask_secrets
+from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from tests.made_secrets import SECRETS, telling_part
 
 HUB = "hf_" + "AbCd1234" * 4
 WANDB = "0123456789abcdef0123456789abcdef01234567"
@@ -30,8 +41,62 @@ def test_other_secrets_are_known_by_their_variable(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_no_token_stays() -> None:
-    text = "hf_home hf_transfer sk-learn risk-averse-and-much-longer " + "a" * 64
+    text = "hf_home hf_transfer sk-learn risk-averse-and-much-longer npm_config_registry pypi-server "
+    text += "https://host:8080/a@b " + "a" * 64
     assert mask_secrets(text) == text
+
+
+@pytest.mark.parametrize(("kind", "secret"), SECRETS.items())
+def test_no_kind_is_printed(kind: str, secret: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"see {secret}, please"
+    terminal = Terminal()
+    terminal.error(DataError(text, hint=text))
+    for shown in (text, Text(text)):
+        terminal.note(shown)
+        terminal.result(shown)
+    terminal.result(make_table(("a", secret), [(text, Text(text))]))
+    terminal.result_inline(Text(text))
+    terminal.plain(text)
+    terminal.json({"a": [text]})
+    reporter = TerminalReporter(terminal)
+    reporter.stage(text)
+    reporter.detail(text)
+    reporter.warn(text)
+    reporter.progress(text, 1, 1)
+    printed = "".join(capsys.readouterr())
+    assert printed.count("***") >= 15 and telling_part(secret) not in printed
+
+
+@pytest.mark.parametrize(("kind", "secret"), SECRETS.items())
+def test_no_kind_is_written_into_a_run_or_a_bug_report(kind: str, secret: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    start_manifest(run)
+    update_manifest(run, status="failed", error=secret)
+    append_metrics(run, {"step": 1, "note": secret})
+    write_text(run.recipe, f"# {secret}\n")
+    with libraries_to(run.library_log):
+        sys.stderr.write(f"401 for {secret}\n")
+    written = "".join(path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+    assert written.count("***") == 4
+    shown = bug_report([Finding("hub", "fail", f"401 for {secret}", secret)])
+    assert telling_part(secret) not in written + shown + mask_private(f"- `{secret}`") and "***" in shown
+
+
+@pytest.mark.parametrize(("kind", "secret"), SECRETS.items())
+@pytest.mark.parametrize("frame", ["{}", "the key is {}.", '{{"key": "{}"}}', "export KEY={}\n"])
+def test_every_kind_is_found_in_rows(kind: str, secret: str, frame: str) -> None:
+    text = frame.format(secret)
+    assert {match.kind for match in find_pii(text)} == {"secret"}
+    assert telling_part(secret) not in mask_pii(text) and "[SECRET]" in mask_pii(text)
+
+
+@pytest.mark.parametrize(("kind", "secret"), SECRETS.items())
+def test_no_kind_is_taken_in_a_recipe(kind: str, secret: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(json.dumps({"data": {"source": secret, "max_seq_tokens": 64}}), encoding="utf-8")  # JSON is YAML
+    with pytest.raises(RecipeError, match="a recipe never holds a credential") as refused:
+        load_recipe(recipe)
+    assert telling_part(secret) not in refused.value.message
 
 
 def test_every_file_of_a_run_is_masked(tmp_path: Path) -> None:

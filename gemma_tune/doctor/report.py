@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from gemma_tune.doctor.finding import Finding, worst
 from gemma_tune.doctor.packages import installed_stack
 from gemma_tune.identity import installed_version
-from gemma_tune.reporting.card import mask_private
+from gemma_tune.secrets import mask_private
 
 # Names that are words of their own in a report, and say nothing about a person.
 _COMMON_NAMES = {"root", "user", "admin", "ubuntu", "localhost", "python", "cuda", "torch", "gemma"}

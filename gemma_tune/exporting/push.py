@@ -28,8 +28,9 @@ from gemma_tune.models.safetensors import (
     TOKENIZER_FILES,
     weight_files,
 )
-from gemma_tune.reporting.card import CARD_FILE, REPOSITORY, mask_private
+from gemma_tune.reporting.card import CARD_FILE, REPOSITORY
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.secrets import mask_private
 
 _NAMES = frozenset(
     {

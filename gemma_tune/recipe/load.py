@@ -19,6 +19,7 @@ from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.problems import Problem, problem_of, raise_problems
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.secrets import find_secrets
 from gemma_tune.text import did_you_mean
 
 MAX_RECIPE_BYTES = 256 * 1024
@@ -213,7 +214,7 @@ def _missing_source(values: Mapping[str, Any]) -> list[Problem]:
 
 
 def _secrets(values: Mapping[str, Any]) -> list[Problem]:
-    """Keys that would hold a credential (S5)."""
+    """Keys and values that would hold a credential (S5)."""
     return [
         Problem(
             f"{section}.{key}",
@@ -224,7 +225,11 @@ def _secrets(values: Mapping[str, Any]) -> list[Problem]:
         if isinstance(fields, Mapping)
         for key, value in fields.items()
         if isinstance(value, str)
-        and (any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS) or value.startswith("hf_"))
+        and (
+            any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS)
+            or value.startswith("hf_")
+            or any(find_secrets(value))
+        )
     ]
 
 

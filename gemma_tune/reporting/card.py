@@ -8,7 +8,6 @@ path of a home folder is masked in the whole text (S5). The template escapes tex
 from __future__ import annotations
 
 import io
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
 from gemma_tune.reporting.pages import TEMPLATES_DIR
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.summary import RunSummary, read_summary
+from gemma_tune.secrets import mask_private
 from gemma_tune.templates import render_template
 
 CARD_FILE = "README.md"
@@ -39,12 +39,6 @@ _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)\[[^\]]
 _SECTIONS = ("model", "lora", "data", "training", "evaluation")
 # These hold names of files or hub ids as the user wrote them; the card has the labels of what was read instead.
 _LEFT_OUT = {"model": {"name", "revision"}, "data": {"source", "mix", "eval_source", "template", "cache"}}
-
-_SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_TOKEN", "WANDB_API_KEY", "KAGGLE_KEY")
-_SECRET = re.compile(r"\b(?:hf_|api_org_|sk-|ghp_|github_pat_|xox[abprs]-)[A-Za-z0-9_-]{16,}|\bAKIA[A-Z0-9]{16}\b")
-# Not behind a letter, where it is a part of a web address.
-_HOMES = r"(?<![\w.-])(?:/home/|/Users/|/root/|[A-Za-z]:\\+Users\\+)"
-_REST_OF_PATH = r"[^\s\"'`|<>()]*"
 
 
 @dataclass(frozen=True)
@@ -130,24 +124,6 @@ def build_model_card(run: RunDir, export: CardExport) -> str:
     )
 
 
-def mask_private(text: str) -> str:
-    """The text with secrets as `***` and paths below a home folder cut to their last name."""
-    for name in _SECRET_VARIABLES:
-        value = os.environ.get(name, "")
-        if len(value) >= 8:
-            text = text.replace(value, "***")
-    text = _SECRET.sub("***", text)
-    home = os.path.expanduser("~")
-    starts = [_HOMES] if home in ("~", "/") else [_HOMES, re.escape(f"{home}/")]
-    for start in starts:
-        text = re.sub(start + _REST_OF_PATH, lambda found: _last_name(found[0]), text)
-    return text
-
-
-def _last_name(path: str) -> str:
-    return PureWindowsPath(path).name  # knows both slashes
-
-
 @dataclass(frozen=True)
 class _Facts:
     export: CardExport
@@ -174,7 +150,7 @@ class _Facts:
     @property
     def title(self) -> str:
         """Of public parts only: a run's own name may be anybody's."""
-        return f"{_last_name(self.base_name)}-{self.data['sources'][0]['template']}"
+        return f"{PureWindowsPath(self.base_name).name}-{self.data['sources'][0]['template']}"
 
     @property
     def local_name(self) -> str:
@@ -197,7 +173,7 @@ class _Facts:
 
 def _public_label(label: str) -> str:
     """Sources are labelled by the names of their files already; a path would lose its folders here."""
-    return _last_name(label) if re.match(r"[/\\~.]|[A-Za-z]:", label) else label
+    return PureWindowsPath(label).name if re.match(r"[/\\~.]|[A-Za-z]:", label) else label
 
 
 def _front_matter(facts: _Facts) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from gemma_tune.errors import ExportError, GemmaTuneError, HubError
 from gemma_tune.exporting.push import find_export, push
 from tests.exporting import fake_hub
+from tests.made_secrets import SECRETS
 
 TOKEN = "hf_" + "s3cret" * 6
 
@@ -164,8 +165,9 @@ def test_a_missing_shard_and_no_export_at_all(hub: Any, tmp_path: Path) -> None:
         ("adapter_config.json", '{"base_model_name_or_path": "/home/alice/gemma"}'),
         ("adapter_config.json", '{"base_model_name_or_path": "../gemma"}'),
         ("tokenizer_config.json", '{"tokenizer_file": "/srv/x/tokenizer.json"}'),
-        ("README.md", f"# x {TOKEN}"),
         ("template.yaml", "# see /Users/alice/notes.txt"),
+        *(("README.md", f"# x {secret}") for secret in SECRETS.values()),
+        *(("template.yaml", f"# x {secret}") for secret in SECRETS.values()),
     ],
 )
 def test_paths_and_secrets_are_found(name: str, content: str, hub: Any, export_dir: Path) -> None:

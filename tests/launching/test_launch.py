@@ -12,6 +12,7 @@ from gemma_tune.launching.job import JobFile, Resources
 from gemma_tune.launching.launch import SCHEDULERS, make_job_file, require_program, submit_job, write_job
 from gemma_tune.recipe.load import load_recipe
 from tests.launching.fake_programs import Cluster
+from tests.made_secrets import SECRETS, telling_part
 
 NEEDED: dict[str, dict[str, Any]] = {
     "slurm": {},
@@ -49,6 +50,14 @@ def test_an_option_of_another_scheduler_is_refused(on: str, option: str) -> None
 def test_what_a_scheduler_needs(on: str, missing: str) -> None:
     with pytest.raises(LaunchError, match=rf"--on {on} needs {missing}"):
         make_job_file(load_recipe(Path("quickstart")), on, Resources(), {})
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
+@pytest.mark.parametrize("on", SCHEDULERS)
+def test_no_kind_of_credential_gets_into_a_job_file(on: str, secret: str) -> None:
+    with pytest.raises(LaunchError, match=r"the job file would hold a credential") as refused:
+        _make(on, f"data.columns={{a: '{secret}'}}")
+    assert telling_part(secret) not in refused.value.message + str(refused.value.hint)
 
 
 @pytest.mark.parametrize("on", SCHEDULERS)

@@ -21,8 +21,10 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
-from gemma_tune.reporting.card import CardExport, CardPrompt, build_model_card, mask_private
+from gemma_tune.reporting.card import CardExport, CardPrompt, build_model_card
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.secrets import mask_private
+from tests.made_secrets import SECRETS, telling_part
 
 PROMPT = CardPrompt(
     template="kind: text\nprompt: '{{ q }}'\n",
@@ -266,7 +268,11 @@ def test_no_secret_no_path_no_name_of_the_user_or_the_machine(
                 "mix": [{"source": f"{planted}/rows.jsonl", "weight": 1}],
                 "eval_source": f"/data/{user}/eval.jsonl",
                 "template": f"{home}/my.yaml",
-                "columns": {"instruction": f"key {TOKEN} {WANDB}", "context": f"C:\\Users\\{user}\\rows.csv"},
+                "columns": {
+                    "instruction": f"key {TOKEN} {WANDB}",
+                    "response": " ".join(SECRETS.values()),
+                    "context": f"C:\\Users\\{user}\\rows.csv",
+                },
                 "max_seq_tokens": 64,
             },
             "run": {"name": user, "output_dir": planted},
@@ -280,7 +286,17 @@ def test_no_secret_no_path_no_name_of_the_user_or_the_machine(
             run, export_format=export_format, base=base, prompt=prompt, files=["m.gguf", "Modelfile"], checks=checks
         )
         parsed, _ = read(card)
-        for secret in (user, host, TOKEN, WANDB, "/home/", "/data/", "PRIVATE", str(tmp_path)):
+        for secret in (
+            *map(telling_part, SECRETS.values()),
+            user,
+            host,
+            TOKEN,
+            WANDB,
+            "/home/",
+            "/data/",
+            "PRIVATE",
+            str(tmp_path),
+        ):
             assert secret not in card
         assert "my-gemma" in card and "rows.jsonl" in card and "key *** ***" in card and "rows.csv" in card
         assert parsed.data.eval_results[0].dataset_name == "eval.jsonl"

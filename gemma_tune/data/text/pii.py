@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gemma_tune.secrets import find_secrets
+
 PiiKind = Literal["secret", "email", "iban", "card", "ip", "phone"]
 # In the order of precedence: where two finds overlap, the earlier kind is kept.
 PII_KINDS: tuple[PiiKind, ...] = ("secret", "email", "iban", "card", "ip", "phone")
@@ -78,46 +80,6 @@ def _emails(text: str) -> Iterator[tuple[int, int]]:
     for match in _EMAIL.finditer(text):
         # `git@github.com:owner/name` is an address of a repository, and `user@host.com:22` is not in the way of people.
         if not match[0].lower().endswith(_FILE_ENDINGS) and not match[0].startswith("git@"):
-            yield match.span()
-
-
-# --- keys and tokens --------------------------------------------------------------------------------------------------
-
-_SECRET_HINT = re.compile(
-    r"AKIA|ASIA|gh[pousr]_|github_pat_|hf_|sk-|sk_live_|sk_test_|xox[abeprs]-|AIza|eyJ|PRIVATE KEY"
-)
-_SECRET = re.compile(
-    r"""
-    -----BEGIN\ (?:[A-Z0-9]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----
-        (?:[^-]{0,20000}-----END\ (?:[A-Z0-9]+\ ){0,3}PRIVATE\ KEY(?:\ BLOCK)?-----)?
-    | (?<![A-Za-z0-9_-])(?:
-        (?:AKIA|ASIA)(?P<aws>[A-Z0-9]{16})
-      | gh[pousr]_(?P<github>[A-Za-z0-9]{36,255})
-      | github_pat_(?P<github_pat>[A-Za-z0-9_]{22,255})
-      | hf_(?P<hugging_face>[A-Za-z0-9]{30,64})
-      | sk-(?:[a-z]{2,10}[0-9]{0,2}-){0,3}(?P<sk>[A-Za-z0-9_-]{20,255})
-      | sk_(?:live|test)_(?P<stripe>[A-Za-z0-9]{16,255})
-      | xox[abeprs]-(?P<slack>[A-Za-z0-9-]{10,255})
-      | AIza(?P<google>[A-Za-z0-9_-]{35})
-      | eyJ[A-Za-z0-9_-]{8,4096}\.eyJ(?P<jwt>[A-Za-z0-9_-]{8,8192})\.[A-Za-z0-9_-]{8,4096}
-    )(?![A-Za-z0-9_-])
-    """,
-    re.VERBOSE,
-)
-# `sk-xxxxxxxxxxxxxxxxxxxxxxxx` and `ghp_000…` are placeholders; words joined by hyphens are CSS classes.
-_MIN_DISTINCT = 8
-_PLACEHOLDER = re.compile(r"(?i)x{5}|your|placeholder")
-_PLACEHOLDER_CHARS = 64
-
-
-def _secrets(text: str) -> Iterator[tuple[int, int]]:
-    if not _SECRET_HINT.search(text):
-        return
-    for match in _SECRET.finditer(text):
-        body = next((value for value in match.groupdict().values() if value is not None), None)
-        if body is not None and (len(set(body)) < _MIN_DISTINCT or _PLACEHOLDER.search(match[0][:_PLACEHOLDER_CHARS])):
-            continue
-        if match["sk"] is None or any(char.isdigit() for char in body or ""):
             yield match.span()
 
 
@@ -228,7 +190,7 @@ def _phones(text: str) -> Iterator[tuple[int, int]]:
 
 
 _FINDERS: Mapping[PiiKind, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "secret": _secrets,
+    "secret": find_secrets,
     "email": _emails,
     "iban": _ibans,
     "card": _cards,
