@@ -72,17 +72,17 @@ def main() -> None:
         start_engine(decide_engine(recipe, device=detect_device()).choice.name)
         from gemma_tune.training import train_adapter as training_run
         from gemma_tune.training.guards import GuardCallback
-        from gemma_tune.training.loop import TokenWeightedTrainer
+        from gemma_tune.training.loop import Loop
 
         saves, guards, rehearsals = Stopwatch(), Stopwatch(), Stopwatch()
         places: tuple[tuple[Any, str, Stopwatch], ...] = (
-            (TokenWeightedTrainer, "_save_checkpoint", saves),
+            (Loop, "_save_checkpoint", saves),
             (GuardCallback, "on_pre_optimizer_step", guards),
             (training_run, "rehearse", rehearsals),
         )
         for owner, name, stopwatch in places:
             setattr(owner, name, stopwatch.around(getattr(owner, name)))
-        summary = read_summary(flow.train(loaded, reporter=SilentReporter()))
+        summary = read_summary(flow.train_run(loaded, reporter=SilentReporter()))
 
     steps = summary.training_seconds - saves.seconds - guards.seconds
     table = Table(title=f"{summary.model} · {summary.engine} · {summary.steps} steps of {steps / summary.steps:.3f} s")

@@ -426,7 +426,7 @@ def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[st
         num_longest=training.batch_size,
         tokenizer_dir=tokenizer_dir,
     )
-    run = flow.train(loaded, reporter=_Progress())
+    run = flow.train_run(loaded, reporter=_Progress())
 
     import torch
 

@@ -195,7 +195,7 @@ def _train_here(overrides: list[str], results: Any) -> None:
     from gemma_tune.runs.reporter import SilentReporter
     from gemma_tune.runs.summary import read_summary
 
-    run = flow.train(load_recipe(Path("gemma-7b-dolly"), overrides), reporter=SilentReporter())
+    run = flow.train_run(load_recipe(Path("gemma-7b-dolly"), overrides), reporter=SilentReporter())
     results.put(read_summary(run).peak_memory_bytes)
 
 

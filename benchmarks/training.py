@@ -337,7 +337,7 @@ def run_gemma_tune(job: Job, *, engine: str) -> Measurement:
     recipe_file = Path(job.folder) / "recipe.yaml"
     recipe_file.write_text(json.dumps(to_recipe(job, engine=engine)), encoding="utf-8")  # JSON is YAML
     clock = Clock(clock_of(job))
-    run = flow.train(load_recipe(recipe_file), reporter=clock)
+    run = flow.train_run(load_recipe(recipe_file), reporter=clock)
     num_rows = len(read_rows(Path(job.rows_file)))
     step_seconds = of_last_epoch(clock.ends)
     tokens = [row["num_tokens"] for row in read_metrics(run) if "num_tokens" in row]

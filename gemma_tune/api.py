@@ -73,18 +73,22 @@ def train(
 
     Args:
         overrides: only where `recipe` is not loaded yet.
-        resume: go on with the interrupted run of this recipe; `run.resume=auto` does so only where there is one.
+        resume: continue the interrupted run of this recipe; `run.resume=auto` does so only where there is one.
         from_checkpoint: the same, from the checkpoint of this step.
         reporter: is told of every step; unless given, it is drawn on stderr.
 
     Raises:
         TrainingInterrupted: stopped by the user or by training.max_minutes; what was trained is saved.
+        CheckFailed: the run is finished, and an export of it does not compare as it should.
+        ExportError: the run is finished, and an export of it cannot be made.
     """
     from gemma_tune.flows import train as flow
 
     loaded = _loaded(recipe, overrides)
     with _reporting(reporter) as told:
-        return flow.train(loaded, reporter=told, resume=resume, from_step=from_checkpoint)
+        outcome = flow.train(loaded, reporter=told, resume=resume, from_step=from_checkpoint)
+    outcome.require_exported()
+    return outcome.run
 
 
 def export(

@@ -16,7 +16,6 @@ from gemma_tune.runs.evaluation import (
     Evaluation,
     Figure,
     Group,
-    evaluated_rows_file,
     format_estimate,
     read_evaluation,
 )
@@ -102,7 +101,7 @@ def print_evaluation(terminal: Terminal, run: RunDir, evaluation: Evaluation) ->
         terminal.result("")
         terminal.result(_groups_table(kinds, metric="loss", heading="loss by kind"))
     terminal.result(Text(f"\n{_NOTE}", style="dim"))
-    terminal.plain(f"row by row: {evaluated_rows_file(run)}")
+    terminal.plain(f"row by row: {run.evaluated_rows}")
 
 
 def print_stored_evaluation(terminal: Terminal, run: RunDir) -> None:

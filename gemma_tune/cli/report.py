@@ -16,7 +16,7 @@ from gemma_tune.cli.evaluate import print_stored_evaluation
 from gemma_tune.cli.export import print_exports
 from gemma_tune.errors import RunError
 from gemma_tune.reporting.facts import differing_settings, gather_facts, results_side_by_side
-from gemma_tune.reporting.write_report import HTML_FILE, write_report, write_reports
+from gemma_tune.reporting.write_report import write_report, write_reports
 from gemma_tune.runs.evaluation import read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.manifest import read_manifest
@@ -82,7 +82,8 @@ def _as_json(run: RunDir) -> dict[str, Any]:
 
 def _print_one(terminal: Terminal, run: RunDir) -> None:
     if run.summary.is_file():
-        print_report(terminal, run, as_json=False)
+        print_results(terminal, run, as_json=False)
+        print_files(terminal, run)
         return
     manifest = read_manifest(run)
     done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
@@ -101,8 +102,8 @@ def _print_side_by_side(terminal: Terminal, runs: Sequence[RunDir]) -> None:
         terminal.plain("all have the same recipe")
 
 
-def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
-    """Print the summary of a finished run."""
+def print_results(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
+    """Print the summary of a finished run and its answers before and after."""
     summary = read_summary(run)
     if as_json:
         terminal.json(_as_json(run))
@@ -126,9 +127,13 @@ def print_report(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
         if question.after != question.expected:
             terminal.result(_answer("expected", question.expected, "dim"))
     print_stored_evaluation(terminal, run)
+
+
+def print_files(terminal: Terminal, run: RunDir) -> None:
+    """Print where everything of a finished run is, its exports with their verdicts, and the next commands."""
     terminal.result("")
     files = [
-        *([("report", run.path / HTML_FILE)] if (run.path / HTML_FILE).is_file() else []),
+        *([("report", run.report_page)] if run.report_page.is_file() else []),
         ("adapter", run.adapter),
         ("answers", run.answers),
         ("loss curve", run.loss_curve),

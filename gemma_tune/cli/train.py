@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.cli.report import print_report
+from gemma_tune.cli.report import print_files, print_results
 from gemma_tune.machine.processes import Nodes, end_with_the_starter, run_processes
 from gemma_tune.terminal import Terminal, TerminalReporter
 
@@ -50,7 +50,6 @@ def train(
 ) -> None:
     """Fine-tune a Gemma: check, load, answer, train, answer again, and say what came out."""
     from gemma_tune.flows import train as flow
-    from gemma_tune.flows.export import exports_of
     from gemma_tune.machine.world import world_of
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.reporter import SilentReporter
@@ -64,10 +63,13 @@ def train(
         raise typer.Exit(code)
     end_with_the_starter()
     if not world.is_main:
-        flow.train(loaded, reporter=SilentReporter(), resume=resume, from_step=from_checkpoint, world=world)
+        flow.train_run(loaded, reporter=SilentReporter(), resume=resume, from_step=from_checkpoint, world=world)
         return
     with TerminalReporter(terminal) as reporter:
-        run = flow.train(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint, world=world)
-    print_report(terminal, run, as_json=as_json)
-    if loaded.recipe.export.formats:
-        exports_of(run).require_passed()
+        run = flow.train_run(loaded, reporter=reporter, resume=resume, from_step=from_checkpoint, world=world)
+    print_results(terminal, run, as_json=as_json)  # first: exports take their time, and may fail
+    with TerminalReporter(terminal) as reporter:
+        outcome = flow.conclude(run, loaded.recipe.export, reporter=reporter)
+    if not as_json:
+        print_files(terminal, run)
+    outcome.require_exported()

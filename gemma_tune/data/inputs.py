@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
 from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole
 from gemma_tune.errors import DataError
+from gemma_tune.recipe.methods import METHODS, ROW_KINDS, MethodFacts
 from gemma_tune.recipe.schema import DataSection, MixSection
 from gemma_tune.text import did_you_mean
 
@@ -76,6 +77,24 @@ def open_inputs(section: DataSection, *, prefers_chat: bool) -> Inputs:
     elif section.source == TINY_WORLD and section.split == "train" and section.eval_fraction:
         held_out = MixSection(source=TINY_WORLD, split="eval")
     return Inputs(train, _open(held_out, section, prefers_chat=prefers_chat) if held_out else None)
+
+
+def require_rows(inputs: Inputs, method: MethodFacts) -> None:
+    """Refuse rows that hold something else than a training method learns from.
+
+    Raises:
+        DataError: naming the source, what its rows hold, and the methods that train them.
+    """
+    for item in inputs.all:
+        if item.template.rows != method.rows:
+            others = [facts.name for facts in METHODS.values() if facts.rows == item.template.rows]
+            raise DataError(
+                f"{item.source.label} holds {ROW_KINDS[item.template.rows]}, which cannot be trained by method "
+                f"{method.name}; it takes {ROW_KINDS[method.rows]}",
+                hint=f"set method={others[0]}"
+                if others
+                else "look at them with gemma-tune data audit; chosen answers are learned from rows of messages",
+            )
 
 
 def _open(part: MixSection, section: DataSection, *, prefers_chat: bool) -> Input:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import Example
 from gemma_tune.evaluation.metrics import is_exact_match
 from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.inference.settings import AnswerSettings
-from gemma_tune.inference.streaming import OnProgress
 from gemma_tune.recipe.schema import EvaluationSection
+from gemma_tune.training.parts import TrainerParts
 
 
 @dataclass(frozen=True)
@@ -30,20 +29,33 @@ class Answer:
     after_stopped: bool
 
 
-def answer_examples(
-    model: Any,
-    examples: Sequence[Example],
-    settings: AnswerSettings,
-    *,
-    tokenizer: Any,
-    encoder: Encoder,
-    on_progress: OnProgress,
-) -> list[Completion]:
-    """Answer the last turn of each example; the engine has put the model into generation mode."""
-    prompts = [encoder.encode_prompt(example.prompt_segments) for example in examples]
-    return TransformersModel(model, tokenizer, encoder.stop_token_ids).complete(
-        prompts, settings, on_progress=on_progress
+def answer_rows(parts: TrainerParts, *, title: str, is_sharded: bool = False) -> list[Completion]:
+    """Answer the last turn of the chosen eval rows greedily; a collective call. The model is left in generation mode.
+
+    Args:
+        title: of the stage that is reported.
+        is_sharded: the model computes in all processes or in none, so that each answers every row.
+    """
+    recipe, encoder, world, reporter = parts.recipe, parts.encoder, parts.context.world, parts.context.reporter
+    examples = choose_examples(parts.datasets.eval_examples, section=recipe.evaluation)
+    if not examples:
+        return []
+    reporter.stage(title)
+    times = 1 if is_sharded else world.size
+    parts.engine.set_mode(parts.loaded, training=False)
+    asked = examples if is_sharded else world.share(examples)
+    settings = AnswerSettings(
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
     )
+    answers = TransformersModel(parts.loaded.model, parts.tokenizer, encoder.stop_token_ids).complete(
+        [encoder.encode_prompt(each.prompt_segments) for each in asked],
+        settings,
+        on_progress=lambda done, _: reporter.progress(
+            "eval rows answered", min(done * times, len(examples)), len(examples)
+        ),
+    )
+    return answers if is_sharded else world.joined(answers)
 
 
 def pair_answers(

@@ -65,21 +65,16 @@ class BenchmarkResult:
         return known.published if known else None
 
 
-def benchmarks_file(run: RunDir) -> Path:
-    return run.path / "benchmarks.json"
-
-
 def read_benchmarks(run: RunDir) -> list[BenchmarkResult]:
     """The results that a run keeps.
 
     Raises:
         RunError: their file is damaged.
     """
-    if not benchmarks_file(run).is_file():
+    if not run.benchmarks.is_file():
         return []
     return [
-        BenchmarkResult(**{**row, "value": Estimate(**row["value"])})
-        for row in read_json(benchmarks_file(run))["results"]
+        BenchmarkResult(**{**row, "value": Estimate(**row["value"])}) for row in read_json(run.benchmarks)["results"]
     ]
 
 
@@ -132,7 +127,7 @@ def run_benchmarks(
                 done[chosen.name, side] = result
                 if run is not None:
                     kept[_place(result)] = result
-                    write_json(benchmarks_file(run), {"results": [asdict(each) for each in kept.values()]})
+                    write_json(run.benchmarks, {"results": [asdict(each) for each in kept.values()]})
     return [done[chosen.name, side] for chosen, side, _ in wanted]
 
 

@@ -25,7 +25,6 @@ from gemma_tune.runs.evaluation import (
     SIDES,
     Evaluation,
     Side,
-    evaluated_rows_file,
     read_evaluation,
     write_evaluation,
 )
@@ -228,4 +227,4 @@ def _write_rows(run: RunDir, rows: EvalRows, results: Mapping[Side, list[RowResu
             loss = of_side[index].loss
             row[side] = {**asdict(answer), "loss_nats": loss.nats, "loss_tokens": loss.tokens}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(evaluated_rows_file(run), "".join(lines))
+    write_text(run.evaluated_rows, "".join(lines))

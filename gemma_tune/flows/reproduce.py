@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, replace
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
-from gemma_tune.flows.train import decide, lock_of, train
+from gemma_tune.flows.decide import decide, lock_of
+from gemma_tune.flows.train import train_run
 from gemma_tune.identity import file_sha256
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE
@@ -38,7 +39,7 @@ class Reproduction:
 
 
 def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Reproduction:
-    """Compare a run's lock with this machine, then make the run again beside it and compare the adapters.
+    """Compare a run's lock with this machine, then make the run again next to it and compare the adapters.
 
     Raises:
         RunError: the run has no adapter yet, or its base or rows are not those of then.
@@ -50,10 +51,14 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
     loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
     with libraries_to(None):
-        lock = asdict(lock_of(loaded, decide(loaded.recipe), data=before["data"], world=ALONE))
+        lock = asdict(lock_of(decide(loaded), data=before["data"], world=ALONE))
     differences = lock_differences(before, lock)
     changes = [change for each in read_manifest(run).resumes for change in each["changed"]]
-    told = [*differences.refused, *differences.allowed, *(f"it went on with another {change}" for change in changes)]
+    told = [
+        *differences.refused,
+        *differences.allowed,
+        *(f"it was resumed with another {change}" for change in changes),
+    ]
     if check_only:
         return Reproduction(told, None, None)
     for line in told:
@@ -63,7 +68,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
             f"{run.path} cannot be made again:\n" + "\n".join(f"  {line}" for line in differences.refused),
             hint="restore what it was trained on",
         )
-    again = train(loaded, reporter=reporter)
+    again = train_run(loaded, reporter=reporter)
     rows = lock_differences(before, read_json(again.lock)).refused
     hashes = [file_sha256(each.adapter / weights.name) for each in (run, again)]
     return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))

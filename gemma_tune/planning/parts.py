@@ -96,7 +96,8 @@ def moment_parts(
     ]
     if _evaluates(recipe):
         answers = recipe.evaluation.max_new_tokens if _answers(recipe) else 0
-        batch = Batch(recipe.evaluation.batch_size or recipe.training.batch_size, recipe.data.max_seq_tokens)
+        rows = recipe.evaluation.batch_size or recipe.training.batch_size
+        batch = Batch(rows * recipe.method_facts.sequences_per_row, recipe.data.max_seq_tokens)
         moments.insert(
             2,
             Part(

@@ -89,7 +89,7 @@ def to_step(recipe: Recipe, *, config: TextConfig, decision: EngineDecision) -> 
     needs_mask = not (training.packing and (engine.has_own_forward or attention == "flash_attention_2"))
     tokens = recipe.tokens_per_pack if training.packing else recipe.data.max_seq_tokens
     return Step(
-        batch=Batch(training.batch_size, tokens, padded=needs_mask),
+        batch=Batch(training.batch_size * recipe.method_facts.sequences_per_row, tokens, padded=needs_mask),
         numerics=Numerics(_BYTES[precision.compute], _BYTES[stream], precision.autocast is not None),
         lora=recipe.lora,
         execution=Execution(engine, attention, engine.checkpointing(training.gradient_checkpointing), engine.head),

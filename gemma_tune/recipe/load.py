@@ -170,7 +170,7 @@ def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str
     """Set one `section.field=value`; the value is read as YAML, an empty one is null."""
     path, equals, text = override.partition("=")
     parts = path.strip().split(".")
-    if not equals or len(parts) < 2 or not all(parts):
+    if not equals or not all(parts) or (len(parts) < 2 and parts != ["method"]):
         raise RecipeError(
             f"cannot read the override {override!r}",
             hint="write section.field=value, for example training.max_steps=20",
@@ -180,6 +180,8 @@ def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str
     except YAMLError:
         value = text  # a Windows path or a lone colon: plain text, as the shell gave it
     section: Any = values
+    if isinstance(word := values.get("method"), str) and len(parts) > 1:
+        values["method"] = {"name": word}
     for part in parts[:-1]:
         if section.get(part) is None:
             section[part] = {}
@@ -202,7 +204,10 @@ def _validate(values: dict[str, Any], *, label: str, lines: dict[str, int]) -> R
         raise_problems(found + missing, label=label, lines=lines)
         raise
     raise_problems(missing + check_rules(recipe), label=label, lines=lines)
-    return recipe
+    if "learning_rate" in recipe.training.model_fields_set:
+        return recipe
+    rate = recipe.method_facts.default_learning_rate
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"learning_rate": rate})})
 
 
 def _missing_source(values: Mapping[str, Any]) -> list[Problem]:

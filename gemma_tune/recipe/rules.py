@@ -60,6 +60,14 @@ def _packing_is_asked_for(recipe: Recipe) -> list[Problem]:
     return []
 
 
+def _method_can_be_packed(recipe: Recipe) -> list[Problem]:
+    sequences = recipe.method_facts.sequences_per_row
+    if recipe.training.packing and sequences > 1:
+        why = f"joins rows of one sequence, and the method {recipe.method.name} has {sequences} a row"
+        return [Problem("training.packing", why, fix="training.packing=false")]
+    return []
+
+
 def _one_eval_source(recipe: Recipe) -> list[Problem]:
     if recipe.data.mix and recipe.data.eval_split:
         return [
@@ -179,6 +187,7 @@ RULES: tuple[Callable[[Recipe], list[Problem]], ...] = (
     _mix_is_measured_one_way,
     _response_bounds_leave_room,
     _packing_is_asked_for,
+    _method_can_be_packed,
     _one_eval_source,
     _early_stop_evaluates,
     _shards_what_can_be,

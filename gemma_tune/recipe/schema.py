@@ -8,31 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints
 
 from gemma_tune.engines.facts import ENGINES
 from gemma_tune.recipe.choices import OneOf
+from gemma_tune.recipe.methods import METHODS, AnyMethod, MethodFacts, MethodSection
+from gemma_tune.recipe.section import Fraction, Names, NonEmpty, PositiveFloat, PositiveInt, Section
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
 EngineName = Annotated[str, OneOf(lambda: ("auto", *ENGINES))]
 CheckpointingName = Annotated[
     str,
     OneOf(lambda: ("off", "on", *(each.own_checkpointing for each in ENGINES.values() if each.own_checkpointing))),
 ]
-# YAML gives lists; pydantic's strict mode would refuse them for a tuple.
-Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
 
 LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
-
-
-class Section(BaseModel):
-    """Frozen, strict, and without room for unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
 
 
 class ModelSection(Section):
@@ -214,7 +204,9 @@ class TrainingSection(Section):
         "each holds a share of every weight and fetches the others' layer by layer, which takes less memory and more "
         "time, and needs the transformers engine.",
     )
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(2e-4, description="Peak learning rate.")
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        2e-4, description="Peak learning rate; the method's own where none is given."
+    )
     weight_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decoupled weight decay on the adapter's weights."
     )
@@ -330,11 +322,16 @@ class Recipe(Section):
     model: ModelSection = Field(default_factory=ModelSection)
     lora: LoraSection = Field(default_factory=LoraSection)
     data: DataSection
+    method: AnyMethod = Field(default_factory=MethodSection, description="What is learned from the rows.")
     training: TrainingSection = Field(default_factory=TrainingSection)
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     export: ExportSection = Field(default_factory=ExportSection)
     logging: LoggingSection = Field(default_factory=LoggingSection)
     run: RunSection = Field(default_factory=RunSection)
+
+    @property
+    def method_facts(self) -> MethodFacts:
+        return METHODS[self.method.name]
 
     @property
     def tokens_per_pack(self) -> int:

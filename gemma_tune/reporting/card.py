@@ -259,6 +259,7 @@ def _made(facts: _Facts) -> list[tuple[str, str]]:
         *((f"sha256 of the base's {name}", digest) for name, digest in weights),
         ("rows", f"{', '.join(facts.labels)}: {data['train_rows']:,} trained, {data['eval_rows']:,} held out"),
         ("sha256 of the rows", data["sha256"]),
+        ("method", recipe.method_facts.about),
         ("LoRA", f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {', '.join(recipe.lora.targets)}"),
         ("quantization while training", _quantization(recipe)),
         ("precision", lock["precision"]["compute"]),

@@ -16,7 +16,6 @@ from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
 from gemma_tune.text import counted, format_bytes, format_seconds
 
-PLAN_FILE = "plan.json"
 # Settings in which two runs differ without learning otherwise.
 _NOT_COMPARED = ("run.name", "run.output_dir")
 
@@ -79,13 +78,12 @@ def gather_facts(run: RunDir) -> RunFacts:
     from ruamel.yaml import YAML
 
     recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
-    plan_file = run.path / PLAN_FILE
     return RunFacts(
         name=run.path.resolve().name,
         manifest=read_manifest(run),
         lock=read_json(run.lock) if run.lock.is_file() else None,
         data=read_json(run.data_report) if run.data_report.is_file() else None,
-        plan=read_json(plan_file) if plan_file.is_file() else None,
+        plan=read_json(run.plan) if run.plan.is_file() else None,
         summary=read_summary(run) if run.summary.is_file() else None,
         evaluation=read_evaluation(run),
         metrics=read_metrics(run),
@@ -353,6 +351,7 @@ def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"sha256 of {name}", digest) for name, digest in base["files"].items() if name.endswith(".safetensors")),
         ("rows", lock["data"]["label"]),
         ("sha256 of the rows", lock["data"]["sha256"]),
+        ("method", lock["method"]),
         ("engine", f"{engine['name']}: {engine['reason']}"),
         ("precision", f"{precision['compute']}: {precision['reason']}"),
         ("hardware", hardware["name"] + memory),

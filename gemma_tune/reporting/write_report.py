@@ -22,13 +22,12 @@ from gemma_tune.reporting.pages import TEMPLATES_DIR, write_page
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.templates import render_template
 
-HTML_FILE, TEXT_FILE = "report.html", "report.md"
 _CURVES = (("learning_rate", "Learning rate"), ("grad_norm", "Gradient norm"))
 
 
 def write_report(run: RunDir) -> None:
     """Write report.html and report.md into a run."""
-    write_reports([run], html=run.path / HTML_FILE, text=run.path / TEXT_FILE)
+    write_reports([run], html=run.report_page, text=run.report_text)
 
 
 def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | None) -> None:

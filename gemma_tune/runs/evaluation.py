@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from gemma_tune.disk import read_json, write_json
@@ -110,17 +109,8 @@ class Evaluation:
     general_label: str
 
 
-def evaluation_file(run: RunDir) -> Path:
-    return run.path / "evaluation.json"
-
-
-def evaluated_rows_file(run: RunDir) -> Path:
-    """One JSON object an evaluated row: question, expected response, and the answer of each model with its figures."""
-    return run.path / "evaluation-rows.jsonl"
-
-
 def write_evaluation(run: RunDir, evaluation: Evaluation) -> None:
-    write_json(evaluation_file(run), asdict(evaluation))
+    write_json(run.evaluation, asdict(evaluation))
 
 
 def read_evaluation(run: RunDir) -> Evaluation | None:
@@ -129,9 +119,9 @@ def read_evaluation(run: RunDir) -> Evaluation | None:
     Raises:
         RunError: its file is damaged.
     """
-    if not evaluation_file(run).is_file():
+    if not run.evaluation.is_file():
         return None
-    values = read_json(evaluation_file(run))
+    values = read_json(run.evaluation)
     return Evaluation(
         **{**values, "rows": _groups_from(values["rows"]), "general": _groups_from(values["general"])},
     )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_tune.identity import installed_version
+from gemma_tune.recipe.methods import DEFAULT_METHOD
 
 # The packages whose versions decide what a run computes.
 RECORDED_PACKAGES = (
@@ -22,6 +23,7 @@ class Lock:
     Attributes:
         base: name, revision (hub commit, or null), directory-independent file hashes of the base model.
         processes: how many trained together.
+        method: the training method.
         adapter: name and hash of the adapter that the training started from, or null.
         data: label and hash of the rows and of the template.
         engine, precision: what was chosen, and why.
@@ -38,6 +40,7 @@ class Lock:
     hardware: dict[str, Any]
     seed: int
     processes: int = 1
+    method: str = DEFAULT_METHOD
     adapter: dict[str, str] | None = None
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")

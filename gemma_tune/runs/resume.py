@@ -1,19 +1,26 @@
-"""Going on with an interrupted run: which one, that nobody else trains in it, and what may differ from its start."""
+"""Resume a run: what may differ from its start, from which checkpoint it continues, and how it is taken back to it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import take_lock
+from gemma_tune.disk import read_json, write_text
 from gemma_tune.errors import RunError
+from gemma_tune.machine.world import ALONE, World
+from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from gemma_tune.recipe.schema import Recipe
-from gemma_tune.runs.layout import RunDir, newest_run
-from gemma_tune.runs.manifest import read_manifest
+from gemma_tune.runs.checkpoints import go_back_to, has_checkpoints, last_complete_checkpoint, named_checkpoint, step_of
+from gemma_tune.runs.context import RunContext
+from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import Lock
+from gemma_tune.runs.manifest import read_manifest, update_manifest
+from gemma_tune.runs.metrics import keep_metrics_until
+from gemma_tune.runs.reporter import Reporter
+from gemma_tune.text import utc_now
 
 # Settings that may change between a run and its resumption: none of them decides what a step computes. Base and rows
 # may be somewhere else, as the lock holds hashes of what is in them.
@@ -25,7 +32,7 @@ _ALLOWED_SETTINGS = (
 _ALLOWED_SECTIONS = ("evaluation", "export", "logging", "run")
 # Parts of the lock that have to be the same. The others (versions, precision, hardware) decide whether the run stays
 # equal bit for bit, and are told.
-_REQUIRED_PARTS = ("base", "adapter", "data", "engine.name", "seed", "processes")
+_REQUIRED_PARTS = ("base", "adapter", "data", "engine.name", "method", "seed", "processes")
 _IGNORED_PARTS = (
     "recipe", "overrides", "base.name", "adapter.name", "data.label", "engine.reason", "precision.reason",
 )  # fmt: skip
@@ -39,43 +46,80 @@ class Differences:
     refused: list[str]
 
 
-@contextlib.contextmanager
-def hold_run(run: RunDir) -> Iterator[None]:
-    """Keep other processes from training in the same run; the hold ends with the process, however it ends.
+@dataclass(frozen=True)
+class Resumption:
+    """Where a run continues: its checkpoint, None for the first step; and the settings that differ, a sentence each."""
+
+    checkpoint: Path | None
+    changed: list[str]
+
+    @property
+    def step(self) -> int:
+        return step_of(self.checkpoint) if self.checkpoint is not None else 0
+
+
+def resume_command(loaded: LoadedRecipe, run: RunDir, *, world: World = ALONE) -> str:
+    """Return the command line that continues a run."""
+    overrides = [override for override in loaded.overrides if not override.startswith("run.name=")]
+    processes = ["--nproc", str(world.size)] if world.size > 1 else []
+    return shlex.join(
+        ["gemma-tune", "train", str(loaded.path), *overrides, f"run.name={run.name}", *processes, "--resume"]
+    )
+
+
+def plan_resumption(run: RunDir, recipe: Recipe, *, from_step: int | None, reporter: Reporter) -> Resumption:
+    """Find the checkpoint to resume from: that of a step, else the newest complete one.
 
     Raises:
-        RunError: another process holds it.
+        RunError: the recipe trains something else than the run did, or there is no such checkpoint.
     """
-    descriptor = os.open(run.path, os.O_RDONLY)
-    try:
-        if not take_lock(descriptor):
-            raise RunError(
-                f"{run.path} is being trained by another process", hint="wait for it, or choose another run.name"
-            )
-        yield
-    finally:
-        os.close(descriptor)
+    differences = recipe_differences(load_recipe(run.resolved_recipe).recipe, recipe)
+    _refuse(run, differences.refused)
+    if from_step is not None:
+        return Resumption(named_checkpoint(run, from_step), differences.allowed)
+    if not has_checkpoints(run):
+        reporter.warn(f"{run.path} ended before its first checkpoint: it starts again from step 0")
+        return Resumption(None, differences.allowed)
+    checkpoint, skipped = last_complete_checkpoint(run)
+    for line in skipped:
+        reporter.warn(line)
+    return Resumption(checkpoint, differences.allowed)
 
 
-def is_held(run: RunDir) -> bool:
-    """Whether some process trains in the run now."""
-    descriptor = os.open(run.path, os.O_RDONLY)
-    try:
-        return not take_lock(descriptor)
-    finally:
-        os.close(descriptor)
+def rewind_run(context: RunContext, recipe: Recipe, *, lock: Lock, resumption: Resumption) -> None:
+    """Report what differs from the start of a run, and take its files back to the step that it resumes from.
+
+    Raises:
+        RunError: the run began with another base, other rows or another engine.
+    """
+    run, reporter = context.run, context.reporter
+    differences = lock_differences(read_json(run.lock), asdict(lock)) if run.lock.is_file() else Differences([], [])
+    _refuse(run, differences.refused)
+    for line in resumption.changed:
+        reporter.detail(f"changed: {line}")
+    for line in differences.allowed:
+        reporter.warn(f"changed: {line}; the run will not equal one without a break bit for bit")
+    for name in go_back_to(run, resumption.checkpoint):
+        reporter.detail(f"{name} is set aside")
+    if resumption.checkpoint is not None:
+        reporter.detail(f"resuming from {resumption.checkpoint.name}")
+    keep_metrics_until(run, resumption.step)
+    write_text(run.resolved_recipe, dump_recipe(recipe))
+    now = {"at": utc_now(), "step": resumption.step, "changed": [*resumption.changed, *differences.allowed]}
+    update_manifest(run, status="running", step=resumption.step, error=None, resumes=[*read_manifest(run).resumes, now])
 
 
-def interrupted_run(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir | None:
-    """The named run, else the newest of the recipe, when it was begun, has not finished and is not running now."""
-    run = RunDir(output_dir / name) if name is not None else newest_run(output_dir, recipe_name)
-    if run is None or not (run.manifest.is_file() and run.resolved_recipe.is_file()):
-        return None
-    return run if read_manifest(run).status != "finished" and not is_held(run) else None
+def _refuse(run: RunDir, differences: Sequence[str]) -> None:
+    """Anything that would mix two runs (F36)."""
+    if differences:
+        raise RunError(
+            f"{run.path} was begun with something else:\n" + "\n".join(f"  {line}" for line in differences),
+            hint="undo these changes, or start a new run without --resume",
+        )
 
 
 def recipe_differences(before: Recipe, now: Recipe) -> Differences:
-    """Compare the settings of a run with those it is to go on with (F36)."""
+    """Compare the settings of a run with those it is to be resumed with (F36)."""
     changed = _changes(_flat(before), _flat(now))
     allowed = {path for path in changed if path in _ALLOWED_SETTINGS or path.split(".")[0] in _ALLOWED_SECTIONS}
     return Differences(

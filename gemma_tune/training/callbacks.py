@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemma_tune.machine.world import ALONE, World
-from gemma_tune.runs.layout import RunDir
+from gemma_tune.recipe.methods import MethodFacts, MethodMetric
+from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.manifest import update_manifest
 from gemma_tune.runs.metrics import append_metrics
-from gemma_tune.runs.reporter import Reporter, StepProgress
+from gemma_tune.runs.reporter import StepProgress
 
 _SECONDS_OF_ONE_SIGTERM = 3.0
 
@@ -36,20 +36,22 @@ class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and tells the reporter.
 
     Args:
+        method: names the figures that are kept besides those of `StepProgress`.
         count_tokens, count_seconds: return the real tokens trained on so far, in all processes, and the time spent,
             those before a resume included.
     """
 
     def __init__(
         self,
-        run: RunDir,
+        context: RunContext,
         *,
-        reporter: Reporter,
+        method: MethodFacts,
         count_tokens: Callable[[], int],
         count_seconds: Callable[[], float],
     ) -> None:
-        self.run = run
-        self.reporter = reporter
+        self.run = context.run
+        self.reporter = context.reporter
+        self.figures = [metric.name for metric in method.metrics]
         self.count_tokens = count_tokens
         self.count_seconds = count_seconds
         self.started = self.last_time = 0.0
@@ -89,7 +91,9 @@ class MetricsCallback(TrainerCallback):
             memory_bytes=peak_memory_bytes(),
         )
         self.last_time, self.last_tokens = now, tokens
-        append_metrics(self.run, {**vars(progress), "num_tokens": tokens, "seconds": round(self.count_seconds(), 3)})
+        figures = {name: float(logs[name]) for name in self.figures if name in logs}
+        seconds = round(self.count_seconds(), 3)
+        append_metrics(self.run, {**vars(progress), **figures, "num_tokens": tokens, "seconds": seconds})
         self.reporter.step(progress)
 
 
@@ -100,9 +104,9 @@ class CheckpointCallback(TrainerCallback):
         every_minutes: longest time without a checkpoint, by the clock of process 0; None saves on steps alone.
     """
 
-    def __init__(self, run: RunDir, *, every_minutes: float | None, world: World = ALONE) -> None:
-        self.run = run
-        self.world = world
+    def __init__(self, context: RunContext, *, every_minutes: float | None) -> None:
+        self.run = context.run
+        self.world = context.world
         self.every_seconds = 60 * every_minutes if every_minutes else math.inf
         self.last_save = time.monotonic()
 
@@ -123,21 +127,23 @@ class CheckpointCallback(TrainerCallback):
 
 
 class EarlyStopCallback(TrainerCallback):
-    """Stops after `patience` evaluations without a lower eval loss.
+    """Stops after `patience` evaluations in which the watched figure has not got better.
 
-    The Trainer's own counts in the process and starts anew in a resumed one; this one counts in the log that every
+    The Trainer's own counts in the process and starts again in a resumed one; this one counts in the log that every
     checkpoint carries.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, *, watch: MethodMetric) -> None:
         self.patience = patience
+        self.key = f"eval_{watch.name}"
+        self.sign = 1 if watch.better == "lower" else -1
 
     def is_reached(self, state: TrainerState) -> bool:
-        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-        if not losses:
+        found = [self.sign * row[self.key] for row in state.log_history if self.key in row]
+        if not found:
             return False
-        best = min(range(len(losses)), key=lambda index: losses[index] if math.isfinite(losses[index]) else math.inf)
-        return len(losses) - 1 - best >= self.patience
+        best = min(range(len(found)), key=lambda index: found[index] if math.isfinite(found[index]) else math.inf)
+        return len(found) - 1 - best >= self.patience
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_reached(state):
@@ -156,9 +162,10 @@ class InterruptCallback(TrainerCallback):
         reason: why the run was ended; None while it was not.
     """
 
-    def __init__(self, *, max_minutes: float | None, world: World = ALONE) -> None:
+    def __init__(self, context: RunContext, *, max_minutes: float | None) -> None:
         self.max_minutes = max_minutes
-        self.world = world
+        self.world = context.world
+        self.reporter = context.reporter
         self.started = time.monotonic()
         self.signal: signal.Signals | None = None
         self.reason: str | None = None
@@ -181,7 +188,7 @@ class InterruptCallback(TrainerCallback):
             control.should_training_stop = True
 
     @contextmanager
-    def listening(self, reporter: Reporter) -> Iterator[None]:
+    def listening(self) -> Iterator[None]:
         """Catch SIGINT and SIGTERM; a second one acts at once, as if nothing listened.
 
         That does no harm: a checkpoint that is being written then is not in the list. A SIGTERM that repeats one within
@@ -199,7 +206,7 @@ class InterruptCallback(TrainerCallback):
             nonlocal signalled_at
             if self.signal is None:
                 self.signal, signalled_at = signal.Signals(number), time.monotonic()
-                reporter.warn(f"{self.signal.name}: saving after this step; once more leaves at once")
+                self.reporter.warn(f"{self.signal.name}: saving after this step; once more leaves at once")
             elif number != signal.SIGTERM or time.monotonic() - signalled_at > _SECONDS_OF_ONE_SIGTERM:
                 for known, handler in before.items():
                     signal.signal(known, handler)

@@ -15,18 +15,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from gemma_tune.errors import RunError, TrainingStopped
 from gemma_tune.machine.precision import Precision
 from gemma_tune.runs.checkpoints import require_free
-from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
 from gemma_tune.training.guards import likely_cause
-from gemma_tune.training.loop import TokenWeightedTrainer
+from gemma_tune.training.loop import Loop
+from gemma_tune.training.parts import TrainerParts
 
 # The weight and AdamW's two moments in float32; other optimizers keep less.
 _CHECKPOINT_BYTES_PER_WEIGHT = 12
 
 
-def rehearse(
-    trainer: TokenWeightedTrainer, *, run: RunDir, tokenizer: Any, precision: Precision, will_be_sharded: bool
-) -> float | None:
+def rehearse(trainer: Loop, *, parts: TrainerParts) -> float | None:
     """Save and reload the adapter, then evaluate and train on the longest rows; nothing of it stays.
 
     The longest rows come first so that too little memory, or a base that is not finite, shows within seconds. A model
@@ -41,11 +39,12 @@ def rehearse(
     """
     num_weights = sum(weight.numel() for weight in trained_weights(trainer.model).values())
     kept = (trainer.args.save_total_limit or 1) + 1  # an old one goes after the new one is there
-    require_free(run.path, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
-    _rehearse_saving(trainer.model, folder=run.path / ".rehearsal", tokenizer=tokenizer)
+    folder, precision = parts.context.run.path, parts.loaded.precision
+    require_free(folder, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
+    _rehearse_saving(trainer.model, folder=folder / ".rehearsal", tokenizer=parts.tokenizer)
     with _memory_told(trainer):
         eval_loss = trainer.mean_eval_loss() if trainer.eval_rows else None
-        if will_be_sharded:
+        if parts.shards_model:
             trainer.add_callback(_RehearseStep(trainer, precision=precision))
         else:
             _rehearse_step(trainer, precision=precision)
@@ -53,7 +52,7 @@ def rehearse(
 
 
 @contextmanager
-def _memory_told(trainer: TokenWeightedTrainer) -> Iterator[None]:
+def _memory_told(trainer: Loop) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -80,7 +79,7 @@ def _rehearse_saving(model: Any, *, folder: Path, tokenizer: Any) -> None:
         raise RunError(f"the adapter's weight {changed[0]} does not come back as it was saved", hint="report this")
 
 
-def _rehearse_step(trainer: TokenWeightedTrainer, *, precision: Precision) -> None:
+def _rehearse_step(trainer: Loop, *, precision: Precision) -> None:
     model = trainer.model
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.autocast or "")
     with _leaving_no_trace(model):
@@ -101,7 +100,7 @@ def _rehearse_step(trainer: TokenWeightedTrainer, *, precision: Precision) -> No
 class _RehearseStep(TrainerCallback):
     """`_rehearse_step` when the model is sharded, which is when the training begins."""
 
-    def __init__(self, trainer: TokenWeightedTrainer, *, precision: Precision) -> None:
+    def __init__(self, trainer: Loop, *, precision: Precision) -> None:
         self.trainer = trainer
         self.precision = precision
 

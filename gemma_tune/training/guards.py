@@ -10,8 +10,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma_tune.errors import TrainingStopped
-from gemma_tune.machine.world import ALONE, World
-from gemma_tune.runs.reporter import Reporter
+from gemma_tune.runs.context import RunContext
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.sharding import is_sharded, local_part
 
@@ -22,15 +21,16 @@ MAX_FP16_OVERFLOWS = 16
 class GuardCallback(TrainerCallback):
     """Looks at loss and gradient of every step before the optimizer does, at the price of one transfer from the card.
 
+    All processes stop when one of them finds something.
+
     Args:
         take_loss: returns the loss of the step's forward passes in this process, a scalar tensor.
-        world: the processes, all of which stop when one of them finds something.
     """
 
-    def __init__(self, *, take_loss: Callable[[], torch.Tensor], reporter: Reporter, world: World = ALONE) -> None:
+    def __init__(self, context: RunContext, *, take_loss: Callable[[], torch.Tensor]) -> None:
         self.take_loss = take_loss
-        self.reporter = reporter
-        self.world = world
+        self.reporter = context.reporter
+        self.world = context.world
         self.overflows = 0
         self.trained: dict[str, torch.nn.Parameter] = {}
         self.looked_for_idle = False

@@ -11,7 +11,7 @@ import torch
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
-from gemma_tune.training.loop import JoinRows, PadRight, RowArrays, join_rows_for, pad_right_for
+from gemma_tune.training.layouts import JoinRows, PadRight, RowArrays, join_rows_for, pad_right_for
 
 PROBE_TOKENS = 24  # of each row
 

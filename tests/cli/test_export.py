@@ -45,7 +45,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     folder = tmp_path_factory.mktemp("runs")
-    return flow.train(load_recipe(Path("quickstart"), [*SHORT, f"run.output_dir={folder}"]), reporter=SilentReporter())
+    return flow.train_run(
+        load_recipe(Path("quickstart"), [*SHORT, f"run.output_dir={folder}"]), reporter=SilentReporter()
+    )
 
 
 @pytest.fixture

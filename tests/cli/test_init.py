@@ -64,7 +64,7 @@ def test_what_it_writes_validates_and_trains(command: InitCommand) -> None:
     overrides = ["training.max_steps=3", "model.engine=transformers", "evaluation.num_questions=0"]
     loaded = load_recipe(Path("recipe.yaml"), overrides)
     assert loaded.recipe.model.name == "gemma-tiny"
-    run = flow.train(loaded, reporter=SilentReporter())
+    run = flow.train_run(loaded, reporter=SilentReporter())
     assert [row["step"] for row in read_metrics(run) if "loss" in row] == [1, 2, 3]
     assert json.loads(run.data_report.read_text(encoding="utf-8"))["dropped_too_long"] == 0
 

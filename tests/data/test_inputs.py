@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, split_count
+from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, require_rows, split_count
 from gemma_tune.data.rows.read import Examples, read_examples
 from gemma_tune.errors import DataError
+from gemma_tune.recipe.methods import METHODS
 from gemma_tune.recipe.schema import DataSection
 
 
@@ -123,3 +125,16 @@ def test_rows_are_held_out_before_they_are_repeated(tmp_path: Path) -> None:
     made = mixed(tmp_path, [{"source": "a.jsonl#300"}], eval_fraction=0.3)
     assert len(made.train) == 300 and made.eval
     assert not {example.key for example in made.train} & {example.key for example in made.eval}
+
+
+def test_rows_of_another_kind_than_the_method_trains_are_refused(tmp_path: Path) -> None:
+    responses = opened(source=save(tmp_path / "responses.jsonl", numbered("a", 3)))
+    pairs = opened(source=save(tmp_path / "pairs.jsonl", [{"prompt": "Who?", "chosen": "Ann.", "rejected": "Bob."}]))
+    sft, of_pairs = METHODS["sft"], replace(METHODS["sft"], name="pairs", rows="pair")
+    require_rows(responses, sft)
+    require_rows(pairs, of_pairs)
+    with pytest.raises(DataError, match=r"pairs\.jsonl holds preference pairs .*cannot be trained by method sft"):
+        require_rows(pairs, sft)
+    with pytest.raises(DataError, match=r"holds prompts with their responses, which cannot .* method pairs") as caught:
+        require_rows(responses, of_pairs)
+    assert caught.value.hint == "set method=sft"

@@ -17,7 +17,7 @@ from gemma_tune.errors import DataError, EngineError, ModelError
 from gemma_tune.evaluation import benchmark_tasks, benchmarks
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET
 from gemma_tune.evaluation.benchmark_tasks import BenchmarkSettings, choose_tasks, require_harness
-from gemma_tune.evaluation.benchmarks import benchmarks_file, read_benchmarks, run_benchmarks
+from gemma_tune.evaluation.benchmarks import read_benchmarks, run_benchmarks
 from gemma_tune.inference.target import find_target
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import SilentReporter
@@ -128,7 +128,7 @@ def test_only_what_changed_is_made_again(run: RunDir, task_dir: Path, monkeypatc
     lines = (task_dir / "mine.jsonl").read_text().splitlines(keepends=True)
     (task_dir / "mine.jsonl").write_text("".join(lines[::-1]))
     assert measure() == [("mine", "base"), ("mine", "tuned")]
-    assert len(json.loads(benchmarks_file(run).read_text())["results"]) == 8
+    assert len(json.loads(run.benchmarks.read_text())["results"]) == 8
 
 
 @needs_harness

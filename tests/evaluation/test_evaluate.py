@@ -17,7 +17,7 @@ from transformers.data.metrics import squad_metrics
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.evaluate import EvaluateSettings, evaluate_run, parse_sides
 from gemma_tune.paths import TINY_MODEL_DIR
-from gemma_tune.runs.evaluation import Evaluation, Figure, evaluated_rows_file, read_evaluation
+from gemma_tune.runs.evaluation import Evaluation, Figure, read_evaluation
 from gemma_tune.runs.reporter import SilentReporter
 from tests.evaluation.conftest import MAX_NEW_TOKENS, NUM_ROWS, DrawnRun
 from tools.tiny.documents import iter_documents
@@ -99,7 +99,7 @@ def estimates(figure: Figure) -> dict[str, Any]:
 def test_answers_and_losses_are_those_made_by_hand(
     evaluation: Evaluation, drawn_run: DrawnRun, by_hand: dict[str, list[dict[str, Any]]]
 ) -> None:
-    lines = evaluated_rows_file(drawn_run.run).read_text(encoding="utf-8").splitlines()
+    lines = drawn_run.run.evaluated_rows.read_text(encoding="utf-8").splitlines()
     assert len(lines) == NUM_ROWS
     # A run orders its held-out rows by a hash.
     rows = {(row["question"], row["expected"]): row for row in map(json.loads, lines)}
@@ -210,7 +210,7 @@ def test_nothing_is_measured_twice(
 
 
 def test_rows_of_a_file_one_model_and_json(drawn_run: DrawnRun, tmp_path: Any, evaluation: Evaluation) -> None:
-    before = evaluated_rows_file(drawn_run.run).read_bytes(), read_evaluation(drawn_run.run)
+    before = drawn_run.run.evaluated_rows.read_bytes(), read_evaluation(drawn_run.run)
     settings = EvaluateSettings(
         sides=("base",), source=str(drawn_run.rows_file), num_rows=1, expects_json=True, max_new_tokens=4
     )
@@ -221,10 +221,10 @@ def test_rows_of_a_file_one_model_and_json(drawn_run: DrawnRun, tmp_path: Any, e
     figure = group.figure("valid_json")
     assert figure is not None and figure.base is not None
     assert (figure.base.value, figure.base.low, figure.tuned, figure.difference) == (0.0, None, None, None)
-    (row,) = map(json.loads, evaluated_rows_file(drawn_run.run).read_text(encoding="utf-8").splitlines())
+    (row,) = map(json.loads, drawn_run.run.evaluated_rows.read_text(encoding="utf-8").splitlines())
     assert row["expected"] == drawn_run.rows[0]["response"]
     assert "tuned" not in row and row["base"]["num_tokens"] <= 4
-    evaluated_rows_file(drawn_run.run).write_bytes(before[0])
+    drawn_run.run.evaluated_rows.write_bytes(before[0])
 
 
 def test_rows_that_cannot_be_used_are_named(drawn_run: DrawnRun, tmp_path: Any) -> None:

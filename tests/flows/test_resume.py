@@ -22,11 +22,11 @@ from gemma_tune.flows import train as flow
 from gemma_tune.flows.reproduce import reproduce_run
 from gemma_tune.paths import DATA_TEMPLATES_DIR
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.index import hold_run
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
-from gemma_tune.runs.resume import hold_run
 
 AT_ONCE = "training.max_minutes=1e-9"  # stops after one step
 
@@ -83,7 +83,7 @@ def whole(recipe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 def train(recipe: Path, *overrides: str, resume: bool = False, from_step: int | None = None) -> tuple[RunDir, Told]:
     told = Told()
     loaded = load_recipe(recipe, overrides)
-    return flow.train(loaded, reporter=told, resume=resume, from_step=from_step), told
+    return flow.train(loaded, reporter=told, resume=resume, from_step=from_step).run, told
 
 
 def interrupt(recipe: Path, *overrides: str) -> RunDir:
@@ -133,7 +133,7 @@ def test_without_resume_the_interrupted_run_is_told(recipe: Path) -> None:
     interrupt(recipe)
     with pytest.raises(RunError, match=r"chaos was interrupted; its newest checkpoint is of step 1 of 20") as caught:
         train(recipe, "run.resume=never")
-    assert "go on with: gemma-tune train" in (caught.value.hint or "")
+    assert "resume it with: gemma-tune train" in (caught.value.hint or "")
     numbered = ("run.name=null", "run.resume=never", "training.max_steps=2")
     with pytest.raises(TrainingInterrupted):
         train(recipe, *numbered, AT_ONCE)

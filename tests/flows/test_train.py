@@ -20,12 +20,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, RunError, TrainingInterrupted
 from gemma_tune.flows import train as flow
+from gemma_tune.flows.decide import decide, report_plan
 from gemma_tune.flows.export import exports_of
+from gemma_tune.flows.prepare import require_equal
 from gemma_tune.machine.cards import find_card
 from gemma_tune.machine.world import World
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import read_manifest
@@ -44,7 +47,9 @@ SHORT = (
 
 def train(folder: Path, *overrides: str, resume: bool = False) -> RunDir:
     recipe = load_recipe(Path("quickstart"), [*SHORT, f"run.output_dir={folder}", *overrides])
-    return flow.train(recipe, reporter=SilentReporter(), resume=resume)
+    outcome = flow.train(recipe, reporter=SilentReporter(), resume=resume)
+    outcome.require_exported()
+    return outcome.run
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +80,11 @@ def test_a_run_on_a_card_says_first_whether_it_fits(tmp_path: Path, monkeypatch:
             self.warnings.append(text)
 
     loaded = load_recipe(Path("quickstart"), ["training.gradient_checkpointing=off", "training.batch_size=1024"])
-    setting, run, told = flow.decide(loaded.recipe), RunDir(tmp_path), Told()
+    decisions, told = decide(loaded), Told()
+    context = RunContext(RunDir(tmp_path), told, World())
     for card, lines in (("GB=2", told.warnings), ("h100", told.details)):
-        monkeypatch.setattr(flow, "detect_card", lambda card=card: find_card(card))
-        flow._tell_plan(run, setting, reporter=told, world=World())
+        monkeypatch.setattr("gemma_tune.flows.decide.detect_card", lambda card=card: find_card(card))
+        report_plan(context, decisions)
         assert "GB (±" in lines[-1]
         plan = read_json(tmp_path / "plan.json")
         assert plan["allocated_bytes"] > 0 and plan["uncertainty_bytes"] > 0
@@ -193,10 +199,10 @@ def test_processes_that_would_train_something_else_are_refused(override: str, ro
     world = SecondOfTwo(rank=1, size=2, first=(recipe, asdict(lock)))
     recipe, lock = described(override, rows=rows)
     if told is None:
-        flow._require_equal(recipe, lock, world=world)
+        require_equal(recipe, lock, world=world)
     else:
         with pytest.raises(RunError, match=told):
-            flow._require_equal(recipe, lock, world=world)
+            require_equal(recipe, lock, world=world)
 
 
 def cli(*arguments: str, folder: Path) -> subprocess.Popen[str]:
@@ -227,7 +233,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Sig
     assert out == ""
     assert f"stopped by {number.name}" in err
     assert "Traceback" not in err
-    command = next(line for line in err.splitlines() if "go on with: " in line).partition("go on with: ")[2]
+    command = next(line for line in err.splitlines() if "resume it with: " in line).partition("resume it with: ")[2]
     run = RunDir(tmp_path / "runs" / "quickstart-001")
     manifest = read_manifest(run)
     assert (manifest.status, manifest.step >= 3) == ("stopped", True)

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from gemma_tune.planning.known_base import find_base
 from gemma_tune.planning.plan import plan_recipe, plan_table
 from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.recipe.methods import METHODS
 from gemma_tune.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,3 +163,15 @@ def test_a_plan_imports_no_torch_and_takes_under_a_second() -> None:
     seconds, modules = json.loads(done.stdout)
     assert seconds < 1.0
     assert not {"torch", "transformers", "numpy", "datasets", "huggingface_hub"} & set(modules)
+
+
+def test_a_method_of_two_sequences_a_row_needs_the_memory_of_twice_the_rows() -> None:
+    METHODS.add(replace(METHODS["sft"], name="pairs", sequences_per_row=2))
+    try:
+        twice = _plan(_recipe("gemma-2b-dolly", "training.batch_size=4", "evaluation.batch_size=4"), "l4")
+        pairs = _plan(
+            _recipe("gemma-2b-dolly", "training.batch_size=2", "evaluation.batch_size=2", "method=pairs"), "l4"
+        )
+    finally:
+        METHODS.remove("pairs")
+    assert pairs.need_bytes == twice.need_bytes

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from gemma_tune.data.encode.encode_rows import Datasets
-from gemma_tune.engines.base import LoadedModel
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.machine.precision import Precision
 from gemma_tune.machine.world import ALONE, World
@@ -20,10 +21,13 @@ from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import step_of
+from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest
 from gemma_tune.runs.metrics import keep_metrics_until, read_metrics
 from gemma_tune.runs.reporter import Reporter, SilentReporter
+from gemma_tune.training.adapter_weights import name_base
+from gemma_tune.training.parts import TrainerParts
 from gemma_tune.training.train_adapter import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows
 
@@ -47,7 +51,7 @@ def save_base(path: Path) -> Path:
 
 
 def recipe_of(**training: Any) -> Recipe:
-    """A recipe of small steps; `four_bit`, `dropout`, `eval_every` and `log_every` go into their own sections."""
+    """A recipe of small steps; `four_bit`, `dropout`, `eval_every`, `log_every`, `trackers` go into their sections."""
     defaults = {"learning_rate": 1e-2, "batch_size": 4, "max_steps": 6, "gradient_checkpointing": "off"}
     return Recipe.model_validate(
         {
@@ -55,7 +59,7 @@ def recipe_of(**training: Any) -> Recipe:
             "lora": {"rank": 4, "dropout": training.pop("dropout", 0.0), **training.pop("lora", {})},
             "data": {"source": "x", "max_seq_tokens": 64},
             "evaluation": {"every_steps": training.pop("eval_every", None)},
-            "logging": {"every_steps": training.pop("log_every", 1)},
+            "logging": {"every_steps": training.pop("log_every", 1), "trackers": training.pop("trackers", ())},
             "training": {**defaults, **training},
         }
     )
@@ -89,21 +93,28 @@ def train(
     run = RunDir(directory)
     if not run.manifest.is_file():
         start_manifest(run)
+    loaded = loaded or attach(base, recipe, world=world)
+    name_base(loaded.model, name="somebody/some-gemma", revision="abc")
+    parts = parts_of(run, loaded, rows=rows, recipe=recipe, reporter=reporter, world=world)
+    return run, train_adapter(parts, resume_from=resume_from)
+
+
+def parts_of(
+    run: RunDir,
+    loaded: LoadedModel,
+    *,
+    rows: Rows,
+    recipe: Recipe,
+    reporter: Reporter | None = None,
+    world: World = ALONE,
+    engine: Engine | None = None,
+) -> TrainerParts:
     datasets: Datasets = rows  # type: ignore[assignment]
-    result = train_adapter(
-        loaded or attach(base, recipe, world=world),
-        engine=TransformersEngine(),
-        tokenizer=load_tokenizer(TINY_MODEL_DIR),
-        datasets=datasets,
-        recipe=recipe,
-        run=run,
-        reporter=reporter or SilentReporter(),
-        base_name="somebody/some-gemma",
-        base_revision="abc",
-        world=world,
-        resume_from=resume_from,
+    tokenizer = load_tokenizer(TINY_MODEL_DIR)
+    context = RunContext(run, reporter or SilentReporter(), world)
+    return TrainerParts(
+        context, recipe, engine or TransformersEngine(), loaded, tokenizer, Encoder(tokenizer), datasets
     )
-    return run, result
 
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:

@@ -15,7 +15,8 @@ from gemma_tune.runs import checkpoints as checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training import dry_run as rehearsal
 from gemma_tune.training.adapter_weights import trained_weights
-from gemma_tune.training.loop import TokenWeightedTrainer
+from gemma_tune.training.loop import Loop
+from gemma_tune.training.methods.sft import SftLoop
 from gemma_tune.training.sampler import EpochSampler
 from tests.training.random_rows import Rows, make_rows
 from tests.training.small_runs import attach, losses, recipe_of, train
@@ -30,7 +31,7 @@ def test_it_leaves_weights_gradients_random_state_and_folder_alone(
     loaded = attach(base, recipe)
     seen: dict[str, Any] = {}
 
-    def rehearse(trainer: TokenWeightedTrainer, **arguments: Any) -> float | None:
+    def rehearse(trainer: Loop, **arguments: Any) -> float | None:
         before = {name: weight.detach().clone() for name, weight in trained_weights(loaded.model).items()}
         random = torch.random.get_rng_state()
         loss = rehearsal.rehearse(trainer, **arguments)
@@ -60,7 +61,7 @@ def test_too_little_memory_is_told_with_the_way_out(
     def compute_loss(*arguments: Any, **keywords: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(TokenWeightedTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(SftLoop, "compute_loss", compute_loss)
     with pytest.raises(TrainingStopped, match=r"too little memory for 4 of the longest sequences, \d+ tokens") as told:
         train(base, tmp_path / "r", rows=ROWS, recipe=recipe_of())
     assert "halve training.batch_size" in (told.value.hint or "")
@@ -82,7 +83,7 @@ def test_room_for_the_checkpoints_is_asked_for_first(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(10**9, 10**9, 100_000))
-    with pytest.raises(RunError, match=r"not enough space for 3 checkpoints: 0\.\d MB are needed and 0\.1 MB free"):
+    with pytest.raises(RunError, match=r"3 checkpoints needs 0\.\d MB, 0\.1 MB are free"):
         train(base, tmp_path / "r", rows=ROWS, recipe=recipe_of())
 
 

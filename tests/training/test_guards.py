@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import TrainingStopped
 from gemma_tune.machine.precision import Precision
+from gemma_tune.machine.world import World
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
@@ -108,7 +110,8 @@ def test_weights_that_take_no_part_are_told_once(base: Path, tmp_path: Path) -> 
 
 def test_a_float16_scale_may_overflow_a_few_times_and_not_for_ever() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    guard = GuardCallback(take_loss=lambda: torch.tensor(2.0), reporter=SilentReporter())
+    context = RunContext(RunDir(Path()), SilentReporter(), World())
+    guard = GuardCallback(context, take_loss=lambda: torch.tensor(2.0))
     guard.trained = {"weight": weight}
     args: Any = SimpleNamespace(fp16=True, learning_rate=1e-4)
     state: Any = SimpleNamespace(global_step=0)

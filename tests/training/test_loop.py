@@ -15,7 +15,7 @@ from gemma_tune.data.encode.arrays import IGNORED, EncodedRow
 from gemma_tune.errors import TrainingStopped
 from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.training.loop import PadRight
+from gemma_tune.training.layouts import PadRight
 from tests.training.random_rows import Rows, make_rows
 from tests.training.small_runs import attach, losses, recipe_of, train, weights
 

@@ -19,24 +19,22 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRow, EncodedRows
-from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.engines.base import Engine, LoadedModel
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import DataError
 from gemma_tune.machine.precision import Precision
-from gemma_tune.models.tokenizer import load_tokenizer
-from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest
 from gemma_tune.runs.metrics import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
+from gemma_tune.training.layouts import JoinRows, RowGroups, join_rows_for
 from gemma_tune.training.leak_probe import find_leak
-from gemma_tune.training.loop import JoinRows, RowGroups, join_rows_for
 from gemma_tune.training.sampler import EpochSampler
 from gemma_tune.training.train_adapter import TrainingResult, train_adapter
 from tests.training.random_rows import VOCAB, Rows, make_rows
+from tests.training.small_runs import parts_of
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -107,20 +105,9 @@ def train(
     run, reporter = RunDir(directory), Warnings()
     if resume_from is None:
         start_manifest(run)
-    datasets: Datasets = rows  # type: ignore[assignment]
-    result = train_adapter(
-        loaded or attach(base, recipe, engine=engine),
-        engine=engine or TransformersEngine(),
-        tokenizer=load_tokenizer(TINY_MODEL_DIR),
-        datasets=datasets,
-        recipe=recipe,
-        run=run,
-        reporter=reporter,
-        base_name="somebody/some-gemma",
-        base_revision=None,
-        resume_from=resume_from,
-    )
-    return run, result, reporter.texts
+    loaded = loaded or attach(base, recipe, engine=engine)
+    parts = parts_of(run, loaded, rows=rows, recipe=recipe, reporter=reporter, engine=engine)
+    return run, train_adapter(parts, resume_from=resume_from), reporter.texts
 
 
 def weights(run: RunDir) -> dict[str, torch.Tensor]:

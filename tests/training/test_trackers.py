@@ -10,12 +10,13 @@ from typing import get_args
 import pytest
 
 from gemma_tune.errors import RunError
-from gemma_tune.machine.precision import Precision
-from gemma_tune.recipe.schema import EvaluationSection, LoggingSection, TrainingSection
+from gemma_tune.recipe.schema import LoggingSection
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training import trackers
 from gemma_tune.training.loop import to_sft_config
 from gemma_tune.training.trackers import require_trackers, tracking
+from tests.training.random_rows import Rows
+from tests.training.small_runs import attach, parts_of, recipe_of
 
 
 def test_the_table_has_every_tracker_of_the_schema() -> None:
@@ -65,15 +66,8 @@ def test_wandb_without_a_key_never_asks(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.parametrize("names", [(), ("tensorboard", "wandb", "mlflow", "trackio")])
-def test_the_trainer_reports_to_those_and_to_nobody_else(names: tuple[str, ...], tmp_path: Path) -> None:
-    config = to_sft_config(
-        TrainingSection(),
-        evaluation=EvaluationSection(),
-        logging=LoggingSection(trackers=names),
-        precision=Precision("float32", "float32", None, "test"),
-        run=RunDir(tmp_path),
-        on_cpu=True,
-        has_eval_rows=False,
-    )
+def test_the_trainer_reports_to_those_and_to_nobody_else(names: tuple[str, ...], base: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(trackers=names)
+    config = to_sft_config(parts_of(RunDir(tmp_path), attach(base, recipe), rows=Rows([]), recipe=recipe))
     assert config.report_to == list(names)
     assert not config.push_to_hub and config.hub_token is None

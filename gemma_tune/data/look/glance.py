@@ -12,6 +12,7 @@ from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, split_c
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.data.sources.source import open_source
 from gemma_tune.errors import DataError
+from gemma_tune.recipe.methods import DEFAULT_METHOD
 from gemma_tune.recipe.schema import DataSection
 
 Goal = Literal["chat", "instruct", "complete"]
@@ -73,7 +74,7 @@ def read_columns(source: str) -> tuple[str, ...]:
     columns = open_source(split_count(source)[0]).columns
     if {"chosen", "rejected"} <= set(columns):
         raise DataError(
-            f"{source} holds preference pairs (chosen, rejected), which are checked but cannot be trained yet",
+            f"{source} holds preference pairs (chosen, rejected), which cannot be trained by method {DEFAULT_METHOD}",
             hint=f"look at them with: gemma-tune data audit {source}",
         )
     return columns

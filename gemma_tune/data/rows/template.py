@@ -26,8 +26,10 @@ from ruamel.yaml.events import AliasEvent
 from gemma_tune.errors import DataError
 from gemma_tune.identity import text_sha256
 from gemma_tune.paths import DATA_TEMPLATES_DIR
+from gemma_tune.recipe.methods import RowKind
 from gemma_tune.recipe.problems import problem_of
-from gemma_tune.recipe.schema import DataSection, Names, NonEmpty, Section
+from gemma_tune.recipe.schema import DataSection
+from gemma_tune.recipe.section import Names, NonEmpty, Section
 from gemma_tune.text import did_you_mean
 
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -104,6 +106,11 @@ class DataTemplate:
     example: Mapping[str, object] = field(compare=False, repr=False)
     sha256: str
     source_text: str = field(repr=False)
+
+    @property
+    def rows(self) -> RowKind:
+        """What a row holds, as training methods call it."""
+        return "pair" if self.kind == "preference" else "response"
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -1,0 +1,20 @@
+"""What every section of a recipe is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonEmpty = Annotated[str, StringConstraints(min_length=1, strip_whitespace=True)]
+# YAML gives lists; pydantic's strict mode would refuse them for a tuple.
+Names = Annotated[tuple[NonEmpty, ...], Field(strict=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict, and without room for unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())

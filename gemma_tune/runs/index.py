@@ -1,0 +1,94 @@
+"""The runs of a folder: which is the newest of a recipe, and the state that one is in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from gemma_tune.disk import take_lock
+from gemma_tune.errors import RunError
+from gemma_tune.runs.layout import RunDir, open_run
+from gemma_tune.runs.manifest import read_manifest
+
+# `dead`: the manifest says running, but no process holds the run.
+RunState = Literal["running", "finished", "stopped", "failed", "dead"]
+
+
+def state_of(run: RunDir) -> RunState:
+    """Return the state of a run that has a manifest."""
+    if is_held(run):
+        return "running"
+    status = read_manifest(run).status
+    return "dead" if status == "running" else status
+
+
+@contextlib.contextmanager
+def hold_run(run: RunDir) -> Iterator[None]:
+    """Keep other processes from training in the same run; the hold ends with the process, however it ends.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        if not take_lock(descriptor):
+            raise RunError(
+                f"{run.path} is being trained by another process", hint="wait for it, or choose another run.name"
+            )
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_held(run: RunDir) -> bool:
+    """Whether some process trains in the run now."""
+    descriptor = os.open(run.path, os.O_RDONLY)
+    try:
+        return not take_lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find_begun(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir:
+    """Return the run that `--resume` continues, finished or not: the named one, else the newest run of that recipe.
+
+    Raises:
+        RunError: there is none.
+    """
+    if name is not None:
+        return open_run(output_dir / name)
+    run = newest_run(output_dir, recipe_name)
+    if run is None:
+        raise RunError(
+            f"nothing to resume: {output_dir} holds no run of the recipe {recipe_name!r}",
+            hint="start it without --resume",
+        )
+    return run
+
+
+def interrupted_run(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir | None:
+    """Return the named run, else the newest of the recipe, when it was begun, has not finished and is not running."""
+    run = RunDir(output_dir / name) if name is not None else newest_run(output_dir, recipe_name)
+    if run is None or not (run.manifest.is_file() and run.resolved_recipe.is_file()):
+        return None
+    return run if state_of(run) in ("stopped", "failed", "dead") else None
+
+
+def newest_run(output_dir: Path, recipe_name: str) -> RunDir | None:
+    """Return the numbered run of a recipe that was begun last, or None."""
+    numbered = numbered_runs(output_dir, recipe_name)
+    runs = [number for number, path in numbered.items() if RunDir(path).manifest.is_file()]
+    return RunDir(numbered[max(runs)]) if runs else None
+
+
+def numbered_runs(output_dir: Path, recipe_name: str) -> dict[int, Path]:
+    """Return the directories `<recipe_name>-<number>` by their number."""
+    found = {}
+    for path in output_dir.glob("*"):
+        start, _, number = path.name.rpartition("-")
+        if start == recipe_name and len(number) >= 3 and number.isdecimal():
+            found[int(number)] = path
+    return found
