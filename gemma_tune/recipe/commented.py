@@ -1,4 +1,4 @@
-"""A new recipe file: only what differs from the defaults, with the reason beside a value."""
+"""A new recipe file: only what differs from the defaults, with the reason next to a value."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class LoraSection(Section):
         description="How A and B start: default is Kaiming A and zero B, as in the LoRA paper's reference code.",
     )
     modules_to_save: Names = Field(
-        (), description="Whole modules trained and stored beside the adapter, e.g. ['embed_tokens']."
+        (), description="Whole modules trained and stored next to the adapter, e.g. ['embed_tokens']."
     )
 
 
@@ -116,7 +116,7 @@ class CleanSection(Section):
         "so on in their place, drop leaves the row out.",
     )
     strip_citations: bool = Field(False, description="Remove citation marks such as [1] and [citation needed].")
-    fix_encoding: bool = Field(False, description="Mend text that was decoded with the wrong encoding (mojibake).")
+    fix_encoding: bool = Field(False, description="Repair text that was decoded with the wrong encoding (mojibake).")
     min_response_words: PositiveInt | None = Field(None, description="Leave out rows with a shorter response.")
     max_response_words: PositiveInt | None = Field(None, description="Leave out rows with a longer response.")
 
@@ -243,14 +243,15 @@ class TrainingSection(Section):
         None, description="Steps between checkpoints; null saves at every tenth of the run."
     )
     save_every_minutes: PositiveFloat | None = Field(
-        None, description="Longest time without a checkpoint, beside save_every_steps; null saves on steps alone."
+        None,
+        description="Longest time without a checkpoint, in addition to save_every_steps; null saves on steps alone.",
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
         2, description="Newest checkpoints kept; at least 2. The best one and the one resumed from stay besides."
     )
     max_minutes: PositiveFloat | None = Field(
         None,
-        description="Stop after N minutes of training in this command, with a checkpoint to go on from; null sets no "
+        description="Stop after N minutes of training in this command, with a checkpoint to resume from; null sets no "
         "limit.",
     )
     early_stop_patience: PositiveInt | None = Field(
@@ -277,7 +278,7 @@ class EvaluationSection(Section):
 
 
 class ExportSection(Section):
-    """What is written after training, beside the adapter."""
+    """What is written after training, next to the adapter."""
 
     formats: Names = Field(
         (),
@@ -292,7 +293,7 @@ class ExportSection(Section):
 
 
 class LoggingSection(Section):
-    """What is told while training."""
+    """What is reported while training."""
 
     every_steps: PositiveInt = Field(1, description="Steps between two lines of metrics.jsonl.")
     trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], Field(strict=False)] = Field(
@@ -311,7 +312,7 @@ class RunSection(Section):
     )
     resume: Literal["never", "auto"] = Field(
         "never",
-        description="auto goes on with the interrupted run of this recipe where there is one, so that the same command "
+        description="auto resumes the interrupted run of this recipe where there is one, so that the same command "
         "starts and continues; never starts a new run unless --resume is given.",
     )
 

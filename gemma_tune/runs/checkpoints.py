@@ -1,6 +1,6 @@
 """Checkpoints on disk: written whole or not at all, proven before an older one goes, found again by themselves.
 
-A checkpoint is written into a hidden folder beside its place, flushed, sealed with every file's size and hash, and
+A checkpoint is written into a hidden folder next to its place, flushed, sealed with every file's size and hash, and
 renamed. What is listed therefore is complete, and the seal tells so even where a rename is not atomic, as on a mounted
 Drive. Nothing of it is a pickle.
 """
@@ -148,7 +148,7 @@ def has_checkpoints(run: RunDir) -> bool:
 
 
 def go_back_to(run: RunDir, checkpoint: Path | None) -> list[str]:
-    """Prepare the folder for a run that goes on from a checkpoint, or from its first step where it is None.
+    """Prepare the folder for a run that resumes from a checkpoint, or from its first step where it is None.
 
     What a crash left half written is swept; newer checkpoints, damaged or of the line that is left, are set aside.
 
@@ -168,7 +168,7 @@ def go_back_to(run: RunDir, checkpoint: Path | None) -> list[str]:
 
 
 def set_aside(path: Path) -> None:
-    """Move a checkpoint out of the list, into `set-aside/` beside it, under a name that is free there."""
+    """Move a checkpoint out of the list, into `set-aside/` next to it, under a name that is free there."""
     folder = path.parent / "set-aside"
     folder.mkdir(exist_ok=True)
     target, number = folder / path.name, 1

@@ -80,7 +80,7 @@ class RunDir:
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter in PEFT's format, with the tokenizer and its chat template beside it."""
+        """The trained adapter in PEFT's format, with the tokenizer and its chat template next to it."""
         return self.path / "adapter"
 
     @property

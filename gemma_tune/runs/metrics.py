@@ -33,7 +33,7 @@ def flush_metrics(run: RunDir) -> None:
 
 
 def keep_metrics_until(run: RunDir, step: int) -> None:
-    """Leave out the lines after a step, and one that a crash has cut, before a run goes on from that step."""
+    """Leave out the lines after a step, and one that a crash has cut, before a run resumes from that step."""
     if run.metrics.is_file():
         rows = [row for row in read_metrics(run) if row["step"] <= step]
         write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))

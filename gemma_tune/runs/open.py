@@ -169,7 +169,10 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
                 output_dir, needed_bytes, what="the run", error=RunError, spare_bytes=0,
                 hint="free some space, or set run.output_dir to another disk",
             )  # fmt: skip
-            return RunDir(_make_named(output_dir, name) if name else _make_numbered(output_dir, recipe_name))
+            if name is None:
+                return RunDir(_make_numbered(output_dir, recipe_name))
+            (output_dir / name).mkdir()
+            return RunDir(output_dir / name)
         except (RunError, OSError):
             for folder in reversed(made):  # leave nothing behind that was not there
                 folder.rmdir()
@@ -205,12 +208,6 @@ def _make_parents(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
     return made
-
-
-def _make_named(output_dir: Path, name: str) -> Path:
-    path = output_dir / name
-    path.mkdir()
-    return path
 
 
 def _make_numbered(output_dir: Path, recipe_name: str) -> Path:

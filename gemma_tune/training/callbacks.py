@@ -1,4 +1,4 @@
-"""What happens beside the steps: metrics and progress, checkpoints on a clock, early and asked-for ends (LEAF)."""
+"""What happens between the steps: metrics and progress, checkpoints on a clock, early and asked-for ends (LEAF)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class MetricsCallback(TrainerCallback):
     """Writes metrics.jsonl and tells the reporter.
 
     Args:
-        method: names the figures that are kept besides those of `StepProgress`.
+        method: names the figures that are kept with those of `StepProgress`.
         count_tokens, count_seconds: return the real tokens trained on so far, in all processes, and the time spent,
             those before a resume included.
     """

@@ -42,7 +42,7 @@ def rehearse(trainer: Loop, *, parts: TrainerParts) -> float | None:
     folder, precision = parts.context.run.path, parts.loaded.precision
     require_free(folder, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
     _rehearse_saving(trainer.model, folder=folder / ".rehearsal", tokenizer=parts.tokenizer)
-    with _memory_told(trainer):
+    with _explaining_memory(trainer):
         eval_loss = trainer.mean_eval_loss() if trainer.eval_rows else None
         if parts.shards_model:
             trainer.add_callback(_RehearseStep(trainer, precision=precision))
@@ -52,7 +52,7 @@ def rehearse(trainer: Loop, *, parts: TrainerParts) -> float | None:
 
 
 @contextmanager
-def _memory_told(trainer: Loop) -> Iterator[None]:
+def _explaining_memory(trainer: Loop) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -107,7 +107,7 @@ class _RehearseStep(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        with _memory_told(self.trainer):
+        with _explaining_memory(self.trainer):
             _rehearse_step(self.trainer, precision=self.precision)
 
 

@@ -42,7 +42,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracking(names: Sequence[str], *, run: RunDir) -> Iterator[None]:
-    """Within the block trackers keep their files in the run where they can, and one that fails is told in a sentence.
+    """Within the block trackers keep their files in the run where they can, and one that fails is reported in a sentence.
 
     Raises:
         RunError: a named tracker raised one of its own exceptions.
@@ -58,7 +58,7 @@ def tracking(names: Sequence[str], *, run: RunDir) -> Iterator[None]:
             raise
         raise RunError(
             f"the tracker {name} failed: {error}",
-            hint="mend it, or leave it out of logging.trackers: metrics.jsonl has every step in any case",
+            hint="fix it, or leave it out of logging.trackers: metrics.jsonl has every step in any case",
         ) from error
     finally:
         if is_ours:
