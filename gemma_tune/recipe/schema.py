@@ -244,7 +244,7 @@ class TrainingSection(Section):
     )
     save_every_minutes: PositiveFloat | None = Field(
         None,
-        description="Longest time without a checkpoint, in addition to save_every_steps; null saves on steps alone.",
+        description="Longest time without a checkpoint, whatever save_every_steps is; null saves on steps alone.",
     )
     keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
         2, description="Newest checkpoints kept; at least 2. The best one and the one resumed from stay besides."

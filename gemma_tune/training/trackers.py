@@ -42,7 +42,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def tracking(names: Sequence[str], *, run: RunDir) -> Iterator[None]:
-    """Within the block trackers keep their files in the run where they can, and one that fails is reported in a sentence.
+    """Within the block trackers keep their files in the run where they can; one that fails is reported in a sentence.
 
     Raises:
         RunError: a named tracker raised one of its own exceptions.
