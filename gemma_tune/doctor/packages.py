@@ -16,13 +16,14 @@ from packaging.specifiers import BaseSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from gemma_tune.doctor.finding import Finding
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.identity import installed_version
 from gemma_tune.paths import PACKAGE_DIR
 
 # The packages that reach into each other; what these ask of each other is checked.
 STACK = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "huggingface-hub",
-    "safetensors", "unsloth", "unsloth-zoo",
+    "safetensors", *(canonicalize_name(name) for engine in ENGINES.values() for name in engine.packages),
 )  # fmt: skip
 _GGUF_EXTRAS = {"gguf": "every GGUF file", "llama-cpp-python": "K-quants and the check of a GGUF file"}
 _NOT_FOR_USERS = {"dev"}
@@ -112,7 +113,10 @@ def check_gguf() -> Finding:
 def install_command(tested: list[Requirement], names: Sequence[str]) -> str:
     """The pip command that brings these packages to their tested versions."""
     wanted: dict[str, Requirement] = {canonicalize_name(requirement.name): requirement for requirement in tested}
-    parts = [f"'{name}{wanted[name].specifier}'" if name in wanted else name for name in dict.fromkeys(names)]
+    parts = [
+        f"'{name}{wanted[name].specifier}'" if name in wanted else name
+        for name in dict.fromkeys(map(canonicalize_name, names))
+    ]
     return f"pip install {' '.join(parts)}"
 
 

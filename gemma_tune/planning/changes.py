@@ -21,8 +21,6 @@ from gemma_tune.recipe.schema import Recipe
 _MIN_TOKENS = 256
 _MIN_RANK = 8
 _MAX_CHANGES = 3
-
-
 _Overrides = dict[str, Any]
 
 
@@ -90,12 +88,12 @@ def find_changes(
         if any(_goes_further(options, than=other, levers=levers) for other, _ in found):
             continue
         overrides = _merge(options)
-        outcome = fitting(overrides)
-        if outcome is None:
+        plan = fitting(overrides)
+        if plan is None:
             continue
         harm, slow, _ = cost(options)
         lines = tuple(f"{path}={_yaml(value)}" for path, value in overrides.items())
-        found.append((options, Change(lines, outcome.verdict, outcome.need_bytes, slow, harm == 0)))
+        found.append((options, Change(lines, plan.verdict, plan.need_bytes, slow, harm == 0)))
         if len(found) == _MAX_CHANGES or harm:
             break
     return tuple(change for _, change in found)
@@ -115,7 +113,7 @@ def _levers(recipe: Recipe, *, engine: EngineFacts) -> list[list[_Option]]:
     optimizers = [_Option({})]
     if training.optimizer in ("adamw", "adamw_fused", "paged_adamw"):
         optimizers.append(_Option({"training.optimizer": "adamw_8bit"}))
-    if training.optimizer not in memory.PAGED:
+    if not memory.OPTIMIZERS[training.optimizer].is_paged:
         optimizers.append(_Option({"training.optimizer": "paged_adamw_8bit"}))
     ladder = ["off", "on", *filter(None, [engine.own_checkpointing])]
     now = training.gradient_checkpointing if training.gradient_checkpointing in ladder else "on"
@@ -171,10 +169,10 @@ def _smaller_model(
         key=lambda model: (model.family != config.family, -model.num_params),
     )
     for model in candidates:
-        outcome = fitting({"model.name": model.name})
-        if outcome is not None:
+        plan = fitting({"model.name": model.name})
+        if plan is not None:
             ratio = round(model.num_params / num_params, 3)
-            return (Change((f"model.name={model.name}",), outcome.verdict, outcome.need_bytes, ratio, False),)
+            return (Change((f"model.name={model.name}",), plan.verdict, plan.need_bytes, ratio, False),)
     return ()
 
 

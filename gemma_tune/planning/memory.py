@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from gemma_tune.engines.facts import EngineFacts
 from gemma_tune.models.config import TextConfig
@@ -106,13 +107,8 @@ def gradient_bytes(config: TextConfig, lora: LoraSection) -> int:
 
 
 def optimizer_bytes(config: TextConfig, lora: LoraSection, *, optimizer: str) -> int:
-    """State of an optimizer.
-
-    adamw, adamw_fused, paged_adamw: two float32 moments (arXiv:1711.05101). adamw_8bit, paged_adamw_8bit: the same in
-    8 bits with block-wise absmax (arXiv:2110.02861). lion_8bit: one such moment (arXiv:2302.06675). adafactor: a row
-    and a column of second moments a matrix (arXiv:1804.04235). sgd: none without momentum.
-    """
-    return _STATE[optimizer](trained_shapes(config, lora))
+    """State of an optimizer, by the rule that its row of OPTIMIZERS names; sgd has no momentum here."""
+    return OPTIMIZERS[optimizer].state(trained_shapes(config, lora))
 
 
 def _full(moments: int, shapes: Shapes) -> int:
@@ -131,15 +127,23 @@ def _factored(shapes: Shapes) -> int:
     return _FLOAT32 * sum(sum(shape) + 1 for shape in shapes)
 
 
-_STATE: dict[str, Callable[[Shapes], int]] = {
-    "adamw": functools.partial(_full, 2),
-    "adamw_fused": functools.partial(_full, 2),
-    "paged_adamw": functools.partial(_full, 2),
-    "adamw_8bit": functools.partial(_blockwise, 2),
-    "paged_adamw_8bit": functools.partial(_blockwise, 2),
-    "lion_8bit": functools.partial(_blockwise, 1),
-    "adafactor": _factored,
-    "sgd": functools.partial(_full, 0),
+@dataclass(frozen=True)
+class Optimizer:
+    """Bytes of an optimizer's state by the shapes of what it trains, in words, and whether it is paged."""
+
+    state: Callable[[Shapes], int]
+    how: str
+    is_paged: bool = False
+
+
+_PAGES = "pages to the host when the card is full"  # managed memory, which the driver moves
+OPTIMIZERS = {
+    "adamw": Optimizer(functools.partial(_full, 2), "2 moments in float32 (arXiv:1711.05101)"),
+    "adamw_fused": Optimizer(functools.partial(_full, 2), "2 moments in float32 (arXiv:1711.05101)"),
+    "paged_adamw": Optimizer(functools.partial(_full, 2), _PAGES, is_paged=True),
+    "adamw_8bit": Optimizer(functools.partial(_blockwise, 2), "2 moments in 8 bits, blocks of 256 (arXiv:2110.02861)"),
+    "paged_adamw_8bit": Optimizer(functools.partial(_blockwise, 2), _PAGES, is_paged=True),
+    "lion_8bit": Optimizer(functools.partial(_blockwise, 1), "1 moment in 8 bits, blocks of 256 (arXiv:2302.06675)"),
+    "adafactor": Optimizer(_factored, "a row and a column a matrix (arXiv:1804.04235)"),
+    "sgd": Optimizer(functools.partial(_full, 0), "none"),
 }
-# Their state lies in managed memory, which the driver moves to the host when the card is full.
-PAGED = ("paged_adamw", "paged_adamw_8bit")

@@ -22,10 +22,11 @@ _Q4_K, _Q5_K, _Q6_K, _Q8_0 = 144 / 256, 176 / 256, 210 / 256, 34 / 32
 
 
 def resident_parts(recipe: Recipe, *, base: Base, step: Step, processes: int) -> tuple[Part, ...]:
+    """Count what lies on the card from the first step to the last."""
     config, bits, numerics = base.config, step.bits, step.numerics
-    optimizer = recipe.training.optimizer
+    name, optimizer = recipe.training.optimizer, memory.OPTIMIZERS[recipe.training.optimizer]
     quantized = memory.quantized_bytes(config, bits=bits)
-    state = memory.optimizer_bytes(config, step.lora, optimizer=optimizer)
+    state = memory.optimizer_bytes(config, step.lora, optimizer=name)
     parts = [
         Part(
             "weights in 4 bits" if bits == "4bit" else "weights in 8 bits",
@@ -52,28 +53,19 @@ def resident_parts(recipe: Recipe, *, base: Base, step: Step, processes: int) ->
             "DDP sums the gradients of all cards in a copy of them",
         ),
         Part(
-            f"{optimizer} state",
-            0 if optimizer in memory.PAGED else state,
-            "pages to the host when the card is full" if optimizer in memory.PAGED else _OPTIMIZER_HOW[optimizer],
+            f"{name} state",
+            0 if optimizer.is_paged else state,
+            optimizer.how,
         ),
+        Part("left by loading", LOADING_BYTES, "what loaders leave reserved in four published runs"),
     ]
-    parts.append(Part("left by loading", LOADING_BYTES, "what loaders leave reserved in four published runs"))
     return tuple(part for part in parts if part.bytes or part.name.endswith("state"))
-
-
-_OPTIMIZER_HOW = {
-    "adamw": "2 moments in float32 (arXiv:1711.05101)",
-    "adamw_fused": "2 moments in float32 (arXiv:1711.05101)",
-    "adamw_8bit": "2 moments in 8 bits, blocks of 256 (arXiv:2110.02861)",
-    "lion_8bit": "1 moment in 8 bits, blocks of 256 (arXiv:2302.06675)",
-    "adafactor": "a row and a column a matrix (arXiv:1804.04235)",
-    "sgd": "none",
-}
 
 
 def moment_parts(
     recipe: Recipe, *, config: TextConfig, step: Step, found: Activations, free_bytes: int | None
 ) -> tuple[Part, ...]:
+    """Count what comes on top at each moment of a run that may be its peak; `free_bytes` as in `activations`."""
     how = {
         "off": "every layer's tensors, and gradients in flight",
         "on": "every layer's input, one layer computed again, gradients in flight",
@@ -119,19 +111,21 @@ def _answers(recipe: Recipe) -> bool:
 
 
 def host_parts(recipe: Recipe, *, base: Base, step: Step, found: Activations) -> tuple[Part, ...]:
+    """Count the host's memory."""
     whole = 2 * (memory.count_all(base.config) + base.num_tower_params)
     parts = [
         Part("process", _PROCESS_HOST_BYTES, "Python, PyTorch, CUDA libraries; not measured on a card"),
         Part("loading", min(whole, _MAX_SHARD_BYTES), "one file of weights at a time"),
         Part("layer inputs", found.offloaded, "L·T·H, pinned (gradient_checkpointing: unsloth)"),
     ]
-    if recipe.training.optimizer in memory.PAGED:
+    if memory.OPTIMIZERS[recipe.training.optimizer].is_paged:
         state = memory.optimizer_bytes(base.config, step.lora, optimizer=recipe.training.optimizer)
         parts.append(Part("paged optimizer state", state, "managed memory"))
     return tuple(part for part in parts if part.bytes)
 
 
 def disk_parts(recipe: Recipe, *, base: Base, step: Step) -> tuple[Part, ...]:
+    """Count what a run writes, with the exports that the recipe asks for."""
     adapter = memory.adapter_bytes(base.config, step.lora)
     state = memory.optimizer_bytes(base.config, step.lora, optimizer=recipe.training.optimizer)
     num_params = memory.count_all(base.config) + base.num_tower_params
@@ -151,6 +145,7 @@ def disk_parts(recipe: Recipe, *, base: Base, step: Step) -> tuple[Part, ...]:
 
 
 def export_parts(recipe: Recipe, *, base: Base) -> tuple[Part, ...]:
+    """Estimate each export from the architecture; an export itself reads the headers of files that need not be here."""
     element = 4 if recipe.export.dtype == "float32" else 2
     num_params = memory.count_all(base.config) + base.num_tower_params
     merged = Part("merged-16bit", element * num_params + _TOKENIZER_BYTES, f"{element} bytes a parameter")

@@ -6,13 +6,14 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
+from gemma_tune.engines.facts import ENGINES
 from gemma_tune.identity import installed_version
 from gemma_tune.recipe.methods import DEFAULT_METHOD
 
 # The packages whose versions decide what a run computes.
 RECORDED_PACKAGES = (
-    "gemma-tune", "torch", "transformers", "peft", "trl", "bitsandbytes", "unsloth", "unsloth_zoo",
-    "accelerate", "datasets", "tokenizers", "safetensors", "numpy",
+    "gemma-tune", "torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets", "tokenizers",
+    "safetensors", "numpy", *(name for engine in ENGINES.values() for name in engine.packages),
 )  # fmt: skip
 
 

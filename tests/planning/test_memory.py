@@ -16,7 +16,7 @@ from gemma_tune.engines.facts import ENGINES
 from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning.activations import activations, head_bytes, layer_saved_bytes
 from gemma_tune.planning.memory import (
-    PAGED,
+    OPTIMIZERS,
     adapter_bytes,
     count_trained,
     gradient_bytes,
@@ -105,7 +105,7 @@ def test_bitsandbytes_state(name: str) -> None:
     for index, weight in enumerate(weights):
         optimizer.init_state(optimizer.param_groups[0], weight, 0, index)
     assert measure.optimizer_bytes(optimizer) == optimizer_bytes(config, adapter, optimizer=name)
-    assert (name in PAGED) == name.startswith("paged")
+    assert OPTIMIZERS[name].is_paged == name.startswith("paged")
 
 
 def _facts(**values: int) -> TextConfig:
