@@ -175,7 +175,8 @@ def _settle_goal(terminal: Terminal, columns: Sequence[str], *, model: str | Non
 
 def _is_tuned(model: str | None) -> bool | None:
     """None: not known, or no matter, as the embedded model knows chat turns without having learned them."""
-    from gemma_tune.models.catalogue import TINY, resolve_model
+    from gemma_tune.models.catalogue import TINY
+    from gemma_tune.models.resolve import resolve_model
 
     row = None if model is None else resolve_model(model).model
     return None if row is None or row.name == TINY else row.is_instruction_tuned
@@ -268,7 +269,7 @@ def _proposer(
 
 def _tokenizer_of(model: str) -> Path | None:
     """Its tokenizer.json, where the model is a directory on this machine."""
-    from gemma_tune.models.catalogue import resolve_model
+    from gemma_tune.models.resolve import resolve_model
 
     path = Path(resolve_model(model).location) / "tokenizer.json"
     return path if path.is_file() else None
@@ -327,7 +328,7 @@ def _figures(proposal: Proposal) -> tuple[str | None, ...]:
 def _header(proposal: Proposal, *, source: str, goal: Goal, output: Path) -> dict[str, str]:
     """The comments at the top, as shipped recipes have them."""
     from gemma_tune.data.look.glance import GOALS
-    from gemma_tune.models.catalogue import resolve_model
+    from gemma_tune.models.resolve import resolve_model
 
     plan, command = proposal.plan, f"gemma-tune train {shlex.quote(str(output))}"
     header = {"Goal": f"{GOALS[goal].about}, on the rows of {source}."}

@@ -73,22 +73,22 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show a model's facts and its layer table with parameter counts."""
-    from gemma_tune.models.catalogue import describe_config, describe_model, resolve_model
+    from gemma_tune.models.catalogue import LORA_PROJECTIONS, describe_config, describe_model
     from gemma_tune.models.describe import count_lora_params, count_weight_bytes, summarize
     from gemma_tune.models.fetch import fetch_config
+    from gemma_tune.models.resolve import resolve_model
 
     terminal = Terminal()
     source = resolve_model(name)
     config = fetch_config(name)
     rows = summarize(config, by="module" if modules else "layer")
-    targets = (
-        source.model.lora_targets
-        if source.model
-        else ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-    )
-    lora = count_lora_params(config, rank=rank, targets=targets)
+    lora = count_lora_params(config, rank=rank, targets=LORA_PROJECTIONS)
     sizes = {load: count_weight_bytes(config, load=load) for load in ("16bit", "4bit")}
-    facts = describe_model(source.model) if source.model else [("Directory", source.location), *describe_config(config)]
+    facts = (
+        describe_model(source.model)
+        if source.model
+        else [("Directory" if source.path.is_dir() else "Id", source.location), *describe_config(config)]
+    )
     if as_json:
         terminal.json(
             {"facts": dict(facts), "layers": [asdict(row) for row in rows], "lora_params": lora, "weight_bytes": sizes}
@@ -121,17 +121,13 @@ def download(
 ) -> None:
     """Download a model before it is needed; an interrupted download goes on where it stopped."""
     from gemma_tune.models.fetch import fetch_model
-    from gemma_tune.models.hub.kaggle import fetch_kaggle_model, is_kaggle_handle
     from gemma_tune.models.safetensors import directory_bytes
 
     terminal = Terminal()
-    if is_kaggle_handle(name):
-        model = fetch_kaggle_model(name)
-    else:
-        with TerminalReporter(terminal) as reporter:
-            model = fetch_model(name, revision=revision, progress=_Progress(reporter).tell)
+    with TerminalReporter(terminal) as reporter:
+        model = fetch_model(name, revision=revision, progress=_Progress(reporter).tell)
     num_bytes = directory_bytes(model.directory)
-    settings = [f"model.name={model.name if model.revision or model.model else model.directory}"]
+    settings = [f"model.name={model.name}"]
     settings += [f"model.revision={revision}"] if revision else []
     if as_json:
         terminal.json(

@@ -9,7 +9,7 @@ from gemma_tune.terminal import Terminal
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe without loading a model: keys, values, model name and data template."""
     from gemma_tune.data.rows.template import check_named
-    from gemma_tune.models.catalogue import resolve_model
+    from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
 
     terminal = Terminal()

@@ -6,7 +6,6 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from gemma_tune.machine.child import Send, one_line
@@ -128,15 +127,19 @@ def probe_hub(tell: Send) -> None:
 def probe_model(tell: Send, *, name: str, revision: str | None) -> None:
     """Whether the model of a recipe is here, or the hub would give it."""
     from gemma_tune.errors import ModelError
-    from gemma_tune.models.catalogue import resolve_model
     from gemma_tune.models.hub.access import ask_hub, cached_directory
     from gemma_tune.models.hub.download import wanted_files
+    from gemma_tune.models.resolve import resolve_model
 
     tell(step="looking for the model")
     try:
         source = resolve_model(name)
-        is_here = source.kind == "directory" or Path(source.location).is_dir()
-        here = Path(source.location) if is_here else cached_directory(source.location, revision=revision)
+        if source.kind == "kaggle":
+            raise ModelError(
+                f"{source.name} is on Kaggle, which is asked only for the files themselves",
+                hint=f"gemma-tune models download {source.name}",
+            )
+        here = source.path if source.path.is_dir() else cached_directory(source.location, revision=revision)
         if here is not None:
             tell(missing_bytes=0)
             return
@@ -151,7 +154,7 @@ def probe_data(tell: Send, *, model: str, data: Mapping[str, Any]) -> None:
     """Open every source of a recipe and read its first rows."""
     from gemma_tune.data.inputs import open_inputs
     from gemma_tune.errors import GemmaTuneError
-    from gemma_tune.models.catalogue import resolve_model
+    from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.schema import DataSection
 
     tell(step="reading the rows")

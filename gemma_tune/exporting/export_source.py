@@ -11,8 +11,8 @@ from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.prove import Reference
 from gemma_tune.identity import json_sha256
-from gemma_tune.models.catalogue import resolve_model
 from gemma_tune.models.fetch import LocalModel, fetch_model
+from gemma_tune.models.resolve import resolve_model
 from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter

@@ -14,6 +14,7 @@ from gemma_tune.disk import read_json
 from gemma_tune.errors import ModelError
 from gemma_tune.identity import file_stamp, files_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
+from gemma_tune.models.resolve import resolve
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import ModelSection
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE, AdapterDir, open_run_adapter
@@ -80,31 +81,18 @@ def find_target(
     Raises:
         GemmaTuneError: there is no such run or model, the run has no adapter yet, or no template is known.
     """
-    path = Path(name).expanduser()
-    gguf = _find_gguf(path)
-    if gguf is not None:
-        return _from_gguf(gguf, template=template, without_adapter=without_adapter)
-    if (path / "manifest.json").is_file():
-        return _from_run(open_run(path), template=template, without_adapter=without_adapter)
-    adapter = AdapterDir(path, ModelError)
-    if adapter.exists:
+    named = resolve(name)
+    if named.kind == "gguf":
+        return _from_gguf(named.path, template=template, without_adapter=without_adapter)
+    if named.kind == "run":
+        return _from_run(open_run(named.path), template=template, without_adapter=without_adapter)
+    if named.kind == "adapter":
+        adapter = AdapterDir(named.path, ModelError)
         return _from_adapter(adapter, template=template, default=default_template, without_adapter=without_adapter)
     base = fetch_model(name)
     section = ModelSection(name=name, load_in_4bit=base.config.quantization is not None)
     chosen = _template(template, directory=base.directory, base=base, default=default_template)
     return Target(base, None, base.directory, chosen, section)
-
-
-def _find_gguf(path: Path) -> Path | None:
-    """The file itself, or the only GGUF of an exported directory."""
-    if path.suffix.lower() == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"no such file: {path}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
-        return path
-    found = sorted(path.glob("*.gguf")) if path.is_dir() and not (path / "config.json").is_file() else []
-    if len(found) > 1:
-        raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
-    return found[0] if found else None
 
 
 def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> GgufTarget:

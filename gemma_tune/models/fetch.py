@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.catalogue import GemmaModel, resolve_model
+from gemma_tune.models.catalogue import GemmaModel
 from gemma_tune.models.config import TextConfig, read_config
 from gemma_tune.models.hub.access import ask_hub, cached_directory
 from gemma_tune.models.hub.download import Progress, download_model
+from gemma_tune.models.hub.kaggle import download_kaggle_model
+from gemma_tune.models.resolve import resolve_model
 from gemma_tune.models.safetensors import has_chat_template
 
 
@@ -51,8 +53,8 @@ def fetch_model(name: str, *, revision: str | None = None, progress: Progress | 
         ModelError: unknown name, no Gemma, gated, or not reachable; the message says which, and what to do.
     """
     source = resolve_model(name)
-    if source.kind == "directory" or Path(source.location).is_dir():
-        directory = Path(source.location)
+    if source.kind == "kaggle" or source.path.is_dir():
+        directory = download_kaggle_model(source.location) if source.kind == "kaggle" else source.path
         return LocalModel(name, directory, None, read_config(directory), source.model)
     directory = _hub_directory(source.location, revision=revision, progress=progress)
     # The hub cache names a snapshot's folder after its commit.
@@ -60,7 +62,7 @@ def fetch_model(name: str, *, revision: str | None = None, progress: Progress | 
 
 
 def fetch_config(name: str) -> TextConfig:
-    """The facts of a model's config.json, which is all that is downloaded of it.
+    """Read the facts of a model's config.json, which is all that is downloaded of a model on the hub.
 
     Raises:
         ModelError: as `fetch_model`.
@@ -68,6 +70,8 @@ def fetch_config(name: str) -> TextConfig:
     source = resolve_model(name)
     if source.config is not None:
         return source.config
+    if source.kind == "kaggle":
+        return fetch_model(name).config
     here = cached_directory(source.location)
     if here is not None:
         return read_config(here)

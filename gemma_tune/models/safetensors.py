@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ BYTES_OF_DTYPE = {
 }
 # The reference reader refuses longer headers too (MAX_HEADER_SIZE in safetensors' tensor.rs).
 _MAX_HEADER_BYTES = 100_000_000
+# An entry like ../../x would make the loader read outside the model (transformers issue 47176).
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def weight_files(directory: Path) -> list[Path]:
                 hint="use a copy of the model in safetensors format",
             )
         raise ModelError(
-            f"{directory}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there",
+            f"{directory}: has no weights, neither {WEIGHTS_FILE} nor {INDEX_FILE}",
             hint="is the download complete? A model directory holds config.json and safetensors files",
         )
     names = sorted(set(_weight_map(index).values()))
@@ -107,15 +110,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> file name of an index, each a plain base name (CVE class: `weight_map` with `../`)."""
+    """Tensor name -> file name of an index, each a plain base name."""
     weight_map = read_json_object(index, error=ModelError, hint="download the file again").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: no weight_map", hint="download the index file again")
     for name in set(map(str, weight_map.values())):
-        is_plain = name not in ("", ".", "..") and not any(mark in name for mark in "/\\:\0")
-        if not is_plain or not name.endswith(".safetensors"):
+        if not _PLAIN_NAME.fullmatch(name):
             raise ModelError(
-                f"{index}: weight_map names {name!r}, which is not a safetensors file of this directory",
+                f"{index}: weight_map names {name!r}, which is not a plain *.safetensors file name",
                 hint="do not use this model; a sound index holds plain file names only",
             )
     return {str(tensor): str(name) for tensor, name in weight_map.items()}
@@ -125,7 +127,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes; ModelError when header and file do not fit."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise ModelError(f"{path}: is a Git LFS pointer", hint="run `git lfs pull`, or download the model again")
+        header_bytes = int.from_bytes(start, "little")
         if size < 8 or header_bytes > min(size - 8, _MAX_HEADER_BYTES):
             raise _broken(path, "its header is longer than the file")
         try:
@@ -157,7 +162,7 @@ def _stored_tensor(path: Path, name: str, entry: Any, data_start: int, file_byte
 
 
 def _broken(path: Path, reason: str) -> ModelError:
-    return ModelError(f"{path}: not a sound safetensors file: {reason}", hint="download or save the file again")
+    return ModelError(f"{path}: cut off, or not a sound safetensors file: {reason}", hint="download or save it again")
 
 
 def stored_tensors(directory: Path) -> dict[str, StoredTensor]:

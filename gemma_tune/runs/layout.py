@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import RunError
+from gemma_tune.models.resolve import refuse_other
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,9 @@ def open_run(path: Path) -> RunDir:
         RunError: there is no run at that path.
     """
     run = RunDir(path)
+    if run.manifest.is_file():
+        return run
+    refuse_other(path, "a run", error=RunError)
     if not path.is_dir():
         near = (
             sorted(str(found.parent) for found in path.parent.glob("*/manifest.json"))[-3:]
@@ -135,9 +139,7 @@ def open_run(path: Path) -> RunDir:
             else []
         )
         raise RunError(f"no such run: {path}", hint=f"runs there: {', '.join(near)}" if near else None)
-    if not run.manifest.is_file():
-        raise RunError(
-            f"{path} is not a run directory: it has no {run.manifest.name}",
-            hint="give a directory that `gemma-tune train` made",
-        )
-    return run
+    raise RunError(
+        f"{path} is not a run directory: it has no {run.manifest.name}",
+        hint="give a directory that `gemma-tune train` made",
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 from gemma_tune.errors import RunError
 from gemma_tune.identity import file_sha256
+from gemma_tune.models.resolve import refuse_other
 from gemma_tune.recipe.schema import LoraSection
 from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.layout import RunDir
@@ -38,6 +39,8 @@ def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
     path = Path(name)
     directory = RunDir(path).adapter if RunDir(path).manifest.is_file() else path
     adapter = AdapterDir(directory, RunError)
+    if not adapter.exists:
+        refuse_other(path, "a run or an adapter", error=RunError)
     weights = adapter.require_weights()
     different = [
         f"lora.{field} is {wanted}, the adapter has {found}"

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.catalogue import MODELS, GemmaModel, check_directory, find_model
+from gemma_tune.models.catalogue import MODELS, GemmaModel, find_model
+from gemma_tune.models.directory import check_directory
 from gemma_tune.text import did_you_mean
 
 HUB_SECONDS = 6.0

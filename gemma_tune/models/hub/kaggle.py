@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.catalogue import check_directory
-from gemma_tune.models.fetch import LocalModel
-
-# owner/model/framework/variation, and a version number behind it (kagglehub's handle.py).
-_PART = r"[A-Za-z0-9][\w.-]*"
-_HANDLE = re.compile(
-    rf"(?P<page>{_PART}/{_PART})/(?P<framework>[A-Za-z]+)/(?P<variation>{_PART})(?:/(?P<version>\d+))?", re.ASCII
-)
+from gemma_tune.models.directory import check_directory
+from gemma_tune.models.resolve import KAGGLE_HANDLE
 
 
-def is_kaggle_handle(name: str) -> bool:
-    """Whether a name is written as one, and no such directory exists."""
-    return _HANDLE.fullmatch(name) is not None and not Path(name).exists()
-
-
-def fetch_kaggle_model(handle: str) -> LocalModel:
-    """Download a handle such as `google/gemma/transformers/2b-it`.
+def download_kaggle_model(handle: str) -> Path:
+    """Download a handle such as `google/gemma/transformers/2b-it`; returns the model's directory.
 
     Raises:
         ModelError: another framework's files, no kagglehub, refused by Kaggle, or not a whole Gemma.
     """
-    found = _HANDLE.fullmatch(handle)
+    found = KAGGLE_HANDLE.fullmatch(handle)
     if found is None:
         raise ModelError(f"{handle!r} is no Kaggle handle", hint="owner/model/transformers/variation[/version]")
     if found["framework"].lower() != "transformers":
@@ -48,7 +36,8 @@ def fetch_kaggle_model(handle: str) -> LocalModel:
     except Exception as error:
         # kagglehub lets through what its network stack raises, beside several kinds of its own.
         raise _refused(handle, found["page"], error) from None
-    return LocalModel(handle, directory, None, check_directory(directory), None)
+    check_directory(directory)
+    return directory
 
 
 def _refused(handle: str, page: str, error: Exception) -> ModelError:

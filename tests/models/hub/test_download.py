@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.catalogue import check_directory
+from gemma_tune.models.directory import check_directory
 from gemma_tune.models.fetch import fetch_config, fetch_model
 from gemma_tune.models.hub import download as module
 from gemma_tune.models.hub.access import HubFile, HubModel, ask_hub, cached_directory, cached_models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.hub.kaggle import fetch_kaggle_model, is_kaggle_handle
+from gemma_tune.models.fetch import fetch_config, fetch_model
+from gemma_tune.models.resolve import KAGGLE_HANDLE, resolve
 from gemma_tune.paths import TINY_MODEL_DIR
 
 HANDLE = "google/gemma/transformers/2b-it"
@@ -54,32 +56,34 @@ def kagglehub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     ],
 )
 def test_what_is_a_handle(name: str, expected: bool) -> None:
-    assert is_kaggle_handle(name) is expected
+    assert (KAGGLE_HANDLE.fullmatch(name) is not None) is expected
 
 
 def test_a_directory_of_that_name_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / HANDLE).mkdir(parents=True)
-    assert not is_kaggle_handle(HANDLE)
+    shutil.copytree(TINY_MODEL_DIR, tmp_path / HANDLE, dirs_exist_ok=True)
+    assert resolve(HANDLE).kind == "model"
 
 
 def test_a_download(kagglehub: Callable[..., list[str]]) -> None:
     asked = kagglehub(TINY_MODEL_DIR)
-    model = fetch_kaggle_model(HANDLE)
+    model = fetch_model(HANDLE)
     assert asked == [HANDLE]
+    assert fetch_config(HANDLE) == model.config
     assert model.directory == TINY_MODEL_DIR and model.revision is None and model.config.num_layers > 0
 
 
 def test_files_of_another_framework() -> None:
     with pytest.raises(ModelError, match=r"holds files for keras") as caught:
-        fetch_kaggle_model("keras/gemma/keras/2b-it")
+        fetch_model("keras/gemma/keras/2b-it")
     assert caught.value.hint == "take the transformers variation: keras/gemma/transformers/2b-it"
 
 
 def test_kagglehub_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"kagglehub is not installed") as caught:
-        fetch_kaggle_model(HANDLE)
+        fetch_model(HANDLE)
     assert caught.value.hint == "pip install 'gemma-tune[kaggle]'"
 
 
@@ -97,11 +101,11 @@ def test_a_refusal(kagglehub: Callable[..., list[str]], status: int | None, said
     error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
     kagglehub(error)
     with pytest.raises(ModelError, match=said) as caught:
-        fetch_kaggle_model(HANDLE)
+        fetch_model(HANDLE)
     assert hinted in (caught.value.hint or "")
 
 
 def test_a_download_that_is_no_whole_model(kagglehub: Callable[..., list[str]], tmp_path: Path) -> None:
     kagglehub(tmp_path)
     with pytest.raises(ModelError, match=r"config\.json"):
-        fetch_kaggle_model(HANDLE)
+        fetch_model(HANDLE)

@@ -1,0 +1,35 @@
+"""The check of a model directory before anything opens its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import ModelError
+from gemma_tune.models.config import TextConfig, read_config
+from gemma_tune.models.safetensors import GENERATION_CONFIG_FILE, PROCESSOR_FILES, read_header, weight_files
+from gemma_tune.models.untrusted import check_no_code
+
+
+def check_directory(directory: Path) -> TextConfig:
+    """Check that a local model is a whole Gemma, without loading it.
+
+    Raises:
+        ModelError: no config.json of a supported type, no safetensors weights as long as their own header says, no
+            tokenizer; or it has an adapter, pickled weights or model code.
+    """
+    if (directory / "adapter_config.json").is_file():
+        # transformers would load the adapter's base instead of the weights that are here.
+        raise ModelError(f"{directory}: holds a LoRA adapter next to a model", hint="move adapter_config.json away")
+    config = read_config(directory)
+    for name in ("tokenizer_config.json", GENERATION_CONFIG_FILE, *PROCESSOR_FILES):
+        if (directory / name).is_file():
+            check_no_code(read_json_object(directory / name, error=ModelError), str(directory / name))
+    for path in weight_files(directory):
+        read_header(path)
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise ModelError(
+            f"{directory}: has no tokenizer",
+            hint="Copy tokenizer.json and tokenizer_config.json of the base model next to it.",
+        )
+    return config

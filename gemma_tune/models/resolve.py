@@ -1,0 +1,187 @@
+"""What a name stands for: a known model, one on a hub, or what lies at a path of this machine."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import GemmaTuneError, ModelError
+from gemma_tune.models.catalogue import LIST_HINT, NOT_KNOWN, GemmaModel, look_up, unknown_name
+from gemma_tune.models.config import TextConfig
+from gemma_tune.models.directory import check_directory
+
+Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf", "exports"]
+Wanted = Literal["a model", "a run", "a run or an adapter"]
+
+# huggingface_hub's rule for a repository id: no part starts or ends with - or ., no -- or .., 96 characters in all.
+_HUB_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_]|[.-](?![.-]))*(?<![.-])"
+_HUB_ID = re.compile(rf"(?=.{{3,96}}\Z){_HUB_PART}/{_HUB_PART}", re.ASCII)
+# owner/model/framework/variation, and a version number behind it (kagglehub's handle.py).
+_PART = r"[A-Za-z0-9][\w.-]*"
+KAGGLE_HANDLE = re.compile(
+    rf"(?P<page>{_PART}/{_PART})/(?P<framework>[A-Za-z]+)/(?P<variation>{_PART})(?:/(?P<version>\d+))?", re.ASCII
+)
+# What lies in a directory of a kind. The first that fits counts: transformers, too, follows an adapter_config.json
+# whatever else lies next to it.
+_MARKS: tuple[tuple[str, Kind], ...] = (
+    ("manifest.json", "run"),
+    ("adapter_config.json", "adapter"),
+    ("config.json", "model"),
+    ("*.gguf", "gguf"),
+    ("*/export.json", "exports"),
+)
+_TITLES: dict[Kind, str] = {
+    "catalogue": "a model",
+    "hub": "the name of a model on the hub",
+    "kaggle": "a model on Kaggle",
+    "model": "a model",
+    "run": "a run",
+    "adapter": "a LoRA adapter",
+    "gguf": "a GGUF file",
+    "exports": "a directory of exports",
+}
+_WANTED: dict[Wanted, tuple[Kind, ...]] = {
+    "a model": ("catalogue", "hub", "kaggle", "model"),
+    "a run": ("run",),
+    "a run or an adapter": ("run", "adapter"),
+}
+_USE_ADAPTER = (
+    "train on from it with model.adapter={name}; `gemma-tune generate {name}` answers with it, "
+    "and `gemma-tune merge {name}` makes a model of it"
+)
+# What to do with something of another kind than is wanted.
+_HINTS: dict[tuple[Kind, Wanted], str] = {
+    ("run", "a model"): _USE_ADAPTER,
+    ("adapter", "a model"): _USE_ADAPTER,
+    ("gguf", "a model"): "a GGUF file is an export for inference and cannot be trained; give a directory that holds "
+    "config.json, a tokenizer and *.safetensors files",
+    ("exports", "a model"): "give one of them: {name}/merged-16bit",
+    ("adapter", "a run"): "give the run that it is of, a directory that `gemma-tune train` made",
+}
+_WANTED_HINTS: dict[Wanted, str] = {
+    "a model": LIST_HINT,
+    "a run": "give a directory that `gemma-tune train` made",
+    "a run or an adapter": "give a run, one of its checkpoints, or a directory that PEFT saved",
+}
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a user named.
+
+    Attributes:
+        name: as it was written.
+        location: the directory or file, or the id on the hub or on Kaggle; for a model what `from_pretrained` takes.
+        model: its row of the catalogue, where it has one.
+        config: of a model that is known or here; `resolve_model` fills it in.
+    """
+
+    name: str
+    kind: Kind
+    location: str
+    model: GemmaModel | None = None
+    config: TextConfig | None = None
+
+    @property
+    def path(self) -> Path:
+        return Path(self.location)
+
+
+def resolve(name: str) -> Named:
+    """Find out what a name stands for, by looking at which files are there.
+
+    A name of the catalogue wins, unless it is written owner/name and such a directory exists (from_pretrained would
+    take the directory, too); then what is at that path; then a Kaggle handle or a hub id.
+
+    Raises:
+        ModelError: it is nothing, or a path with nothing that can be used.
+    """
+    name = name.strip()
+    try:
+        found = look_up(name)
+        path = Path(name).expanduser() if name else None
+        exists = path is not None and path.exists()
+        if found is not None and not ("/" in name and exists):
+            return Named(name, "catalogue", found[1], found[0])
+        if path is not None and exists:
+            return _look_at(name, path)
+        is_below_here = path is not None and len(path.parts) > 1 and Path(path.parts[0]).is_dir()
+    except (OSError, RuntimeError) as error:
+        # No permission, a name too long for the file system, or ~somebody who has no home.
+        raise ModelError(f"{name}: cannot be read ({error})") from error
+    if KAGGLE_HANDLE.fullmatch(name) and not is_below_here:
+        return Named(name, "kaggle", name)
+    if name.lower().endswith(".gguf"):
+        raise ModelError(f"no such file: {name}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
+    if is_below_here or _looks_like_path(name):
+        raise ModelError(f"{name}: no such directory", hint=LIST_HINT)
+    if not _HUB_ID.fullmatch(name):
+        raise unknown_name(name)
+    return Named(name, "hub", name)
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+
+
+def _look_at(name: str, path: Path) -> Named:
+    """Classify what is at a path."""
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            hint = "Give the directory that holds config.json, a tokenizer and *.safetensors files."
+            raise ModelError(f"{name}: is a file, a directory is expected", hint=hint)
+        return Named(name, "gguf", str(path))
+    for pattern, kind in _MARKS:
+        found = sorted(path.glob(pattern))
+        if kind == "gguf" and len(found) > 1:
+            raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
+        if found:
+            return Named(name, kind, str(found[0] if kind == "gguf" else path.resolve() if kind == "model" else path))
+    raise ModelError(
+        f"{path}: has no config.json as a model has it, nor is it a run (manifest.json), an adapter "
+        "(adapter_config.json) or a GGUF file",
+        hint="A model directory holds config.json, a tokenizer and *.safetensors files.",
+    )
+
+
+def require(named: Named, wanted: Wanted, *, error: type[GemmaTuneError] = ModelError) -> Named:
+    """Refuse what is of another kind than a command takes, with the command that takes it."""
+    if named.kind in _WANTED[wanted]:
+        return named
+    title = _TITLES[named.kind]
+    if named.kind == "adapter":
+        base = (
+            read_json_object(named.path / "adapter_config.json", error=ModelError).get("base_model_name_or_path")
+            or NOT_KNOWN
+        )
+        title = f"a LoRA adapter for the base model {base!r}"
+    hint = _HINTS.get((named.kind, wanted), _WANTED_HINTS[wanted]).format(name=named.name)
+    raise error(f"{named.name} is {title}, {wanted} is expected", hint=hint)
+
+
+def refuse_other(path: Path, wanted: Wanted, *, error: type[GemmaTuneError]) -> None:
+    """Refuse a path at which something else was found than is wanted; return where nothing is known by that name."""
+    try:
+        named = resolve(str(path))
+    except ModelError:
+        return
+    if named.kind != "hub":  # any two words with a slash between them
+        require(named, wanted, error=error)
+
+
+def resolve_model(name: str) -> Named:
+    """Resolve the name of a model to load; the files of a local one are checked before anything opens them.
+
+    `config` stays None for an id outside the catalogue: download its config.json and pass it to `config.check_config`
+    before anything loads the model.
+
+    Raises:
+        ModelError: as `resolve`, or it is not a model, or not a whole Gemma.
+    """
+    named = require(resolve(name), "a model")
+    if named.kind == "model":
+        return replace(named, config=check_directory(named.path))
+    return replace(named, config=named.model.config) if named.model is not None else named
