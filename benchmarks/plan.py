@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.flagship import SHAPES, write_dolly_like_rows, write_random_gemma
 from gemma_tune.engines.choose import decide_engine
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.precision import Precision, detect_device
 from gemma_tune.models.config import read_config

@@ -27,7 +27,7 @@ ROWS = (
     {"identity", "secrets", "yaml_io"},
     {"disk"},
     {"machine"},
-    {"models", "engines.facts"},
+    {"models", "engines.engine_facts"},
     {"recipe"},
     {"runs"},
     {"data", "engines"},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
 from gemma_tune.doctor.probe import Probed
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.identity import installed_version
 
 # Relative; the layer computes in float32, or in the card's TF32.

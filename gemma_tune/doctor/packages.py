@@ -16,7 +16,7 @@ from packaging.specifiers import BaseSpecifier, SpecifierSet
 from packaging.utils import canonicalize_name
 
 from gemma_tune.doctor.finding import Finding
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.identity import installed_version
 from gemma_tune.paths import PACKAGE_DIR
 

@@ -77,7 +77,7 @@ def probe_bitsandbytes(tell: Send) -> None:
 def probe_engine(tell: Send) -> None:
     """Import what trains, in the order of a run: the engine, then the trainer."""
     from gemma_tune.engines.choose import is_installed, start_engine
-    from gemma_tune.engines.facts import ENGINES
+    from gemma_tune.engines.engine_facts import ENGINES
 
     engine = next(each.name for each in ENGINES.values() if is_installed(each))
     tell(step=f"importing {engine}")

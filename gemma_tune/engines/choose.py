@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from gemma_tune.engines.base import Engine
-from gemma_tune.engines.facts import ENGINES, EngineFacts
+from gemma_tune.engines.engine_facts import ENGINES, EngineFacts
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.machine.precision import Device, Precision, decide_precision

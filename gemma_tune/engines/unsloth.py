@@ -15,7 +15,7 @@ import torch
 
 from gemma_tune.engines.attention import choose_attention
 from gemma_tune.engines.base import AttachedLora, LoadedModel
-from gemma_tune.engines.facts import ENGINES, Checkpointing
+from gemma_tune.engines.engine_facts import ENGINES, Checkpointing
 from gemma_tune.engines.lora import check_attached, require_targets, to_lora_settings
 from gemma_tune.engines.quantized import require_quantized
 from gemma_tune.machine.precision import Precision

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from gemma_tune.data.rows.render import question_fields
 from gemma_tune.engines.choose import start_engine
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.sampling import choose_sampling
@@ -43,7 +43,7 @@ def load(
     Args:
         name: a run, an adapter, a merged directory, a GGUF file, a short name or hub id, or a KerasNLP preset such as
             gemma_2b_en.
-        engine: one of `engines.facts.ENGINES`; Unsloth wants to be imported before transformers is.
+        engine: one of `engines.engine_facts.ENGINES`; Unsloth wants to be imported before transformers is.
         load_in_4bit: NF4 or not; a run is loaded as it was trained unless given.
         dtype: auto, bfloat16, float16 or float32.
         template: the data template that questions go through; a run brings its own, and a base model that has none

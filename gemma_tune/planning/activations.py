@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from gemma_tune.engines.facts import Head
+from gemma_tune.engines.engine_facts import Head
 from gemma_tune.models.config import LayerShape, TextConfig
 from gemma_tune.models.describe import LayerRow, select_lora_rows
 from gemma_tune.planning.memory import is_quantized, list_rows

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_tune.engines.facts import EngineFacts
+from gemma_tune.engines.engine_facts import EngineFacts
 from gemma_tune.errors import EngineError
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.models.config import TextConfig

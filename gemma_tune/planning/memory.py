@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gemma_tune.engines.facts import EngineFacts
+from gemma_tune.engines.engine_facts import EngineFacts
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.describe import LayerRow, count_weight_bytes, select_lora_rows, summarize
 from gemma_tune.planning.step import Bits, Numerics

@@ -12,9 +12,9 @@ from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.config import TextConfig
 from gemma_tune.planning import memory
 from gemma_tune.planning.activations import activations
+from gemma_tune.planning.breakdown import disk_parts, export_parts, host_parts, moment_parts, resident_parts
 from gemma_tune.planning.changes import find_changes, length_overrides, with_overrides
 from gemma_tune.planning.known_base import Base, find_base
-from gemma_tune.planning.parts import disk_parts, export_parts, host_parts, moment_parts, resident_parts
 from gemma_tune.planning.schedule import pass_seconds, plan_schedule
 from gemma_tune.planning.step import to_step
 from gemma_tune.planning.verdict import CONTEXT_BYTES, FRAGMENTATION, Plan

@@ -7,7 +7,7 @@ from typing import Literal
 
 from gemma_tune.engines.attention import decide_attention
 from gemma_tune.engines.choose import EngineDecision
-from gemma_tune.engines.facts import Checkpointing, EngineFacts, Head
+from gemma_tune.engines.engine_facts import Checkpointing, EngineFacts, Head
 from gemma_tune.models.config import TextConfig
 from gemma_tune.recipe.schema import LoraSection, Recipe
 

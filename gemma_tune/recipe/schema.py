@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.recipe.choices import OneOf
 from gemma_tune.recipe.methods import METHODS, AnyMethod, MethodFacts, MethodSection
 from gemma_tune.recipe.section import Fraction, Names, NonEmpty, PositiveFloat, PositiveInt, Section

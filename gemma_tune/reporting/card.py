@@ -17,7 +17,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from gemma_tune.disk import read_json
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.models.catalogue import LICENCE_IDS
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.recipe.load import load_recipe

@@ -6,7 +6,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import Any
 
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.identity import installed_version
 from gemma_tune.recipe.methods import DEFAULT_METHOD
 

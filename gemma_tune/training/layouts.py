@@ -12,7 +12,7 @@ import torch
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.training.row_attention import ROW_ATTENTION
 from gemma_tune.training.sampler import Group
 

@@ -13,7 +13,7 @@ import pytest
 
 from gemma_tune.cli.app import main
 from gemma_tune.engines.base import AttachedLora, LoadedModel
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 
 Command = Callable[..., tuple[str, str]]
 

@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 from trl.trainer.sft_trainer import _chunked_cross_entropy_loss
 
 from benchmarks import measure_memory as measure
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.models.config import TextConfig, check_config
 from gemma_tune.planning.activations import activations, head_bytes, layer_saved_bytes
 from gemma_tune.planning.memory import (

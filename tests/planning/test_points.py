@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.machine.cards import CARDS
 from gemma_tune.models.catalogue import find_model
 from gemma_tune.models.config import TextConfig, check_config

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GemmaConfig
 
 from gemma_tune.data.look.count import RowCount
-from gemma_tune.engines.facts import ENGINES
+from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.machine.cards import CARDS, Card, find_card
 from gemma_tune.models.config import check_config
 from gemma_tune.planning.schedule import Schedule, pass_seconds, plan_schedule, step_operations
