@@ -53,7 +53,7 @@ def main() -> None:
 
     from gemma_tune.engines.choose import decide_engine, start_engine
     from gemma_tune.flows import train as flow
-    from gemma_tune.machine.precision import detect_device
+    from gemma_tune.machine.device import detect_device
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.reporter import SilentReporter
     from gemma_tune.runs.summary import read_summary

@@ -396,10 +396,10 @@ def run_flagship(folder: Path, *, shape: str, steps: int, overrides: Sequence[st
     """Make the inputs in `folder` and run the recipe on them. One call a process, as with every engine."""
     from gemma_tune.flows import train as flow
     from gemma_tune.identity import installed_version
-    from gemma_tune.machine.precision import detect_device
+    from gemma_tune.machine.device import detect_device
     from gemma_tune.recipe.load import load_recipe
     from gemma_tune.runs.lock import RECORDED_PACKAGES
-    from gemma_tune.runs.metrics import read_metrics
+    from gemma_tune.runs.metrics_log import read_metrics
     from gemma_tune.runs.summary import read_summary
 
     changes = [

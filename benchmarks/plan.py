@@ -33,7 +33,8 @@ from benchmarks.flagship import SHAPES, write_dolly_like_rows, write_random_gemm
 from gemma_tune.engines.choose import decide_engine
 from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.machine.cards import detect_card
-from gemma_tune.machine.precision import Precision, detect_device
+from gemma_tune.machine.device import detect_device
+from gemma_tune.machine.precision import Precision
 from gemma_tune.models.config import read_config
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.planning.activations import activations

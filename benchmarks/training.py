@@ -55,7 +55,8 @@ from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.identity import installed_version
-from gemma_tune.machine.precision import Precision, decide_precision, detect_device
+from gemma_tune.machine.device import detect_device
+from gemma_tune.machine.precision import Precision, decide_precision
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import LORA_PROJECTIONS, TrainingSection
 from gemma_tune.runs.reporter import SilentReporter, StepProgress
@@ -332,7 +333,7 @@ def run_gemma_tune(job: Job, *, engine: str) -> Measurement:
     """`gemma-tune train`, as the command line calls it."""
     from gemma_tune.flows import train as flow
     from gemma_tune.recipe.load import load_recipe
-    from gemma_tune.runs.metrics import read_metrics
+    from gemma_tune.runs.metrics_log import read_metrics
 
     recipe_file = Path(job.folder) / "recipe.yaml"
     recipe_file.write_text(json.dumps(to_recipe(job, engine=engine)), encoding="utf-8")  # JSON is YAML

@@ -18,7 +18,7 @@ from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest, update_manifest
-from gemma_tune.runs.metrics import append_metrics
+from gemma_tune.runs.metrics_log import append_metrics
 from gemma_tune.secrets import mask_private, mask_secrets
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 from tests.made_secrets import SECRETS, telling_part

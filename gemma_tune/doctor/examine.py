@@ -18,11 +18,11 @@ from gemma_tune.doctor.machine import (
     used_places,
 )
 from gemma_tune.doctor.packages import check_gguf, check_packages
-from gemma_tune.doctor.probe import Probed, run_probes
+from gemma_tune.doctor.run_probes import Probed, run_probes
 from gemma_tune.engines.choose import decide_engine
 from gemma_tune.errors import EngineError, GemmaTuneError
 from gemma_tune.machine.cards import detect_card
-from gemma_tune.machine.precision import Device
+from gemma_tune.machine.device import Device
 from gemma_tune.planning.plan import plan_recipe
 from gemma_tune.planning.verdict import Plan
 from gemma_tune.recipe.schema import Recipe

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.doctor.finding import Finding
-from gemma_tune.doctor.probe import Probed
+from gemma_tune.doctor.run_probes import Probed
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.child import run_command
-from gemma_tune.machine.precision import Device, decide_precision
+from gemma_tune.machine.device import Device
+from gemma_tune.machine.precision import decide_precision
 
 _GET_TORCH = "https://pytorch.org/get-started/locally/"
 _SMI_SECONDS = 10.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
-from gemma_tune.doctor.probe import Probed
+from gemma_tune.doctor.run_probes import Probed
 from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.identity import installed_version
 

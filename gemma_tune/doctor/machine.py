@@ -8,11 +8,12 @@ import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from gemma_tune.disk import free_bytes, nearest_directory
 from gemma_tune.doctor.finding import Finding, Verdict
+from gemma_tune.machine.main_memory import container_limit, read_memory
 from gemma_tune.text import format_bytes
 
 _GB = 10**9
@@ -52,15 +53,13 @@ def check_memory(*, needed: int = 0, root: Path = Path("/")) -> Finding:
         needed: bytes that a recipe is planned to take; a guess, so that too little of it is a warning.
         root: holds proc and sys.
     """
-    facts = _meminfo(root)
-    total = facts.get("MemTotal") or _physical_memory()
-    available = facts.get("MemAvailable", total)
-    swap = facts.get("SwapTotal", 0)
-    limit = _container_limit(root, "memory.max", "memory/memory.limit_in_bytes")
-    found = f"{format_bytes(available)} of {format_bytes(total)} free, {format_bytes(swap) if swap else 'no'} swap"
-    if limit is not None and limit < total:
-        found += f"; this container may use {format_bytes(limit)}"
-        available = min(available, limit)
+    memory = read_memory(root)
+    available = memory.total if memory.available is None else memory.available
+    swap = format_bytes(memory.swap) if memory.swap else "no"
+    found = f"{format_bytes(available)} of {format_bytes(memory.total)} free, {swap} swap"
+    if memory.limit is not None and memory.limit < memory.total:
+        found += f"; this container may use {format_bytes(memory.limit)}"
+        available = min(available, memory.limit)
     found += f"; about {format_bytes(needed)} needed" if needed else ""
     is_low = available < (needed or _LOW_MEMORY)
     verdict: Verdict = "fail" if available < _MIN_MEMORY else "warn" if is_low else "ok"
@@ -103,7 +102,7 @@ def check_limits(*, root: Path = Path("/")) -> Finding:
     """How many processes and open files this user or container may have."""
     processes = min(
         _unlimited(resource.getrlimit(resource.RLIMIT_NPROC)[0]),
-        _unlimited(_container_limit(root, "pids.max", "pids/pids.max") or -1),
+        _unlimited(container_limit(root, "pids.max", "pids/pids.max") or -1),
     )
     files = _unlimited(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     found = f"{_count(processes)} processes, {_count(files)} open files"
@@ -143,44 +142,6 @@ def used_places(output_dir: str, *, hub_cache: Path, token_cache: Path) -> dict[
         "token cache": token_cache,
         "temporary files": Path(tempfile.gettempdir()),
     }
-
-
-def _meminfo(root: Path) -> dict[str, int]:
-    """Linux's figures in bytes; empty elsewhere."""
-    path = root / "proc" / "meminfo"
-    if not path.is_file():
-        return {}
-    lines = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3}
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _container_limit(root: Path, name: str, name_v1: str) -> int | None:
-    """The tightest limit of a control group, version 2 (the own group and those above it) or 1."""
-    groups = root / "sys" / "fs" / "cgroup"
-    return min(filter(None, map(_read_limit, (*_own_groups(root, groups, name), groups / name_v1))), default=None)
-
-
-def _own_groups(root: Path, groups: Path, name: str) -> Iterable[Path]:
-    membership = root / "proc" / "self" / "cgroup"
-    own = ""
-    if membership.is_file():
-        for line in membership.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("0::"):
-                own = line.removeprefix("0::").strip("/")
-    folder = groups / own
-    return [path / name for path in (folder, *folder.parents) if path.is_relative_to(groups)]
-
-
-def _read_limit(path: Path) -> int | None:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() and int(text) < _UNLIMITED else None
 
 
 def _unlimited(number: int) -> int:

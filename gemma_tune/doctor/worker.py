@@ -1,4 +1,4 @@
-"""The probes: each runs in a process of its own (probe.py) and sends its facts, and what it does next as `step`."""
+"""The probes: each runs in a process of its own (run_probes.py) and sends its facts, and what it does next as `step`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def probe_torch(tell: Send) -> None:
 
     tell(version=torch.__version__, built_for=torch.version.cuda)
     tell(step="starting CUDA")
-    from gemma_tune.machine.precision import detect_device
+    from gemma_tune.machine.device import detect_device
 
     if torch.version.cuda is not None:
         try:

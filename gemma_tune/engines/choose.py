@@ -10,7 +10,8 @@ from gemma_tune.engines.base import Engine
 from gemma_tune.engines.engine_facts import ENGINES, EngineFacts
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.cards import CARDS, Card
-from gemma_tune.machine.precision import Device, Precision, decide_precision
+from gemma_tune.machine.device import Device
+from gemma_tune.machine.precision import Precision, decide_precision
 from gemma_tune.recipe.schema import ModelSection, Recipe, TrainingSection
 
 

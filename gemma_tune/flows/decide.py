@@ -12,7 +12,7 @@ from gemma_tune.disk import write_json
 from gemma_tune.engines.choose import EngineDecision, decide_engine
 from gemma_tune.exporting.formats.registry import find_formats
 from gemma_tune.machine.cards import detect_card
-from gemma_tune.machine.precision import detect_device
+from gemma_tune.machine.device import detect_device
 from gemma_tune.machine.world import World
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import file_hashes

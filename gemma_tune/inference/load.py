@@ -20,7 +20,8 @@ from gemma_tune.inference.gguf import GgufModel
 from gemma_tune.inference.settings import AnswerSettings
 from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
-from gemma_tune.machine.precision import decide_precision, detect_device
+from gemma_tune.machine.device import detect_device
+from gemma_tune.machine.precision import decide_precision
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.runs.adapter_dir import AdapterDir
 

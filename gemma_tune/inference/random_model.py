@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gemma_tune.disk import read_json_object
 from gemma_tune.engines.attention import choose_attention
 from gemma_tune.errors import ModelError
-from gemma_tune.machine.precision import decide_precision, detect_device
+from gemma_tune.machine.device import detect_device
+from gemma_tune.machine.precision import decide_precision
 from gemma_tune.models.catalogue import ARCHITECTURES, TINY, find_model
 from gemma_tune.models.config import TextConfig, read_config
 from gemma_tune.models.describe import count_params

@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.precision import Device
+from gemma_tune.machine.device import Device
 from gemma_tune.text import did_you_mean
 
 _MIB = 2**20

@@ -7,26 +7,14 @@ used with the embeddings, the norms and the adapter kept in float32 (https://git
 
 from __future__ import annotations
 
-import platform
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.device import Device
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 MIN_BF16_CAPABILITY = (8, 0)
-
-
-@dataclass(frozen=True)
-class Device:
-    """The device that trains: `kind` cpu or cuda; `compute_capability` and `memory_bytes` of a CUDA card, else None."""
-
-    kind: Literal["cpu", "cuda"]
-    name: str
-    compute_capability: tuple[int, int] | None = None
-    memory_bytes: int | None = None
-    has_amx_bf16: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,22 +32,6 @@ class Precision:
     storage: Dtype
     autocast: Literal["bf16", "fp16"] | None
     reason: str
-
-
-def detect_device() -> Device:
-    """The first CUDA card, else this machine's processor."""
-    import torch
-
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return Device(
-            kind="cuda",
-            name=properties.name,
-            compute_capability=(properties.major, properties.minor),
-            memory_bytes=properties.total_memory,
-        )
-    flags = _cpu_flags()
-    return Device(kind="cpu", name=_cpu_name(), has_amx_bf16="amx_bf16" in flags)
 
 
 def decide_precision(requested: str, *, device: Device) -> Precision:
@@ -112,23 +84,3 @@ def _on_cuda(requested: str, device: Device) -> Precision:
             f"{why}; embeddings, norms and adapter stay in float32, as Gemma overflows float16",
         )
     return Precision("bfloat16", "bfloat16", "bf16", "the recipe asks for it" if requested == "bfloat16" else version)
-
-
-def _cpu_flags() -> set[str]:
-    """Linux's processor flags; elsewhere none are known and float32 is taken."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return set()
-    for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

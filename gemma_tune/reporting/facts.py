@@ -12,7 +12,7 @@ from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, 
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Manifest, read_manifest
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
 from gemma_tune.text import counted, format_bytes, format_seconds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gemma_tune.reporting.charts import points_of, smoothed
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 
 
 def draw_loss_curve(run: RunDir) -> None:

@@ -18,7 +18,7 @@ from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import read_manifest, update_manifest
-from gemma_tune.runs.metrics import keep_metrics_until
+from gemma_tune.runs.metrics_log import keep_metrics_until
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.text import utc_now
 

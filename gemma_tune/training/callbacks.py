@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import math
-import resource
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gemma_tune.machine.main_memory import peak_memory_bytes
 from gemma_tune.recipe.methods import MethodFacts, MethodMetric
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.manifest import update_manifest
-from gemma_tune.runs.metrics import append_metrics
+from gemma_tune.runs.metrics_log import append_metrics
 from gemma_tune.runs.reporter import StepProgress
 
 _SECONDS_OF_ONE_SIGTERM = 3.0
-
-
-def peak_memory_bytes() -> int:
-    """Peak memory allocated on the card, or resident in this process where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 class MetricsCallback(TrainerCallback):

@@ -24,7 +24,7 @@ from gemma_tune.runs.checkpoints import (
     write_checkpoint,
 )
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.metrics import flush_metrics
+from gemma_tune.runs.metrics_log import flush_metrics
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
 from gemma_tune.training.callbacks import EarlyStopCallback
 from gemma_tune.training.guards import require_finite_adapter

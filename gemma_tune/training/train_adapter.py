@@ -13,11 +13,12 @@ from transformers import set_seed
 
 from gemma_tune.disk import replaced_directory
 from gemma_tune.errors import RunError, TrainingInterrupted
+from gemma_tune.machine.main_memory import peak_memory_bytes
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest, update_manifest
 from gemma_tune.training.adapter_weights import write_adapter
-from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback, peak_memory_bytes
+from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback
 from gemma_tune.training.dry_run import rehearse
 from gemma_tune.training.guards import GuardCallback, require_finite_adapter
 from gemma_tune.training.leak_probe import find_leak

@@ -20,7 +20,7 @@ from gemma_tune.errors import DataError, EngineError, GemmaTuneError, ModelError
 from gemma_tune.flows import train as flow
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 
 InitCommand = Callable[..., tuple[str, str]]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.doctor.examine import _disks, _plan, _wanted
-from gemma_tune.doctor.probe import Probed
-from gemma_tune.machine.precision import Device
+from gemma_tune.doctor.run_probes import Probed
+from gemma_tune.machine.device import Device
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import DataSection, Recipe
 

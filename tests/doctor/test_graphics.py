@@ -16,7 +16,7 @@ from gemma_tune.doctor.graphics import (
     device_of,
     read_driver,
 )
-from gemma_tune.doctor.probe import Probed, run_probe
+from gemma_tune.doctor.run_probes import Probed, run_probe
 from tests.doctor.conftest import Stub, torch_source
 
 DRIVER_124 = Driver("550.54.15", (12, 4), ("Tesla T4, 15360 MiB",))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.doctor.libraries import check_data, check_engine, check_hub, check_model
-from gemma_tune.doctor.probe import Probed, run_probe
+from gemma_tune.doctor.run_probes import Probed, run_probe
 from gemma_tune.paths import TINY_MODEL_DIR
 from tests.doctor.conftest import Stub
 from tests.models.fake_hub import Account, FakeHub, running_hub, silent_server, tiny_repository

@@ -9,7 +9,7 @@ import pytest
 from gemma_tune.engines.choose import choose_engine, decide_for_card
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.cards import CARDS
-from gemma_tune.machine.precision import Device
+from gemma_tune.machine.device import Device
 from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe, TrainingSection
 
 CPU = Device("cpu", "Xeon")

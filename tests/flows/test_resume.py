@@ -25,7 +25,7 @@ from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.index import hold_run
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 
 AT_ONCE = "training.max_minutes=1e-9"  # stops after one step

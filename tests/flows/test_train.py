@@ -32,7 +32,7 @@ from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import read_manifest
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.runs.summary import read_summary
 

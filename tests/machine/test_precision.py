@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.precision import Device, decide_precision
+from gemma_tune.machine.device import Device
+from gemma_tune.machine.precision import decide_precision
 
 T4 = Device("cuda", "Tesla T4", (7, 5), 15_000_000_000)
 L4 = Device("cuda", "NVIDIA L4", (8, 9), 24_000_000_000)

@@ -17,7 +17,7 @@ import pytest
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import open_run
 from gemma_tune.runs.manifest import read_manifest
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "gemma_tune_colab.ipynb"

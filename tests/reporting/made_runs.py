@@ -15,7 +15,7 @@ from gemma_tune.runs.evaluation import Evaluation, Side, write_evaluation
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import start_manifest, update_manifest
-from gemma_tune.runs.metrics import append_metrics
+from gemma_tune.runs.metrics_log import append_metrics
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
 
 DATA = DataReport(

@@ -21,7 +21,7 @@ from gemma_tune.reporting.facts import differing_settings, gather_facts, plan_ag
 from gemma_tune.reporting.write_report import write_report, write_reports
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import update_manifest
-from gemma_tune.runs.metrics import append_metrics
+from gemma_tune.runs.metrics_log import append_metrics
 from tests.reporting.conftest import MakeRun
 
 HOSTILE = (

@@ -12,7 +12,7 @@ from gemma_tune.errors import RunError
 from gemma_tune.identity import installed_version
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest, start_manifest, update_manifest
-from gemma_tune.runs.metrics import append_metrics, read_metrics
+from gemma_tune.runs.metrics_log import append_metrics, read_metrics
 
 
 def test_manifest_changes_keep_the_rest(tmp_path: Path) -> None:

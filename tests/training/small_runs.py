@@ -24,7 +24,7 @@ from gemma_tune.runs.checkpoints import step_of
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest
-from gemma_tune.runs.metrics import keep_metrics_until, read_metrics
+from gemma_tune.runs.metrics_log import keep_metrics_until, read_metrics
 from gemma_tune.runs.reporter import Reporter, SilentReporter
 from gemma_tune.training.adapter_weights import name_base
 from gemma_tune.training.parts import TrainerParts

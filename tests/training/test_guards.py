@@ -18,7 +18,7 @@ from gemma_tune.machine.world import World
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.guards import MAX_FP16_OVERFLOWS, GuardCallback, find_non_finite

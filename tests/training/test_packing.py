@@ -27,7 +27,7 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import SilentReporter
 from gemma_tune.training.layouts import JoinRows, RowGroups, join_rows_for
 from gemma_tune.training.leak_probe import find_leak

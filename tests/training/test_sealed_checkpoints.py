@@ -11,7 +11,7 @@ import torch
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.checkpoints import SEAL, last_complete_checkpoint, seal_checkpoint, step_of
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.training.state_file import read_state, write_state
 from tests.training.random_rows import Rows, make_rows
 from tests.training.small_runs import (

@@ -18,6 +18,7 @@ from gemma_tune.exporting.verify.forms import NF4, NF4_EXPANDED, PLAIN, Form, Me
 from gemma_tune.exporting.verify.parity import Distance, distance, judge, perplexity
 from gemma_tune.exporting.verify.probe import Probe
 from gemma_tune.exporting.verify.runner import Runner, tokenize_by
+from gemma_tune.machine.main_memory import read_memory
 from gemma_tune.models.config import read_config
 from gemma_tune.models.safetensors import stored_tensors
 from gemma_tune.runs.adapter_dir import AdapterDir
@@ -321,35 +322,13 @@ def _check_stored(runner: Runner, probe: Probe, wanted_ids: list[list[int]], *, 
 def _memory_shortage(base: Path) -> str | None:
     """Why the model cannot be run in float32 here; None when it can, or when the free memory is not known."""
     weights = _FLOAT32_BYTES * sum(tensor.num_elements for tensor in stored_tensors(base).values())
-    free = free_memory_bytes()
+    free = read_memory().available
     if free is None or weights + _RUNTIME_BYTES <= free:
         return None
     return (
         f"logits were not run: the model needs {(weights + _RUNTIME_BYTES) / 1e9:.1f} GB of memory in float32, "
         f"{free / 1e9:.1f} GB are free"
     )
-
-
-def free_memory_bytes() -> int | None:
-    """Memory that can be had without swapping, of the machine and of the container; None where nobody says."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.is_file():
-        return None
-    free = 1024 * int(_facts(meminfo)["MemAvailable:"])
-    group = Path("/sys/fs/cgroup")
-    limit = group / "memory.max"
-    if limit.is_file() and (text := limit.read_text(encoding="ascii").strip()) != "max":
-        stat = _facts(group / "memory.stat")
-        used = int((group / "memory.current").read_text(encoding="ascii"))
-        # Cached files count as used there, and are given back on demand.
-        free = min(free, int(text) - used + int(stat["active_file"]) + int(stat["inactive_file"]))
-    return free
-
-
-def _facts(path: Path) -> dict[str, str]:
-    """A file of `name value` lines, as the kernel writes them."""
-    pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
-    return {words[0]: words[1] for words in pairs if len(words) > 1}
 
 
 def _require_room(directory: Path, base: Path, probe: Probe, *, num_forms: int) -> None:

@@ -15,7 +15,7 @@ from gemma_tune.disk import read_json
 from gemma_tune.recipe.methods import METHODS, MethodSection
 from gemma_tune.recipe.section import PositiveFloat
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.metrics import read_metrics
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.training.loop import Loop, build_loop
 from gemma_tune.training.methods.method import LossSums
 from gemma_tune.training.methods.sft import Sft

@@ -13,7 +13,7 @@ import pytest
 
 from gemma_tune.doctor.examine import PROBE_SECONDS
 from gemma_tune.doctor.libraries import check_bitsandbytes, check_engine
-from gemma_tune.doctor.probe import Probed, run_probe, run_probes
+from gemma_tune.doctor.run_probes import Probed, run_probe, run_probes
 from gemma_tune.machine.child import run_command
 from tests.doctor.conftest import Stub
 
