@@ -15,8 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.disk import finished_files, keep_file, output_directory, output_file, refuse_existing, require_free_disk
-from gemma_tune.errors import ExportError
+from gemma_tune.disk import (
+    finished_files,
+    keep_file,
+    output_directory,
+    output_file,
+    refuse_existing,
+    replaced_directory,
+    require_free_disk,
+)
+from gemma_tune.errors import ExportError, RunError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Opener = Callable[[Path], AbstractContextManager[Path]]
@@ -80,7 +88,7 @@ def test_a_file_that_the_system_refuses_to_lengthen(output: Path) -> None:
     program = """
 import resource, signal, sys
 from pathlib import Path
-from gemma_tune.errors import ExportError
+from gemma_tune.errors import ExportError, RunError
 from gemma_tune.disk import output_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -241,3 +249,42 @@ def test_the_record_is_json_that_says_what_is_finished(output: Path) -> None:
         keep_file(partial, "first")
         record = json.loads((partial / ".finished.json").read_text(encoding="utf-8"))
     assert record["fingerprint"] == "a" and record["files"]["first"][0] == 5
+
+
+# --- directories that replace another -------------------------------------------------------------------------------
+
+
+def test_a_replaced_directory_is_on_the_disk_with_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this order: the files, the directory that holds them, and, once it has its name, the one above."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append(f"{path.relative_to(tmp_path)} {(tmp_path / 'made').exists()}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    with replaced_directory(tmp_path / "made", explain=lambda cause: cause) as partial:
+        (partial / "below").write_text("whole", encoding="utf-8")
+    assert synced == [".made.partial/below False", ".made.partial False", ". True"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ValueError("inside"), OSError(errno.ENOSPC, "full")])
+def test_what_was_there_stays_until_the_new_one_is_whole(failure: BaseException, tmp_path: Path) -> None:
+    def explain(cause: Exception) -> Exception:
+        return RunError("no space") if isinstance(cause, OSError) else cause
+
+    def write(text: str, then: BaseException | None = None) -> None:
+        with replaced_directory(tmp_path / "made", explain=explain) as partial:
+            assert not any(partial.iterdir())
+            (partial / "below").write_text(text, encoding="utf-8")
+            if then:
+                raise then
+
+    write("old")
+    with pytest.raises(RunError if isinstance(failure, OSError) else type(failure)):
+        write("half", failure)
+    assert content(tmp_path / "made") == "old" and names(tmp_path) == ["made"]
+    write("new")
+    assert content(tmp_path / "made") == "new" and names(tmp_path) == ["made"]

@@ -1,4 +1,4 @@
-"""The probes: each runs in a process of its own (run_probes.py) and sends its facts, and what it does next as `step`."""
+"""The probes: each runs in a process of its own (run_probes.py) and sends its facts, and as `step` what comes next."""
 
 from __future__ import annotations
 

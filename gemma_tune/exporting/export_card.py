@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
-from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import LiteralScalarString
 
 from gemma_tune.data.rows.chat_template import ChatRenderer
@@ -20,6 +18,7 @@ from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.reporting.card import CARD_FILE, CardExport, CardPrompt, build_model_card
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.yaml_io import dump_yaml
 
 
 def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantized_from: str | None = None) -> Path:
@@ -102,9 +101,7 @@ def _template_yaml(template: DataTemplate) -> str:
         values["conversation"] = list(template.conversation)
     else:
         values["messages"] = [{"role": m.role, "content": _block(m.content)} for m in template.messages]
-    out = io.StringIO()
-    YAML().dump(values, out)
-    return out.getvalue()
+    return dump_yaml(values, styled=True)
 
 
 def _block(text: str) -> str:

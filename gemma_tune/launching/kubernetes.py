@@ -18,8 +18,8 @@ from gemma_tune.launching.job import (
     local_paths,
     parse_time,
 )
-from gemma_tune.launching.yaml_text import YAML_FILTERS
 from gemma_tune.templates import render_template
+from gemma_tune.yaml_io import YAML_FILTERS
 
 WORK_DIR = "/volume"
 _DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")

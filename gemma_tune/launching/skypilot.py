@@ -19,8 +19,8 @@ from gemma_tune.launching.job import (
     local_paths,
     shell_lines,
 )
-from gemma_tune.launching.yaml_text import YAML_FILTERS
 from gemma_tune.templates import render_template
+from gemma_tune.yaml_io import YAML_FILTERS
 
 RUNS_DIR = "/gemma-tune-runs"
 _EXTRAS = re.compile(r"(.+?)(\[[\w,.-]+\])?")

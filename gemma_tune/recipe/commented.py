@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,10 @@ from textwrap import wrap
 
 from gemma_tune.errors import RecipeError
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.yaml_io import yaml_scalar
 
 _LINE_WIDTH = 120
 _COMMENT_COLUMN = 34
-# Text that YAML 1.2 reads as itself: no number, no sign of its own, no word with a meaning.
-_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9_./-]*")
-# What YAML 1.2 or other readers, which still follow 1.1, take for something else.
-_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +49,8 @@ def _line(setting: Setting) -> str:
 def _value(value: object) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_value(key)}: {_value(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
-        return value
+    if isinstance(value, str):
+        return yaml_scalar(value)
     if isinstance(value, float):
         return f"{value:g}"
     return json.dumps(value, ensure_ascii=False)  # JSON is YAML

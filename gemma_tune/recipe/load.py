@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import YAMLError
 
 from gemma_tune.errors import RecipeError
 from gemma_tune.paths import RECIPES_DIR
@@ -21,6 +18,7 @@ from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.secrets import find_secrets
 from gemma_tune.text import did_you_mean
+from gemma_tune.yaml_io import dump_yaml, read_yaml_tree, yaml_errors
 
 MAX_RECIPE_BYTES = 256 * 1024
 # For a look at rows without a recipe.
@@ -121,18 +119,8 @@ def parse_yaml(text: str, *, label: str) -> tuple[dict[str, Any], dict[str, int]
     Returns:
         The values, and a map from `section.field` to its 1-based line.
     """
-    try:
-        tree = YAML(typ="rt").load(io.StringIO(text))
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "a key"
-        raise RecipeError(f"{label}:{line}: {key!r} is given twice", hint="keep one of them") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{label}:{mark.line + 1}:{mark.column + 1}" if mark else label
-        raise RecipeError(f"{where}: not YAML: {error.problem or error.context}") from None
-    except YAMLError as error:
-        raise RecipeError(f"{label}: not YAML: {error}") from None
+    with yaml_errors(label, error=RecipeError):
+        tree = read_yaml_tree(text)
     if not isinstance(tree, CommentedMap):
         raise RecipeError(
             f"{label}: a recipe is a mapping of sections, found {_kind(tree)}",
@@ -176,7 +164,7 @@ def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str
             hint="write section.field=value, for example training.max_steps=20",
         )
     try:
-        value = _plain(YAML(typ="rt").load(io.StringIO(text)), path=path, label="command line", lines={})
+        value = _plain(read_yaml_tree(text), path=path, label="command line", lines={})
     except YAMLError:
         value = text  # a Windows path or a lone colon: plain text, as the shell gave it
     section: Any = values
@@ -251,9 +239,4 @@ def _names_at(location: tuple[int | str, ...]) -> list[str]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; `load_recipe` reads it back to an equal recipe."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # keep the schema's order
-    out = io.StringIO()
-    yaml.dump(recipe.model_dump(mode="json"), out)
-    return out.getvalue()
+    return dump_yaml(recipe.model_dump(mode="json"))

@@ -7,14 +7,11 @@ path of a home folder is masked in the whole text (S5). The template escapes tex
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PureWindowsPath
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from gemma_tune.disk import read_json
 from gemma_tune.engines.engine_facts import ENGINES
@@ -28,6 +25,7 @@ from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.secrets import mask_private
 from gemma_tune.templates import render_template
+from gemma_tune.yaml_io import dump_yaml
 
 CARD_FILE = "README.md"
 # Stands for the repository's name, which is not known before it is pushed.
@@ -283,10 +281,4 @@ def _recipe_yaml(recipe: Recipe) -> str:
         section: {key: value for key, value in values[section].items() if key not in _LEFT_OUT.get(section, ())}
         for section in _SECTIONS
     }
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.width = 1_000  # a folded line would be a new one for whoever searches it
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    out = io.StringIO()
-    yaml.dump(public, out)
-    return out.getvalue()
+    return dump_yaml(public)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.disk import read_json
+from gemma_tune.errors import RunError
 from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, smoothed
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir
@@ -15,6 +16,7 @@ from gemma_tune.runs.manifest import Manifest, read_manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
 from gemma_tune.text import counted, format_bytes, format_seconds
+from gemma_tune.yaml_io import read_plain_yaml
 
 # Settings in which two runs differ without learning otherwise.
 _NOT_COMPARED = ("run.name", "run.output_dir")
@@ -75,8 +77,6 @@ def gather_facts(run: RunDir) -> RunFacts:
     Raises:
         RunError: a file of it is damaged.
     """
-    from ruamel.yaml import YAML
-
     recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
     return RunFacts(
         name=run.path.resolve().name,
@@ -88,7 +88,7 @@ def gather_facts(run: RunDir) -> RunFacts:
         evaluation=read_evaluation(run),
         metrics=read_metrics(run),
         recipe=recipe,
-        settings=_flat(YAML(typ="safe", pure=True).load(recipe) or {}),
+        settings=_flat(read_plain_yaml(recipe, label=str(run.resolved_recipe), error=RunError) or {}),
     )
 
 

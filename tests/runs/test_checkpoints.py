@@ -245,3 +245,22 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_after_space_is_made(
     train(base, run.path, rows=ROWS, recipe=recipe, resume_from=run.checkpoints / "checkpoint-4")
     expected = weights(whole)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(run).items())
+
+
+def test_the_trained_adapter_is_on_the_disk_with_its_name(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files, its directory, and, after the rename, the directory that lists it."""
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    run, _ = train(base, tmp_path / "run", rows=ROWS, recipe=recipe_of(max_steps=1))
+    partial = run.adapter.with_name(".adapter.partial")
+    wanted = {str(partial / file.name) for file in run.adapter.iterdir() if file.is_file()} | {str(partial)}
+    assert wanted <= set(synced)
+    assert str(run.path) in synced[synced.index(str(partial)) :]

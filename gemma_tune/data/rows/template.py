@@ -7,7 +7,6 @@ assignments, so that rendering always ends and its output is bounded. Row text i
 from __future__ import annotations
 
 import functools
-import io
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,6 @@ import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, StringConstraints, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import AliasEvent
 
 from gemma_tune.errors import DataError
 from gemma_tune.identity import text_sha256
@@ -31,6 +26,7 @@ from gemma_tune.recipe.problems import problem_of
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.recipe.section import Names, NonEmpty, Section
 from gemma_tune.text import did_you_mean
+from gemma_tune.yaml_io import read_plain_yaml
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
@@ -201,7 +197,7 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
     Raises:
         DataError: not YAML, an unknown key, a Jinja mistake, a field that is declared but not used.
     """
-    values = _parse_yaml(text, label=label)
+    values = read_plain_yaml(text, label=label, error=DataError)
     try:
         file = _TemplateFile.model_validate(values)
     except ValidationError as error:
@@ -251,23 +247,6 @@ _SHAPE_HINT = (
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     return list((_MessageFile if location[:1] == ("messages",) and len(location) > 1 else _TemplateFile).model_fields)
-
-
-def _parse_yaml(text: str, *, label: str) -> object:
-    try:
-        # An alias can make a small file huge (a "YAML bomb"), and a template has no use for one.
-        if any(isinstance(event, AliasEvent) for event in YAML(typ="safe", pure=True).parse(io.StringIO(text))):
-            raise DataError(f"{label}: aliases (*name) are not allowed in a data template", hint="write the value out")
-        return YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except DuplicateKeyError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise DataError(f"{label}{line}: a key is given twice", hint="keep one of them") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{label}:{mark.line + 1}:{mark.column + 1}" if mark else label
-        raise DataError(f"{where}: not YAML: {error.problem or error.context}") from None
-    except (YAMLError, RecursionError) as error:
-        raise DataError(f"{label}: not YAML: {error}") from None
 
 
 def _check_shape(file: _TemplateFile, *, label: str) -> None:

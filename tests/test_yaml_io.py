@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from gemma_tune.launching.yaml_text import yaml_block, yaml_scalar
+from gemma_tune.yaml_io import yaml_block, yaml_scalar
 
 TEXT = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=60),
