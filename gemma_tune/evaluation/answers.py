@@ -43,7 +43,7 @@ def answer_rows(parts: TrainerParts, *, title: str, is_sharded: bool = False) ->
     reporter.stage(title)
     times = 1 if is_sharded else world.size
     parts.engine.set_mode(parts.loaded, training=False)
-    asked = examples if is_sharded else world.share(examples)
+    asked = examples if is_sharded else world.shard(examples)
     settings = AnswerSettings(
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size or recipe.training.batch_size,
@@ -55,7 +55,7 @@ def answer_rows(parts: TrainerParts, *, title: str, is_sharded: bool = False) ->
             "eval rows answered", min(done * times, len(examples)), len(examples)
         ),
     )
-    return answers if is_sharded else world.joined(answers)
+    return answers if is_sharded else world.gather_shards(answers)
 
 
 def pair_answers(

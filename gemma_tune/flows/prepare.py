@@ -42,7 +42,7 @@ def begin_run(
         start_manifest(run)  # last: without one a run was never begun
     if is_new:
         return None
-    return world.from_main(
+    return world.broadcast(
         lambda: plan_resumption(run, decisions.recipe, from_step=from_step, reporter=context.reporter)
     )
 
@@ -66,7 +66,7 @@ def prepare(context: RunContext, decisions: Decisions, *, resumption: Resumption
 def _load_rows(context: RunContext, decisions: Decisions) -> tuple[Any, Encoder, Datasets]:
     reporter, recipe = context.reporter, decisions.recipe
     reporter.stage("data")
-    tokenizer, encoder, datasets = context.world.in_turn(
+    tokenizer, encoder, datasets = context.world.main_first(
         lambda: load_data(recipe, base=decisions.base, inputs=decisions.inputs)
     )
     write_json(context.run.data_report, asdict(datasets.report))
@@ -87,7 +87,7 @@ def _write_lock(
     lock = lock_of(decisions, data=data, world=context.world)
     require_equal(decisions.recipe, lock, world=context.world)
     if resumption is not None:
-        context.world.from_main(lambda: rewind_run(context, decisions.recipe, lock=lock, resumption=resumption))
+        context.world.broadcast(lambda: rewind_run(context, decisions.recipe, lock=lock, resumption=resumption))
     write_json(context.run.lock, asdict(lock))
 
 
@@ -131,7 +131,7 @@ def _load_model(context: RunContext, decisions: Decisions, *, engine: Engine) ->
 
 def require_equal(recipe: Recipe, lock: Lock, *, world: World) -> None:
     """Refuse processes that would train something else than process 0 does."""
-    (recipe_0, lock_0), *others = world.gather((recipe, asdict(lock)))
+    (recipe_0, lock_0), *others = world.all_gather((recipe, asdict(lock)))
     for rank, (recipe_r, lock_r) in enumerate(others, start=1):
         settings = recipe_differences(recipe_0, recipe_r)
         steps = [line for line in settings.allowed if line.startswith("training.")]  # else they would part midway

@@ -15,7 +15,7 @@ from gemma_tune.flows.decide import Decisions, decide
 from gemma_tune.flows.export import export_model
 from gemma_tune.flows.prepare import begin_run, prepare
 from gemma_tune.machine.quiet import libraries_to
-from gemma_tune.machine.world import ALONE, World, joined_processes
+from gemma_tune.machine.world import ALONE, World, process_group
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import ExportSection
 from gemma_tune.reporting.write_report import write_report
@@ -80,9 +80,9 @@ def train_run(
         GemmaTuneError: what is wrong, where, and what to do next.
     """
     asked = resume or from_step is not None
-    with libraries_to(None), joined_processes(world):
-        decisions = world.in_turn(lambda: decide(loaded))
-        found = world.from_main(lambda: find_or_create_run(loaded, asked=asked, reporter=reporter))
+    with libraries_to(None), process_group(world):
+        decisions = world.main_first(lambda: decide(loaded))
+        found = world.broadcast(lambda: find_or_create_run(loaded, asked=asked, reporter=reporter))
         if found.state == "finished":
             reporter.detail(f"{found.run.path} has finished: there is nothing left to train")
         else:

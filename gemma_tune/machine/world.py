@@ -20,8 +20,8 @@ Value = TypeVar("Value")
 class World:
     """This process among all of them.
 
-    `from_main`, `gather`, `sum`, `in_turn` and `joined` are collective: all processes call them, in the same
-    order. With one process they come back at once.
+    `broadcast`, `all_gather`, `all_reduce`, `main_first` and `gather_shards` are collective: all processes call them,
+    in the same order. With one process they return at once.
 
     Attributes:
         rank: number of this process, from 0, in all machines.
@@ -38,11 +38,11 @@ class World:
         return self.rank == 0
 
     def shards(self, data_parallel: str) -> bool:
-        """Whether the model is divided between the processes."""
+        """Return whether the model is sharded over the processes."""
         return self.size > 1 and data_parallel == "fsdp"
 
-    def from_main(self, compute: Callable[[], Value]) -> Value:
-        """What process 0 computes, sent to all; an error of its user is raised in all."""
+    def broadcast(self, compute: Callable[[], Value]) -> Value:
+        """Compute in process 0 and send the value to all; a GemmaTuneError of it is raised in all."""
         if self.size == 1:
             return compute()
         from torch import distributed
@@ -59,8 +59,8 @@ class World:
         value: Value = box[0]
         return value
 
-    def gather(self, value: Value) -> list[Value]:
-        """The values of all processes in the order of their ranks."""
+    def all_gather(self, value: Value) -> list[Value]:
+        """Return the values of all processes in the order of their ranks."""
         if self.size == 1:
             return [value]
         from torch import distributed
@@ -69,8 +69,8 @@ class World:
         distributed.all_gather_object(values, value)
         return values
 
-    def sum(self, *values: float) -> tuple[float, ...]:
-        """The sums over all processes, in float64."""
+    def all_reduce(self, *values: float) -> tuple[float, ...]:
+        """Return the sums over all processes, in float64."""
         if self.size == 1:
             return values
         import torch
@@ -79,19 +79,19 @@ class World:
         torch.distributed.all_reduce(total)
         return tuple(total.tolist())
 
-    def in_turn(self, compute: Callable[[], Value]) -> Value:
-        """What each process computes for itself, process 0 first, as the others then find what it left on the disk."""
+    def main_first(self, compute: Callable[[], Value]) -> Value:
+        """Compute in each process, in process 0 first: the others then find on the disk what it left there."""
         box: list[Value] = []
-        self.from_main(lambda: box.append(compute()))
+        self.broadcast(lambda: box.append(compute()))
         return box[0] if self.is_main else compute()
 
-    def share(self, items: Sequence[Value]) -> Sequence[Value]:
-        """Every `size`-th item, from the place of this process."""
+    def shard(self, items: Sequence[Value]) -> Sequence[Value]:
+        """Return every `size`-th item, from the rank of this process on."""
         return items[self.rank :: self.size]
 
-    def joined(self, mine: Sequence[Value]) -> list[Value]:
-        """The items of all processes in the order before `share`."""
-        shares = self.gather(mine)
+    def gather_shards(self, mine: Sequence[Value]) -> list[Value]:
+        """Return the items of all processes in the order that they had before `shard`."""
+        shares = self.all_gather(mine)
         return [shares[index % self.size][index // self.size] for index in range(sum(map(len, shares)))]
 
 
@@ -99,7 +99,7 @@ ALONE = World()
 
 
 def world_of(environment: Mapping[str, str]) -> World:
-    """This process's place by the variables that torchrun sets.
+    """Read this process's place from the variables that torchrun sets.
 
     Raises:
         EngineError: only some of them are there, or one is not a number.
@@ -122,7 +122,7 @@ def world_of(environment: Mapping[str, str]) -> World:
 
 
 @contextlib.contextmanager
-def joined_processes(world: World) -> Iterator[None]:
+def process_group(world: World) -> Iterator[None]:
     """Connect this process with the others, and give it its card.
 
     Objects and counts travel between the processors (gloo), gradients between the cards (nccl).
@@ -146,15 +146,15 @@ def joined_processes(world: World) -> Iterator[None]:
         torch.cuda.set_device(world.local_rank)
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo")
     try:
-        with lost_processes_told():
+        with explain_lost_processes():
             yield
     finally:
         torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
-def lost_processes_told() -> Iterator[None]:
-    """Within the block a broken connection between the processes becomes a sentence."""
+def explain_lost_processes() -> Iterator[None]:
+    """Raise ProcessLost where a connection between the processes breaks within the block."""
     try:
         yield
     except RuntimeError as error:
@@ -164,6 +164,6 @@ def lost_processes_told() -> Iterator[None]:
             raise ProcessLost(
                 "the connection to another process of this training broke: it was killed, ran out of memory, or its "
                 "machine has gone",
-                hint="go on with --resume: the last checkpoint is whole",
+                hint="continue with --resume: the last checkpoint is whole",
             ) from error
         raise

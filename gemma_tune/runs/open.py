@@ -15,7 +15,7 @@ from typing import Literal
 from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import GemmaTuneError, RunError, TrainingInterrupted
 from gemma_tune.machine.quiet import libraries_to
-from gemma_tune.machine.world import World, lost_processes_told
+from gemma_tune.machine.world import World, explain_lost_processes
 from gemma_tune.recipe.load import LoadedRecipe, load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import has_checkpoints
@@ -124,7 +124,7 @@ def recording_the_end(context: RunContext, loaded: LoadedRecipe) -> Iterator[Non
     """Record in the manifest how a training ended, and say how an interrupted one is resumed."""
     run = context.run
     try:
-        with lost_processes_told():
+        with explain_lost_processes():
             yield
     except TrainingInterrupted as error:
         _mark(run, "stopped", error.message)

@@ -56,7 +56,7 @@ def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
         except (OSError, SafetensorError) as error:
             raise _unreadable(directory, error) from None
 
-    tensors = world.from_main(load)
+    tensors = world.broadcast(load)
     try:
         result = set_peft_model_state_dict(model, tensors)
     except RuntimeError as error:

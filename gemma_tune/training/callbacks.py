@@ -108,7 +108,7 @@ class CheckpointCallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if math.isinf(self.every_seconds):
             return
-        if self.world.from_main(lambda: time.monotonic() - self.last_save >= self.every_seconds):
+        if self.world.broadcast(lambda: time.monotonic() - self.last_save >= self.every_seconds):
             control.should_save = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -172,7 +172,7 @@ class InterruptCallback(TrainerCallback):
             reason = self.signal.name
         elif self.max_minutes is not None and minutes >= self.max_minutes and state.global_step < state.max_steps:
             reason = f"training.max_minutes={self.max_minutes:g}"
-        self.reason = next(filter(None, self.world.gather(reason)), None)
+        self.reason = next(filter(None, self.world.all_gather(reason)), None)
         if self.reason is not None:
             control.should_save = True
             control.should_training_stop = True

@@ -55,7 +55,7 @@ class GuardCallback(TrainerCallback):
             raise _no_gradient(step)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([local_part(grad) for grad in gradients])))
         loss_value, norm_value = torch.stack((loss.float(), norm.float())).tolist()
-        found = self.world.gather((loss_value, norm_value))
+        found = self.world.all_gather((loss_value, norm_value))
         losses = [each_loss for each_loss, _ in found]
         if is_sharded(gradients[0]):
             norm_value = math.hypot(*(each_norm for _, each_norm in found))

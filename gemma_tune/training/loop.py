@@ -182,7 +182,7 @@ class Loop(OwnCheckpoints, SFTTrainer):
                 if counts:
                     total, count = total + float(sums.total), count + sums.count
         self.model.train(was_training)
-        total, all_counted = self.world.sum(total, count)
+        total, all_counted = self.world.all_reduce(total, count)
         return total / all_counted
 
     def _eval_batches(self) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:

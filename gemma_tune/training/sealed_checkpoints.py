@@ -66,7 +66,7 @@ class OwnCheckpoints(Trainer):
 
     def count_real_tokens(self) -> int:
         """Tokens that were trained on so far by all processes; a collective call."""
-        return int(self.world.sum(self.num_real_tokens)[0])
+        return int(self.world.all_reduce(self.num_real_tokens)[0])
 
     def stop_clock(self) -> None:
         self._seconds_before, self._started = self.seconds, None
@@ -97,7 +97,7 @@ class OwnCheckpoints(Trainer):
             "total_loss": self._total_loss_scalar,
         }
         # The loss that was trained since the last line of metrics: the next line is a mean over it as well.
-        processes = self.world.gather({"random": random_state(), "loss_since_log": self._tr_loss.cpu()})
+        processes = self.world.all_gather({"random": random_state(), "loss_since_log": self._tr_loss.cpu()})
         trainer_state = copy.copy(self.state)
         trainer_state.best_model_checkpoint = None  # an absolute path; the step says the same
 
@@ -120,14 +120,14 @@ class OwnCheckpoints(Trainer):
             protected = [path for path in (best, self._resumed_from) if path is not None]
             remove_old_checkpoints(self.run, keep=self.args.save_total_limit, protected=protected)
 
-        self.world.from_main(save)
+        self.world.broadcast(save)
         self._find_best()
 
     def _find_best(self) -> None:
         if not self.state.best_global_step:
             return
         best = checkpoint_path(self.run, self.state.best_global_step)
-        self.state.best_model_checkpoint = self.world.from_main(lambda: str(best) if best.is_dir() else None)
+        self.state.best_model_checkpoint = self.world.broadcast(lambda: str(best) if best.is_dir() else None)
 
     def _read(self, folder: Path) -> None:
         """Read all of it before anything is changed, so that what cannot be read is told before training goes on."""
@@ -148,7 +148,7 @@ class OwnCheckpoints(Trainer):
                 raise RunError(f"{folder} holds the state of step {step}")
             return training, processes
 
-        self._resumed_state, processes = self.world.from_main(read)
+        self._resumed_state, processes = self.world.broadcast(read)
         self._resumed_process = processes[self.world.rank]
         read_adapter(self.model, folder, world=self.world)
         self._resumed_from = folder
@@ -208,7 +208,7 @@ class OwnCheckpoints(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(self.state.best_model_checkpoint)
-        fault = self.world.from_main(lambda: fault_of(best))
+        fault = self.world.broadcast(lambda: fault_of(best))
         if fault is not None:
             raise RunError(f"{best}, the best checkpoint, cannot be used: {fault}", hint="resume an earlier checkpoint")
         read_adapter(self.model, best, world=self.world)

@@ -74,7 +74,7 @@ def train_adapter(parts: TrainerParts, *, resume_from: Path | None = None) -> Tr
     with attending, tracking(recipe.logging.trackers, run=run):
         parts = replace(parts, pack_tokens=_settle_packing(parts))
         packed = parts.pack_tokens is not None
-        world.from_main(lambda: _keep_packing(run, packed=packed, resumes=resume_from is not None))
+        world.broadcast(lambda: _keep_packing(run, packed=packed, resumes=resume_from is not None))
         trainer = method.make_trainer(parts)
         engine.set_mode(loaded, training=True)
         eval_loss_before = rehearse(trainer, parts=parts)
@@ -82,7 +82,7 @@ def train_adapter(parts: TrainerParts, *, resume_from: Path | None = None) -> Tr
         _train(trainer, parts, resume_from=resume_from)
     weights = trainer.whole_weights()
     require_finite_adapter(weights, step=trainer.state.global_step)
-    world.from_main(
+    world.broadcast(
         lambda: _save_adapter(trainer.model, weights=weights, tokenizer=parts.tokenizer, directory=run.adapter)
     )
     return TrainingResult(
@@ -133,7 +133,7 @@ def _position_here(checkpoint: Path, context: RunContext) -> Path:
     world = context.world
     if world.size == 1:
         return checkpoint
-    text = world.from_main(lambda: (checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    text = world.broadcast(lambda: (checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     if world.is_main:
         return checkpoint
     folder = context.run.checkpoints / checkpoint.name
@@ -149,7 +149,7 @@ def _settle_packing(parts: TrainerParts) -> int | None:
         return None
     parts.engine.set_mode(loaded, training=True)
     pad_token_id = parts.tokenizer.pad_token_id
-    leaks = parts.context.world.gather(
+    leaks = parts.context.world.all_gather(
         find_leak(loaded, rows=parts.datasets.train, pad_token_id=pad_token_id, batch_size=section.batch_size)
     )
     leak = next(filter(None, leaks), None)

@@ -11,10 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _BEGIN = """
 import os
-from gemma_tune.machine.world import joined_processes, lost_processes_told, world_of
+from gemma_tune.machine.world import process_group, explain_lost_processes, world_of
 from gemma_tune.errors import GemmaTuneError, ProcessLost, RunError
 world = world_of(os.environ)
-with joined_processes(world):
+with process_group(world):
 """
 
 

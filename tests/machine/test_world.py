@@ -29,21 +29,21 @@ def test_half_a_world_is_told() -> None:
 
 
 def test_a_process_alone_needs_nobody() -> None:
-    assert ALONE.from_main(lambda: 7) == 7 and ALONE.in_turn(lambda: 8) == 8
-    assert ALONE.gather("a") == ["a"] and ALONE.sum(1, 2) == (1, 2)
-    assert ALONE.joined(ALONE.share([1, 2, 3])) == [1, 2, 3]
+    assert ALONE.broadcast(lambda: 7) == 7 and ALONE.main_first(lambda: 8) == 8
+    assert ALONE.all_gather("a") == ["a"] and ALONE.all_reduce(1, 2) == (1, 2)
+    assert ALONE.gather_shards(ALONE.shard([1, 2, 3])) == [1, 2, 3]
 
 
 def test_three_processes_agree() -> None:
     outputs = run_in_each(
         """
-print("from main", world.from_main(lambda: f"said by {world.rank}"))
-print("gather", world.gather(world.rank * 10))
-print("sum", world.sum(world.rank, 0.1))
-print("joined", world.joined([item * 2 for item in world.share(range(7))]))
+print("from main", world.broadcast(lambda: f"said by {world.rank}"))
+print("gather", world.all_gather(world.rank * 10))
+print("sum", world.all_reduce(world.rank, 0.1))
+print("joined", world.gather_shards([item * 2 for item in world.shard(range(7))]))
 import time
 began = time.monotonic()
-ends = world.gather(world.in_turn(lambda: (time.sleep(0.3 if world.is_main else 0), time.monotonic())[1]))
+ends = world.all_gather(world.main_first(lambda: (time.sleep(0.3 if world.is_main else 0), time.monotonic())[1]))
 print("in turn", ends[0] <= min(ends[1:]))
 """,
         size=3,
@@ -63,7 +63,7 @@ def test_a_mistake_that_process_0_meets_is_raised_in_all() -> None:
         """
 def fail():
     raise RunError("no room", hint="make some")
-for ask in (world.from_main, world.in_turn):
+for ask in (world.broadcast, world.main_first):
     try:
         ask(fail)
     except RunError as error:
@@ -79,8 +79,8 @@ def test_a_process_that_has_gone_is_told_in_a_sentence() -> None:
 if world.rank == 1:
     os._exit(7)
 try:
-    with lost_processes_told():
-        world.gather(1)
+    with explain_lost_processes():
+        world.all_gather(1)
 except ProcessLost as error:
     print(error.message)
     os._exit(0)

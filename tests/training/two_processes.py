@@ -62,13 +62,13 @@ def run_together(base: Path, output: Path, tasks: Sequence[Task]) -> None:
 
 def main() -> None:
     from gemma_tune.machine.processes import end_process
-    from gemma_tune.machine.world import joined_processes, world_of
+    from gemma_tune.machine.world import process_group, world_of
     from tests.training.random_rows import Rows, make_rows
     from tests.training.small_runs import recipe_of, train
 
     base, output = map(Path, sys.argv[1:])
     world = world_of(os.environ)
-    with joined_processes(world):
+    with process_group(world):
         for task in json.loads((output / "plan.json").read_text(encoding="utf-8")):
             rows = Rows(make_rows(task["num_rows"], seed=7), make_rows(5, seed=8))
             folder = output / task["name"]
