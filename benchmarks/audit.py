@@ -1,29 +1,39 @@
-"""Time of an audit: `python benchmarks/audit.py [ROWS]`, without an argument 15,000 of dolly's lengths."""
+"""Time and memory of auditing rows and of leaving out near duplicates.
+
+    python benchmarks/audit.py [ROWS] [--words 26] [--way audit|near]
+
+ROWS (15,000) invented rows of --words words in the mean are written to a file; each way then reads them in a process of
+its own with the tokenizer of the embedded Gemma. Peak memory is that of the whole process.
+"""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import itertools
+import json
+import multiprocessing
 import random
+import resource
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
-from gemma_tune.data.look.audit import AuditRow, audit_rows
+from gemma_tune.recipe.schema import DataSection, Recipe
 
-# Words of dolly: the instruction, the context (of 30 % of the rows), the response.
-_INSTRUCTION, _CONTEXT, _RESPONSE = 12, 220, 60
-_WORDS = 20_000
+_VOCABULARY = 20_000
 
 
-def make_rows(count: int, *, seed: int = 0) -> Iterator[AuditRow]:
+def make_rows(count: int, *, mean_words: int, seed: int = 0) -> Iterator[dict[str, str]]:
     """Invented words that are as unevenly frequent as English ones, 1 % of the rows almost copies."""
     draw = random.Random(seed)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 11))) for _ in range(_WORDS)]
-    weights = [1 / (rank + 10) for rank in range(_WORDS)]
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 11))) for _ in range(_VOCABULARY)]
+    sums = list(itertools.accumulate(1 / (rank + 10) for rank in range(_VOCABULARY)))
 
-    def text(mean: int) -> str:
-        chosen = draw.choices(words, weights, k=max(1, round(draw.gammavariate(2, mean / 2))))
+    def text(mean: float) -> str:
+        chosen = draw.choices(words, cum_weights=sums, k=max(1, round(draw.gammavariate(2, mean / 2))))
         for at in range(12, len(chosen), 25):
             chosen[at] = f"{draw.randint(1, 99_999_999)}"
         for at in range(20, len(chosen), 40):
@@ -33,48 +43,74 @@ def make_rows(count: int, *, seed: int = 0) -> Iterator[AuditRow]:
             chosen[-1] += "é"
         return " ".join(chosen)
 
-    last: tuple[str, str, str] = ("", "", "")
+    # Parts as in dolly: the instruction, the context of 30 % of the rows, the response.
+    last = ("", "", "")
     for number in range(count):
         if number % 100 == 99:
             last = (last[0], last[1], f"{last[2]} more")
         else:
-            last = (text(_INSTRUCTION), text(_CONTEXT) if draw.random() < 0.3 else "", text(_RESPONSE))
+            context = text(mean_words * 1.6) if draw.random() < 0.3 else ""
+            last = (text(mean_words * 0.09), context, text(mean_words * 0.43))
         if number % 200 == 0:
-            last = (last[0], last[1], f"{last[2]} write to {words[number % _WORDS]}@example.com or +1 212 555 0123")
-        instruction, context, response = last
-        yield AuditRow(
-            where=f"rows.jsonl:{number + 1}",
-            side="eval" if number % 20 == 0 else "train",
-            prompt=f"{instruction}\n{context}\n",
-            response=response,
-            key=hashlib.blake2b("\0".join(last).encode(), digest_size=16).digest(),
-            texts=(("instruction", instruction), ("context", context), ("response", response)),
-            category="open_qa",
-            num_tokens=len(" ".join(last)) // 4,
-            num_supervised=len(response) // 4,
-            control_strings=0,
-        )
+            last = (
+                last[0],
+                last[1],
+                f"{last[2]} write to {words[number % _VOCABULARY]}@example.com or +1 212 555 0123",
+            )
+        yield dict(zip(("instruction", "context", "response"), last, strict=True))
+
+
+def audit(recipe: Recipe) -> None:
+    """Audit the rows."""
+    from gemma_tune.data.look.survey import audit_data
+
+    started = time.perf_counter()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if done == total:
+            print(f"  {what} after {time.perf_counter() - started:.1f} s", flush=True)
+
+    report = audit_data(recipe, reporter=SimpleNamespace(progress=progress))
+    for found in report.findings:
+        print(f"  {found.severity:8} {found.kind:16} {found.count:6,}")
+
+
+def near(recipe: Recipe) -> None:
+    """Read the rows without near duplicates, and encode them."""
+    from gemma_tune.data.open import load_data, open_data
+
+    base, inputs = open_data(recipe)
+    print("  " + "\n  ".join(load_data(recipe, base=base, inputs=inputs)[2].report.lines()))
+
+
+WAYS = {"audit": audit, "near": near}
+
+
+def _run(way: str, rows: Path) -> None:
+    section = DataSection(
+        source=str(rows), template="dolly", max_seq_tokens=1024, cache=False, clean={"drop_duplicates": "near"}
+    )
+    started = time.perf_counter()
+    WAYS[way](Recipe(data=section))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{way}: {time.perf_counter() - started:.1f} s, peak {peak / 1e6:,.0f} MB", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=int, nargs="?", default=15_000)
-    rows = list(make_rows(parser.parse_args().rows))
-    characters = sum(len(text) for row in rows for _, text in row.texts)
-    print(f"{len(rows):,} rows, {characters / 1e6:.1f} million characters")
-    started = last = time.perf_counter()
-
-    def tell(what: str, done: int, total: int) -> None:
-        nonlocal last
-        if done == total:
-            now = time.perf_counter()
-            print(f"  {what}: {now - last:.1f} s")
-            last = now
-
-    report = audit_rows(rows, bad=[], max_seq_tokens=1024, on_progress=tell)
-    print(f"{time.perf_counter() - started:.1f} s in all")
-    for found in report.findings:
-        print(f"  {found.severity:8} {found.kind:16} {found.count:6,}")
+    parser.add_argument("--words", type=int, default=26)
+    parser.add_argument("--way", choices=WAYS)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in make_rows(options.rows, mean_words=options.words))
+        print(f"{options.rows:,} rows, {path.stat().st_size / 1e6:.1f} MB", flush=True)
+        for way in [options.way] if options.way else WAYS:
+            process = multiprocessing.get_context("spawn").Process(target=_run, args=(way, path))
+            process.start()
+            process.join()
 
 
 if __name__ == "__main__":

@@ -229,7 +229,6 @@ def test_start_up_loads_nothing_heavy(arguments: list[str], tmp_path: Path) -> N
         "huggingface_hub",
         "numpy",
         "scipy",
-        "datasketch",
         "ftfy",
         "phonenumbers",
         "stdnum",

@@ -72,7 +72,7 @@ def parse_threshold(text: str) -> Threshold:
     Raises:
         DataError: the text is none of these.
     """
-    from gemma_tune.data.look.audit import FINDING_KINDS
+    from gemma_tune.data.look.findings import FINDING_KINDS
 
     if text == "error":
         return Threshold(severities=("error",))

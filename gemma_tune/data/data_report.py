@@ -175,27 +175,6 @@ class DataReport(ReadReport):
         return f"with template{'s' if len(names) > 1 else ''} {', '.join(names)}{detected}"
 
 
-def length_bins(lengths: Sequence[int]) -> tuple[LengthBin, ...]:
-    """Bins that end at powers of two and half-way between (… 64, 96, 128, 192 …), from the shortest row to the longest.
-
-    `lengths` are sorted.
-    """
-    if not lengths:
-        return ()
-    bins: list[LengthBin] = []
-    low, power, at = 0, 16, 0
-    while at < len(lengths):
-        for high in (power, power * 3 // 2):
-            start = at
-            while at < len(lengths) and lengths[at] <= high:
-                at += 1
-            if (bins or at > start) and start < len(lengths):
-                bins.append(LengthBin(low, high, at - start))
-            low = high + 1
-        power *= 2
-    return tuple(bins)
-
-
 def listed(samples: Sequence[str], count: int) -> str:
     """The first samples on one line, and how many more there are."""
     shown = samples[:_MAX_ON_A_LINE]

@@ -9,9 +9,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport, length_bins, listed
-from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows, Ints
+from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport, listed
+from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows
 from gemma_tune.data.encode.encoder import Encoder, in_batches
+from gemma_tune.data.encode.lengths import length_bins, percentile
 from gemma_tune.data.rows.read import Examples
 from gemma_tune.data.rows.render import Example
 from gemma_tune.errors import DataError
@@ -90,12 +91,12 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection, 
         dropped_too_long=done.num_too_long - done.truncated,
         truncated=done.truncated,
         truncated_answers=done.truncated_answers,
-        length_p50=_percentile(lengths, 50),
-        length_p90=_percentile(lengths, 90),
-        length_p99=_percentile(lengths, 99),
+        length_p50=percentile(lengths, 50),
+        length_p90=percentile(lengths, 90),
+        length_p99=percentile(lengths, 99),
         length_max=done.longest,
         longest_row=done.longest_row,
-        length_bins=length_bins(sorted(done.lengths)),
+        length_bins=length_bins(lengths),
         train_tokens=train.tokens,
         eval_tokens=held_out.tokens,
         train_supervised_tokens=train.supervised_tokens,
@@ -214,7 +215,7 @@ def _stop_if_none_is_left(train: _Counts, done: _Encoded, section: DataSection) 
     raise DataError(
         f"all {len(lengths):,} train rows are longer than data.max_seq_tokens {section.max_seq_tokens}: "
         f"they have {lengths.min()} to {lengths.max()} tokens",
-        hint=f"set data.max_seq_tokens={_percentile(lengths, 99)} to keep 99 % of them",
+        hint=f"set data.max_seq_tokens={percentile(lengths, 99)} to keep 99 % of them",
     )
 
 
@@ -280,8 +281,3 @@ def _without_first_tokens(text: str, count: int, encoder: Encoder) -> str:
 def _without_last_tokens(text: str, count: int, encoder: Encoder) -> str:
     offsets = encoder.offsets(text)
     return text[: min(offsets[-count][0], len(text) - 1)] if count < len(offsets) else ""
-
-
-def _percentile(lengths: Ints, percent: int) -> int:
-    """The smallest value that at least `percent` % of the values do not exceed."""
-    return int(np.percentile(lengths, percent, method="inverted_cdf"))

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from gemma_tune.data.encode.encoder import Encoder
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gemma_tune.data.encode.encoder import Encoder, in_batches
 from gemma_tune.data.inputs import Input, Inputs
-from gemma_tune.data.look.audit import AuditReport, AuditRow, audit_rows
+from gemma_tune.data.look.audit import AuditReport, audit_rows
+from gemma_tune.data.look.audit_row import AuditRow
 from gemma_tune.data.open import load_encoder, open_data
 from gemma_tune.data.rows.chat_template import ChatRenderer
-from gemma_tune.data.rows.read import render_rows, split_rows
+from gemma_tune.data.rows.divide import KEY_BYTES, RowKeys
+from gemma_tune.data.rows.read import render_rows
 from gemma_tune.data.rows.render import Example
+from gemma_tune.data.rows.spool import Spool
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.recipe.schema import DataSection, Recipe
 from gemma_tune.runs.reporter import Reporter
@@ -16,39 +24,61 @@ from gemma_tune.runs.reporter import Reporter
 
 def survey_rows(
     section: DataSection, inputs: Inputs, *, encoder: Encoder, chat: ChatRenderer | None
-) -> tuple[list[AuditRow], list[tuple[str, str]]]:
-    """The rows on the side where training would put them, and place and problem of those that cannot be used."""
-    bad: list[tuple[str, str]] = []
-    rendered: list[tuple[Input, SourceRow, Example]] = []
+) -> tuple[Sequence[AuditRow], Sequence[tuple[str, str]]]:
+    """Read the rows on the side where training would put them, and place and problem of those that cannot be used.
+
+    Both lie on disk ($TMPDIR).
+    """
+    keys = bytearray()
+    eval_keys: set[bytes] = set()  # of the rows that are held out, which is known when all have been read
+
+    def to_json(row: AuditRow) -> tuple[Any, ...]:
+        counts = (row.num_tokens, row.num_supervised, row.control_strings)
+        return (row.where, row.side, row.response, row.key.hex(), row.texts, row.category, *counts)
+
+    def from_json(values: Sequence[Any]) -> AuditRow:
+        where, side, response, digits, texts, *others = values
+        key = bytes.fromhex(digits)
+        return AuditRow(where, "eval" if key in eval_keys else side, response, key, tuple(map(tuple, texts)), *others)
+
+    rows = Spool(encode=to_json, decode=from_json)
+    bad: Spool[tuple[str, str]] = Spool(decode=tuple)
     for item in inputs.all:
-        for row, result in render_rows(item, cleaner=None, chat=chat):
-            if row is not None and isinstance(result, Example):
-                rendered.append((item, row, result))
-            elif not isinstance(result, Example):
-                bad.append((result.where, result.problem))
-    if inputs.eval is None and len({example.key for _, _, example in rendered}) > 1:
-        _, held_out = split_rows([[example for _, _, example in rendered]], section=section)
-        eval_keys = {example.key for example in held_out}
-    else:
-        eval_keys = set()
-    encoded = encoder.encode_rows([example.segments for _, _, example in rendered], train_on=section.train_on)
-    supervised = encoded.num_supervised()
-    rows = [
-        AuditRow(
-            where=example.where,
-            side="eval" if item is inputs.eval or example.key in eval_keys else "train",
-            prompt=example.prompt_text,
-            response=example.response,
-            key=example.key,
-            texts=tuple(item.texts(row.fields)),
-            category=example.category,
-            num_tokens=int(encoded.lengths[index]),
-            num_supervised=int(supervised[index]),
-            control_strings=encoder.count_control_strings(example.segments),
-        )
-        for index, (item, row, example) in enumerate(rendered)
-    ]
+        rendered = _render(item, chat=chat, bad=bad)
+        for batch in in_batches(rendered, size=lambda pair: pair[1].num_characters):
+            encoded = encoder.encode_rows([example.segments for _, example in batch], train_on=section.train_on)
+            numbers = zip(encoded.lengths.tolist(), encoded.num_supervised().tolist(), strict=True)
+            for (row, example), (num_tokens, num_supervised) in zip(batch, numbers, strict=True):
+                keys += example.key
+                rows.append(
+                    AuditRow(
+                        where=example.where,
+                        side="eval" if item is inputs.eval else "train",
+                        response=example.response,
+                        key=example.key,
+                        texts=tuple(item.texts(row.fields)),
+                        category=example.category,
+                        num_tokens=num_tokens,
+                        num_supervised=num_supervised,
+                        control_strings=encoder.count_control_strings(example.segments),
+                    )
+                )
+    if inputs.eval is None:
+        decided = RowKeys.of(keys, seed=section.seed)
+        if len(np.unique(decided.numbers)) > 1:
+            held_out = np.flatnonzero(decided.held_out(fraction=section.eval_fraction)).tolist()
+            eval_keys.update(bytes(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in held_out)
     return rows, bad
+
+
+def _render(
+    item: Input, *, chat: ChatRenderer | None, bad: Spool[tuple[str, str]]
+) -> Iterator[tuple[SourceRow, Example]]:
+    for row, result in render_rows(item, cleaner=None, chat=chat):
+        if row is not None and isinstance(result, Example):
+            yield row, result
+        elif not isinstance(result, Example):
+            bad.append((result.where, result.problem))
 
 
 def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
@@ -56,9 +86,4 @@ def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
     base, inputs = open_data(recipe)
     _, encoder, chat = load_encoder(base, inputs=inputs)
     rows, bad = survey_rows(recipe.data, inputs, encoder=encoder, chat=chat)
-    return audit_rows(
-        rows,
-        bad=bad,
-        max_seq_tokens=recipe.data.max_seq_tokens,
-        on_progress=reporter.progress,
-    )
+    return audit_rows(rows, bad=bad, max_seq_tokens=recipe.data.max_seq_tokens, on_progress=reporter.progress)

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypeVar
+
+import numpy as np
 
 from gemma_tune.data.data_report import MAX_SAMPLES, ReadReport, SourceReport
+from gemma_tune.data.encode.arrays import Ints
 from gemma_tune.data.inputs import Input, Inputs
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.cleaner import RowCleaner
+from gemma_tune.data.rows.divide import RowKeys
 from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
-from gemma_tune.data.rows.spool import ExampleSpool, StoredExample, StoredExamples
+from gemma_tune.data.rows.spool import Chosen, ExampleSpool
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken, told
 from gemma_tune.errors import DataError
 from gemma_tune.identity import json_sha256
@@ -42,8 +45,8 @@ class Examples:
         sha256: of the sources, templates, mappings and settings that decide which rows these are and how they read.
     """
 
-    train: StoredExamples
-    eval: StoredExamples
+    train: Sequence[Example]
+    eval: Sequence[Example]
     report: ReadReport
     sha256: str
 
@@ -53,12 +56,12 @@ class _Read:
     """One source: its rows that can be used, and what is wrong with the others."""
 
     input: Input
+    rows: Ints  # where those that can be used lie in the spool
     rows_read: int
-    examples: list[StoredExample]
     broken: list[BrokenLine]
-    bad: list[RowError]
+    bad: list[str]  # not the errors: each keeps the frames that it passed through
     left_out: Counter[str]
-    labelled_false: int = 0  # KTO's mark of an unwanted answer
+    labelled_false: int  # KTO's mark of an unwanted answer
 
 
 def read_examples(
@@ -67,7 +70,7 @@ def read_examples(
     """Read, clean, render, check, divide and mix the rows that a recipe names. `chat` is needed by chat templates only.
 
     The rendered rows lie in a file in `scratch` (else where the system keeps temporary files) that is gone with them;
-    about 0.4 kB of each row stays in memory.
+    about 0.1 kB of each row stays in memory.
 
     Rows that cannot be used are left out and counted, up to `data.max_bad_fraction` of a source; a line that is no row
     at all stops everything. Rows are divided by a hash of their fields and `data.seed`: a row stays on its side when
@@ -80,39 +83,41 @@ def read_examples(
     cleaner, spool = RowCleaner(section.clean), ExampleSpool(scratch)
     read = [_read(item, cleaner=cleaner, chat=chat, spool=spool) for item in inputs.all]
     bad = [problem for source in read for problem in source.bad]
-    stop_if_broken([line for source in read for line in source.broken], unusable=[problem.message for problem in bad])
+    stop_if_broken([line for source in read for line in source.broken], unusable=bad)
     for source in read:
         _stop_if_too_many_are_bad(source, allowed=section.max_bad_fraction)
 
-    order = _Order(section.seed)
+    keys = RowKeys.of(spool.keys, seed=section.seed)
     own_train = read[: len(inputs.train)]
-    train, held_out = (
-        [source.examples for source in own_train],
-        [row for source in read[len(inputs.train) :] for row in source.examples],
-    )
+    train = [source.rows for source in own_train]
     if inputs.eval is None:
-        train, held_out = split_rows(train, section=section)
-    by_key = {example.key: example for example in reversed(held_out)}
-    eval_rows = sorted(by_key.values(), key=lambda example: order(example.key))
-    kept = [[example for example in part if example.key not in by_key] for part in train]
+        is_eval = keys.held_out(fraction=section.eval_fraction)
+        held_out = np.flatnonzero(is_eval)
+        train = [rows[~is_eval[rows]] for rows in train]
+    else:
+        held_out = read[-1].rows
+    eval_rows = keys.ordered(keys.firsts(held_out))
+    is_leaked = keys.are_among(eval_rows)
+    kept = [rows[~is_leaked[rows]] for rows in train]
     num_leaked = sum(map(len, train)) - sum(map(len, kept))
     left_out = sum((source.left_out for source in read), Counter())
     if section.clean.drop_duplicates != "off":
-        kept, dropped = _without_duplicates(kept, eval_rows, near=section.clean.drop_duplicates == "near")
+        kept, dropped = _without_duplicates(
+            kept, eval_rows, keys=keys, spool=spool if section.clean.drop_duplicates == "near" else None
+        )
         left_out += dropped
-    if not any(kept):
+    if not any(map(len, kept)):
         raise DataError(
             "no row is left to train on" + (": every train row is also an eval row" if num_leaked else ""),
             hint="check data.source, data.eval_source and data.clean",
         )
-    mixed, repeats = _mix(kept, inputs.train, order=order)
-    origin = {id(example): index for index, part in enumerate(mixed) for example in part}
-    shuffled = [example for part in mixed for example in part]
+    mixed, repeats = _mix(kept, inputs.train, keys=keys)
+    shuffled = list(range(sum(map(len, mixed))))
     random.Random(section.seed).shuffle(shuffled)
-    used_train = shuffled[: section.max_train_rows]
-    used_eval = eval_rows[: section.max_eval_rows]
-    per_source = Counter(origin[id(example)] for example in used_train)
-    all_examples = [example for source in read for example in source.examples]
+    order = np.array(shuffled[: section.max_train_rows], dtype=np.int64)
+    used_train = Chosen(spool, np.concatenate(mixed)[order])
+    used_eval = Chosen(spool, eval_rows[: section.max_eval_rows])
+    per_source = Counter(np.repeat(np.arange(len(mixed)), [len(part) for part in mixed])[order].tolist())
     report = ReadReport(
         sources=tuple(
             SourceReport(
@@ -129,18 +134,16 @@ def read_examples(
         eval_label=inputs.eval.source.label if inputs.eval else None,
         rows_read=sum(source.rows_read for source in read),
         rows_bad=len(bad),
-        bad_samples=tuple(problem.message for problem in bad[:MAX_SAMPLES]),
-        num_duplicates=len(all_examples) - len({example.key for example in all_examples}),
+        bad_samples=tuple(bad[:MAX_SAMPLES]),
+        num_duplicates=len(spool) - len(np.unique(keys.numbers)),
         num_leaked=num_leaked,
         left_out={reason: count for reason, count in left_out.items() if count},
         num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
         train_rows=len(used_train),
         eval_rows=len(used_eval),
-        notes=(*_label_notes(own_train), *_notes(row.load().response for row in used_train[:_MARKER_ROWS])),
+        notes=(*_label_notes(own_train), *_notes(row.response for row in islice(used_train, _MARKER_ROWS))),
     )
-    return Examples(
-        StoredExamples(used_train), StoredExamples(used_eval), report, examples_sha256(section, inputs, chat=chat)
-    )
+    return Examples(used_train, used_eval, report, examples_sha256(section, inputs, chat=chat))
 
 
 def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> str:
@@ -178,22 +181,25 @@ def render_rows(
 
 
 def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None, spool: ExampleSpool) -> _Read:
-    read = _Read(item, 0, [], [], [], Counter())
+    first, rows_read, labelled_false = len(spool), 0, 0
+    broken: list[BrokenLine] = []
+    bad: list[str] = []
+    left_out: Counter[str] = Counter()
     for row, result in render_rows(item, cleaner=cleaner, chat=chat):
-        read.rows_read += row is not None
-        read.labelled_false += row is not None and row.fields.get("label") is False
+        rows_read += row is not None
+        labelled_false += row is not None and row.fields.get("label") is False
         if isinstance(result, Example):
             assert row is not None
             reason = cleaner.reason_to_leave_out(item.texts(row.fields), result)
             if reason:
-                read.left_out[reason] += 1
+                left_out[reason] += 1
             else:
-                read.examples.append(spool.add(result))
+                spool.append(result)
         elif isinstance(result, BrokenLine):
-            read.broken.append(result)
+            broken.append(result)
         else:
-            read.bad.append(result)
-    return read
+            bad.append(result.message)
+    return _Read(item, np.arange(first, len(spool)), rows_read, broken, bad, left_out, labelled_false)
 
 
 def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
@@ -203,84 +209,36 @@ def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
     example = json.dumps(dict(template.example), ensure_ascii=False)
     raise DataError(
         f"{len(read.bad):,} of {counted(read.rows_read, 'row')} of {read.input.source.label} cannot be used with the "
-        f"template {template.name}\n" + told([problem.message for problem in read.bad]),
+        f"template {template.name}\n" + told(read.bad),
         hint=f"a row of the right form: {example}"
         if template.example
         else "mend the rows, or take another data.template",
     )
 
 
-class _Order:
-    """A number in [0, 1) for every row key, fixed by the seed."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = f"gemma-tune split {seed}:".encode()
-
-    def __call__(self, key: bytes) -> float:
-        return int.from_bytes(hashlib.sha256(self._seed + key).digest()[:6], "big") / 2**48
-
-
-class HasKey(Protocol):
-    @property
-    def key(self) -> bytes: ...
-
-
-Row = TypeVar("Row", bound=HasKey)
-
-
-def split_rows(parts: list[list[Row]], *, section: DataSection) -> tuple[list[list[Row]], list[Row]]:
-    """Hold out the rows whose number is below `eval_fraction`; at least one distinct row on each side."""
-    fraction, order = section.eval_fraction, _Order(section.seed)
-    if fraction == 0:
-        return parts, []
-    keys = sorted({example.key for part in parts for example in part}, key=order)
-    if len(keys) < 2:
-        raise DataError(
-            "there is only one distinct row, so none can be held out",
-            hint="set data.eval_fraction=0, or give more rows",
-        )
-    num_eval = sum(order(key) < fraction for key in keys)
-    eval_keys = set(keys[: min(max(num_eval, 1), len(keys) - 1)])
-    train = [[example for example in part if example.key not in eval_keys] for part in parts]
-    return train, [example for part in parts for example in part if example.key in eval_keys]
-
-
 def _without_duplicates(
-    parts: list[list[StoredExample]], eval_rows: Sequence[StoredExample], *, near: bool
-) -> tuple[list[list[StoredExample]], Counter[str]]:
-    """Train rows without those that repeat an earlier one; with `near` also those close to one or to an eval row."""
-    dropped: Counter[str] = Counter()
-    seen: set[bytes] = set()
-    distinct: list[list[StoredExample]] = []
-    for part in parts:
-        own = []
-        for example in part:
-            if example.key in seen:
-                dropped["exact duplicate"] += 1
-            else:
-                seen.add(example.key)
-                own.append(example)
-        distinct.append(own)
-    if not near:
-        return distinct, dropped
+    parts: Sequence[Ints], eval_rows: Ints, *, keys: RowKeys, spool: ExampleSpool | None
+) -> tuple[list[Ints], Counter[str]]:
+    """Leave out train rows that repeat an earlier one; with `spool` also those close to one or to an eval row."""
+    rows = np.concatenate(parts)
+    kept = keys.firsts(rows)
+    dropped = Counter({"exact duplicate": len(rows) - len(kept)})
+    if spool is not None:
+        from gemma_tune.data.text.duplicates import NearDuplicates
 
-    from gemma_tune.data.text.duplicates import near_duplicate_groups, near_pairs
-
-    rows = [example for part in distinct for example in part]
-    texts = [example.load().own_texts for example in rows]
-    leaked = {index for index, _ in near_pairs(texts, [example.load().own_texts for example in eval_rows])}
-    # Only then the groups: a row whose group begins with a leaked row would go with it otherwise.
-    left = [index for index in range(len(rows)) if index not in leaked]
-    groups = near_duplicate_groups([texts[index] for index in left])
-    repeated = {left[index] for group in groups for index in group[1:]}
-    dropped += Counter({"near duplicate of an eval row": len(leaked), "near duplicate": len(repeated)})
-    gone = {id(rows[index]) for index in leaked | repeated}
-    return [[example for example in part if id(example) not in gone] for part in distinct], dropped
+        near = NearDuplicates(len(spool), read=lambda row: spool[row].own_texts)
+        for example in spool:
+            near.add(example.own_texts)
+        leaked = [row for row, _ in near.pairs(kept.tolist(), eval_rows.tolist())]
+        # Only then the groups: a row whose group begins with a leaked row would go with it otherwise.
+        kept = kept[~np.isin(kept, leaked)]
+        repeated = [row for group in near.groups(kept.tolist()) for row in group[1:]]
+        kept = kept[~np.isin(kept, repeated)]
+        dropped += Counter({"near duplicate of an eval row": len(leaked), "near duplicate": len(repeated)})
+    return [part[np.isin(part, kept)] for part in parts], dropped
 
 
-def _mix(
-    parts: list[list[StoredExample]], inputs: Sequence[Input], *, order: Callable[[bytes], float]
-) -> tuple[list[list[StoredExample]], list[int]]:
+def _mix(parts: Sequence[Ints], inputs: Sequence[Input], *, keys: RowKeys) -> tuple[list[Ints], list[int]]:
     """Apply weights and `#N`: the rows of each source that are trained, and how many of them are repeats.
 
     With weights the mix is as large as it can be without repeating a row. Which rows are taken follows from the seed
@@ -292,16 +250,15 @@ def _mix(
         counts: list[int | None] = [max(1, round(size * weight)) if weight else None for weight in weights]
     else:
         counts = [item.num_rows for item in inputs]
-    mixed: list[list[StoredExample]] = []
+    mixed: list[Ints] = []
     repeats: list[int] = []
     for part, count in zip(parts, counts, strict=True):
-        if count is None or not part:
+        if count is None or not len(part):
             mixed.append(part)
             repeats.append(0)
             continue
-        chosen = sorted(part, key=lambda example: order(example.key))
         passes, rest = divmod(count, len(part))
-        mixed.append(part * passes + chosen[:rest])
+        mixed.append(np.concatenate([*[part] * passes, keys.ordered(part)[:rest]]))
         repeats.append(max(0, count - len(part)))
     return mixed, repeats
 

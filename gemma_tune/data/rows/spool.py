@@ -1,12 +1,13 @@
 """What is kept on disk while it is worked on, so that a set of rows may be larger than memory.
 
-Values are written as JSON, a line each, and read back one by one through a memory map.
+Values are written as JSON, a line each, and read back one by one; nothing of the file is mapped, so that what was read
+does not count as memory of the process.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
+import os
 import tempfile
 import weakref
 from array import array
@@ -39,7 +40,7 @@ class LineWriter:
         return np.array(self._starts, dtype=np.int64)
 
     def append(self, value: Any) -> None:
-        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8") + b"\n"
+        line = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
         self._file.write(line)
         self._starts.append(self._starts[-1] + len(line))
 
@@ -48,11 +49,11 @@ class Lines(Sequence[Value], Generic[Value]):
     """The values of such a file, decoded when they are asked for."""
 
     def __init__(self, file: IO[bytes], starts: Ints, *, decode: Callable[[Any], Value]) -> None:
-        """Map a file that is written to its end; it may be closed and unlinked afterwards."""
+        """Take a file that is written to its end; it may be closed and unlinked afterwards."""
         self._starts = starts
         self._decode = decode
-        # An empty file cannot be mapped.
-        self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if starts[-1] else b""
+        self._file = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._file)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
@@ -65,7 +66,8 @@ class Lines(Sequence[Value], Generic[Value]):
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]
-        return self._decode(json.loads(self._bytes[self._starts[at] : self._starts[at + 1]]))
+        start = int(self._starts[at])
+        return self._decode(json.loads(os.pread(self._file, int(self._starts[at + 1]) - start, start)))
 
     def __iter__(self) -> Iterator[Value]:
         return (self[index] for index in range(len(self)))
@@ -86,57 +88,70 @@ def example_from_json(values: Sequence[Any]) -> Example:
     )
 
 
-class StoredExample:
-    """An example whose key is at hand and whose text is on disk; about 0.15 kB of memory."""
+class Spool(Sequence[Value], Generic[Value]):
+    """Values that grow in number, in a file without a name, which is gone with the process."""
 
-    __slots__ = ("_index", "_spool", "key")
-
-    def __init__(self, spool: ExampleSpool, index: int, key: bytes) -> None:
-        self._spool, self._index, self.key = spool, index, key
-
-    def load(self) -> Example:
-        """Read it."""
-        return self._spool.load(self._index)
-
-
-class ExampleSpool:
-    """Examples in a file without a name, which is gone with the process."""
-
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path | None = None,
+        *,
+        encode: Callable[[Value], Any] = lambda value: value,
+        decode: Callable[[Any], Value] = lambda value: value,
+    ) -> None:
         """Make the file in `directory`, else where the system keeps temporary files ($TMPDIR)."""
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long as the examples are used
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - as long as the values are used
         weakref.finalize(self, self._file.close)
         self._writer = LineWriter(self._file)
-        self._lines: Lines[Example] | None = None
+        self._encode, self._decode = encode, decode
+        self._lines: Lines[Value] | None = None
 
-    def add(self, example: Example) -> StoredExample:
-        """Write an example behind the others."""
-        self._writer.append(example_to_json(example))
+    def append(self, value: Value) -> None:
+        """Write a value behind the others."""
+        self._writer.append(self._encode(value))
         self._lines = None
-        return StoredExample(self, len(self._writer) - 1, example.key)
 
-    def load(self, index: int) -> Example:
-        """Read the example that was added as number `index`, from 0."""
+    def __len__(self) -> int:
+        return len(self._writer)
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value | list[Value]:
         if self._lines is None:
             self._file.flush()
-            self._lines = Lines(self._file, self._writer.starts, decode=example_from_json)
+            self._lines = Lines(self._file, self._writer.starts, decode=self._decode)
         return self._lines[index]
 
 
-class StoredExamples(Sequence[Example]):
-    """Examples in an order of their own, read one by one."""
+class ExampleSpool(Spool[Example]):
+    """Examples on disk, and their keys, one behind the other, in memory."""
 
-    def __init__(self, rows: Sequence[StoredExample]) -> None:
-        self._rows = rows
+    def __init__(self, directory: Path | None = None) -> None:
+        super().__init__(directory, encode=example_to_json, decode=example_from_json)
+        self.keys = bytearray()
+
+    def append(self, value: Example) -> None:
+        """Write an example behind the others."""
+        super().append(value)
+        self.keys += value.key
+
+
+class Chosen(Sequence[Value], Generic[Value]):
+    """Values of a sequence in an order of their own, read one by one."""
+
+    def __init__(self, values: Sequence[Value], indices: Ints) -> None:
+        """Choose the values at `indices`, any number of times each."""
+        self._values, self._indices = values, indices
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._indices)
 
     @overload
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Value: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: slice) -> list[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value | list[Value]:
         if isinstance(index, slice):
-            return [row.load() for row in self._rows[index]]
-        return self._rows[index].load()
+            return [self._values[at] for at in self._indices[index].tolist()]
+        return self._values[int(self._indices[index])]

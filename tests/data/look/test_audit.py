@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import asdict, replace
@@ -7,15 +8,9 @@ from dataclasses import asdict, replace
 import pytest
 
 from gemma_tune.cli.audit import parse_threshold, print_audit, threshold_passed
-from gemma_tune.data.look.audit import (
-    FINDING_KINDS,
-    SEVERITIES,
-    AuditReport,
-    AuditRow,
-    Finding,
-    audit_rows,
-    compact_places,
-)
+from gemma_tune.data.look.audit import AuditReport, audit_rows
+from gemma_tune.data.look.audit_row import AuditRow
+from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, Places
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal
 
@@ -29,9 +24,8 @@ def _row(number: int, instruction: str, response: str, *, side: str = "train", *
     row = AuditRow(
         where=f"rows.jsonl:{number}",
         side=side,  # type: ignore[arg-type]
-        prompt=f"### Instruction:\n{instruction}\n\n### Response:\n",
         response=response,
-        key=f"{instruction}\0{response}".encode(),
+        key=hashlib.blake2b(f"{instruction}\0{response}".encode(), digest_size=16).digest(),
         texts=(("instruction", instruction), ("response", response)),
         category="open_qa",
         num_tokens=40,
@@ -45,7 +39,7 @@ def _audit(*rows: AuditRow, bad: list[tuple[str, str]] | None = None, max_seq_to
     return audit_rows(rows, bad=bad or [], max_seq_tokens=max_seq_tokens)
 
 
-def _kinds(report: AuditReport) -> dict[str, Finding]:
+def _kinds(report: AuditReport) -> dict[str, AuditFinding]:
     return {found.kind: found for found in report.findings}
 
 
@@ -183,14 +177,18 @@ def test_samples_are_few_and_places_are_all() -> None:
 
 def test_compact_places() -> None:
     places = ["a.jsonl:3", "a.jsonl:5", "a.jsonl:4", "owner/name[train]:9", "b.parquet[0]", "b.parquet[2]", "elsewhere"]
-    assert compact_places(places) == "a.jsonl: 3-5; owner/name[train]: 9; b.parquet: 0, 2; elsewhere"
+    collected = Places()
+    for place in places:
+        collected.add(place)
+    assert collected.compact() == "a.jsonl: 3-5; owner/name[train]: 9; b.parquet: 0, 2; elsewhere"
 
 
 def test_progress_and_determinism() -> None:
-    rows = [_row(n, f"Question {n}?", "Yes it is.") for n in range(30)]
+    rows = [_row(n, f"Question {n}?", "Yes it is.") for n in range(1200)]
     told: list[tuple[str, int, int]] = []
     first = audit_rows(rows, bad=[], max_seq_tokens=64, on_progress=lambda *step: told.append(step))
-    assert told == [("rows compared", 30, 30), ("rows searched", 30, 30)]
+    steps = [(500, 1200), (1000, 1200), (1200, 1200)]
+    assert told == [(what, *step) for what in ("rows compared", "rows searched") for step in steps]
     assert audit_rows(rows, bad=[], max_seq_tokens=64) == first
 
 

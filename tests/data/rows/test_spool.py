@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from gemma_tune.data.encode import cache
@@ -17,7 +18,7 @@ from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.open import build_datasets
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
-from gemma_tune.data.rows.spool import ExampleSpool, Lines, LineWriter, StoredExamples
+from gemma_tune.data.rows.spool import Chosen, ExampleSpool, Lines, LineWriter
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
 
@@ -51,11 +52,12 @@ def test_lines_give_back_what_was_written(tmp_path: Path, values: list[Any]) -> 
 def test_examples_come_back_equal_and_in_any_order(tmp_path: Path) -> None:
     spool = ExampleSpool(tmp_path)
     assert not list(tmp_path.iterdir())  # no name that somebody else could read, nothing to clean up
-    stored = [spool.add(example(number)) for number in range(5)]
-    assert stored[4].load() == example(4)
-    stored.append(spool.add(example(5)))  # after something was read
-    assert [row.key for row in stored] == [example(number).key for number in range(6)]
-    rows = StoredExamples([stored[index] for index in (5, 0, 5)])
+    for number in range(5):
+        spool.append(example(number))
+    assert spool[4] == example(4)
+    spool.append(example(5))  # after something was read
+    assert spool.keys == b"".join(example(number).key for number in range(6))
+    rows = Chosen(spool, np.array([5, 0, 5]))
     assert list(rows) == rows[:] == [example(5), example(0), example(5)]
 
 
