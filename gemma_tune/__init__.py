@@ -4,8 +4,8 @@ from importlib import import_module
 
 # Imported when it is first used: the models' libraries take seconds.
 _EXPORTS = {
-    "Gemma": "gemma_tune.inference.gemma",
-    "load": "gemma_tune.inference.gemma",
+    "Gemma": "gemma_tune.inference.notebook",
+    "load": "gemma_tune.inference.notebook",
     "load_recipe": "gemma_tune.api",
     "plan": "gemma_tune.api",
     "train": "gemma_tune.api",

@@ -183,7 +183,7 @@ def generate(
     Raises:
         GemmaTuneError: as `load`, and a question that lacks what the template reads.
     """
-    from gemma_tune.inference.gemma import load
+    from gemma_tune.inference.notebook import load
 
     model = load(str(target), template=template)
     model.compile(sampler, seed=seed)
@@ -198,7 +198,7 @@ def score(target: AnyPath, question: Question, response: str, *, template: str |
     Raises:
         GemmaTuneError: as `load`.
     """
-    from gemma_tune.inference.gemma import load
+    from gemma_tune.inference.notebook import load
 
     return load(str(target), template=template).score_response(question, response)
 

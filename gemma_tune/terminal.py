@@ -19,12 +19,12 @@ from gemma_tune.runs.reporter import StepProgress
 from gemma_tune.secrets import mask_secrets
 from gemma_tune.text import format_bytes, format_seconds
 
-# Control characters besides line break and tab, each shown as a sign of its own: text of rows and models must not move
+# Control characters except line break and tab, each shown as a sign of its own: text of rows and models must not move
 # the cursor, rename the window or colour what follows.
 _CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
     code: 0xFFFD for code in range(127, 160)
 }
-# In a pipe a line of progress comes at most this often (seconds), besides the first and the last.
+# In a pipe a line of progress comes at most this often (seconds), except the first and the last.
 _PIPE_INTERVAL_SECONDS = 10.0
 
 

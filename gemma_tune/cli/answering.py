@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
-from gemma_tune.inference.settings import SAMPLER, AnswerSettings, Option, Sampling, options_of
+from gemma_tune.inference.answer_settings import SAMPLER, AnswerSettings, Option, Sampling, options_of
 
 TargetName = Annotated[
     str,

@@ -66,7 +66,7 @@ app.add_typer(models_app, name="models")
 
 
 def main() -> None:
-    """Run the command line; a user's mistake is told in a sentence, with its exit code and without a traceback."""
+    """Run the command line; a user's mistake is reported in a sentence, with its exit code and without a traceback."""
     code = _run()
     if is_one_of_several():
         end_process(code)
@@ -90,7 +90,7 @@ def _run() -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception:  # a bug: all of it is told, but for credentials
+    except Exception:  # a bug: all of it is shown, except credentials
         sys.stderr.write(mask_secrets(traceback.format_exc()))
         return 1
 

@@ -66,7 +66,7 @@ def benchmark(
     again: Annotated[bool, typer.Option("--again", help="Measure again what is stored in the run already.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model on public benchmarks with lm-evaluation-harness, beside the published figures.
+    """Measure a model on public benchmarks with lm-evaluation-harness, next to the published figures.
 
     A run or an adapter is measured with its base. A run keeps its results, and makes again only what has changed.
     """

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gemma_tune.cli.answering import Base, TargetName, TemplateName, with_answer_settings
 from gemma_tune.errors import GemmaTuneError
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def chat(
         found = find_target(target, template=template, without_adapter=base)
         require_turns(found.template, target=target)
 
-        from gemma_tune.inference.load import load_target
+        from gemma_tune.inference.load_target import load_target
 
         if is_person:
             terminal.note(f"[dim]loading {escape(target)} …[/]")

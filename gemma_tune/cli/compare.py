@@ -24,7 +24,7 @@ _PAGE = "comparison.html"
 _VERDICTS: dict[str, Verdict] = {"1": "first", "2": "second", "t": "tie"}
 _NOTE = (
     "In brackets: 95 % intervals. A win rate counts a tie as half a win; an interval that holds 50 % says that the "
-    "prompts do not tell which model is better."
+    "prompts do not show which model is better."
 )
 
 
@@ -95,7 +95,7 @@ def compare(
     from gemma_tune.evaluation.compare import compare_models, find_contenders
     from gemma_tune.evaluation.judge import JUDGE_PROMPT, find_judge
     from gemma_tune.evaluation.prompt_sets import PROMPT_SETS, load_prompt_file, load_prompt_sets
-    from gemma_tune.inference.settings import AnswerSettings
+    from gemma_tune.inference.answer_settings import AnswerSettings
     from gemma_tune.machine.quiet import libraries_to
     from gemma_tune.reporting.pages import write_compare_page
 
@@ -218,16 +218,16 @@ def print_comparison(terminal: Terminal, comparison: Comparison) -> None:
         ratings = [(rating.label, format_points(rating.points)) for rating in comparison.ratings]
         terminal.result(make_table(("", "points"), ratings))
     judge = comparison.judge
-    told = [f"{judge.duels:,} of {judge.expected:,} duels judged"]
+    facts = [f"{judge.duels:,} of {judge.expected:,} duels judged"]
     if judge.malformed:
-        told.append(f"{judge.malformed:,} without a readable verdict, whose pairs are left out")
+        facts.append(f"{judge.malformed:,} without a readable verdict, whose pairs are left out")
     if judge.first_preferred is not None:
-        told.append(
+        facts.append(
             f"the answer shown first was preferred in {format_share(judge.first_preferred)} of the clear verdicts"
         )
     if judge.consistent is not None:
-        told.append(f"both orders agree on {format_share(judge.consistent)} of the pairs")
-    terminal.result(Text("\n" + "; ".join(told) + ".\n" + _NOTE, style="dim"))
+        facts.append(f"both orders agree on {format_share(judge.consistent)} of the pairs")
+    terminal.result(Text("\n" + "; ".join(facts) + ".\n" + _NOTE, style="dim"))
 
 
 def _pair_place(comparison: Comparison, first: str, second: str) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def doctor(
         Path | None,
         typer.Argument(
             metavar="[RECIPE]",
-            help="Also check that its model and rows can be had, and that it fits.",
+            help="Also check that its model and rows are available, and that it fits.",
             show_default=False,
         ),
     ] = None,
@@ -83,11 +83,11 @@ def _table(findings: Sequence[Finding]) -> Table:
 
 def _closing(findings: Sequence[Finding]) -> Text:
     counts = {verdict: sum(item.verdict == verdict for item in findings) for verdict in _MARKS}
-    told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
     if counts["fail"]:
         advice = "a run would not work; fix what failed"
     elif counts["warn"]:
         advice = "runs work, within what the warnings say"
     else:
         advice = "everything is as it should be"
-    return Text(f"\n{told}: {advice}. For a bug report: gemma-tune doctor --report", style="bold")
+    return Text(f"\n{counted}: {advice}. For a bug report: gemma-tune doctor --report", style="bold")

@@ -81,7 +81,7 @@ def evaluate(
         terminal.json(asdict(evaluation))
         return
     if not is_new:
-        terminal.note(f"measured {evaluation.made}, and nothing has changed since; --again measures anew")
+        terminal.note(f"measured {evaluation.made}, and nothing has changed since; --again measures again")
     print_evaluation(terminal, opened, evaluation)
 
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from gemma_tune.cli.answering import Base, OutputFile, TargetName, TemplateName, with_answer_settings
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:

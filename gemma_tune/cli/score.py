@@ -52,7 +52,7 @@ def score(
         found = find_target(target, template=template, without_adapter=base)
         rows = read_whole(open_source(file)) if file is not None else []
 
-        from gemma_tune.inference.load import load_target
+        from gemma_tune.inference.load_target import load_target
         from gemma_tune.inference.score import TextScore, row_of_example, row_of_response, score_rows
 
         loaded = load_target(found)

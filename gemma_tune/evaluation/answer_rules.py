@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_tune.errors import DataError
-from gemma_tune.evaluation.metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
+from gemma_tune.evaluation.answer_metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
 from gemma_tune.members import Members
 from gemma_tune.text import did_you_mean
 

@@ -207,9 +207,9 @@ def require_rows(manager: Any, tasks: Sequence[ChosenTask], *, allow_code: bool)
         try:
             loaded = manager.load([chosen.for_harness()])
         except Exception as error:  # of any library that a task file names
-            told = str(error).strip().splitlines() or [type(error).__name__]
+            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise DataError(
-                f"the task {chosen.name} cannot be prepared: {told[0]}",
+                f"the task {chosen.name} cannot be prepared: {lines[0]}",
                 hint="the harness's tasks take their rows from the Hugging Face hub; without it, give --task-dir",
             ) from error
         if not allow_code and any(getattr(task, "UNSAFE_CODE", False) for task in loaded["tasks"].values()):

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import TypeAdapter
+
 from gemma_tune.disk import read_json, write_json
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS
@@ -27,7 +29,7 @@ from gemma_tune.runs.reporter import Reporter
 from gemma_tune.text import utc_now
 
 if TYPE_CHECKING:
-    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.load_target import LoadedTarget
 
 BenchmarkSide = Literal["base", "tuned", "model"]
 # The first of these that a task reports is shown, where the table of benchmarks does not name one.
@@ -72,9 +74,7 @@ def read_benchmarks(run: RunDir) -> list[BenchmarkResult]:
     """
     if not run.benchmarks.is_file():
         return []
-    return [
-        BenchmarkResult(**{**row, "value": Estimate(**row["value"])}) for row in read_json(run.benchmarks)["results"]
-    ]
+    return TypeAdapter(list[BenchmarkResult]).validate_python(read_json(run.benchmarks)["results"])
 
 
 def run_benchmarks(
@@ -95,7 +95,7 @@ def run_benchmarks(
         A result for every task and side, in the order of the tasks.
 
     Raises:
-        GemmaTuneError: the rows of a task cannot be had, or the model cannot be loaded.
+        GemmaTuneError: the rows of a task are not available, or the model cannot be loaded.
     """
     if isinstance(target, GgufTarget):
         raise ModelError("a GGUF is not benchmarked here", hint="give the run, or the merged directory it was made of")
@@ -110,7 +110,7 @@ def run_benchmarks(
         if not again and (result.name, result.side, result.key) == (chosen.name, side, key)
     }
     if done:
-        reporter.detail(f"{len(done)} of {len(wanted)} results are kept from before; --again makes them anew")
+        reporter.detail(f"{len(done)} of {len(wanted)} results are kept from before; --again measures them again")
     open_ones = [item for item in wanted if (item[0].name, item[1]) not in done]
     if open_ones:
         manager = task_manager(settings, with_own_tasks=any(item[0].rows is None for item in open_ones))
@@ -119,9 +119,7 @@ def run_benchmarks(
             loaded, harness = _load(target, batch_size=settings.batch_size, reporter=reporter)
             for chosen, side, key in open_ones:
                 reporter.stage(f"{chosen.label}, {side}")
-                with contextlib.ExitStack() as stack:
-                    if side == "base":
-                        stack.enter_context(loaded.model.disable_adapter())
+                with loaded.model.disable_adapter() if side == "base" else contextlib.nullcontext():
                     result = _run_task(harness, manager, chosen, side=side, key=key, settings=settings)
                 done[chosen.name, side] = result
                 if run is not None:
@@ -131,7 +129,7 @@ def run_benchmarks(
 
 
 def _place(result: BenchmarkResult) -> tuple[str, str, Any, Any]:
-    """Results of one task with other shots or another limit stand beside each other."""
+    """Results of one task with other shots or another limit are kept next to each other."""
     return result.name, result.side, result.key["shots"], result.key["limit"]
 
 
@@ -161,7 +159,7 @@ def _load(target: Target, *, batch_size: int, reporter: Reporter) -> tuple[Loade
     """The model as our loader makes it, 4 bits and adapter as trained and no code of a repository, for the harness."""
     from lm_eval.models.huggingface import HFLM
 
-    from gemma_tune.inference.load import load_target
+    from gemma_tune.inference.load_target import load_target
 
     reporter.stage("model")
     loaded = load_target(target)

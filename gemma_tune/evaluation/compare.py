@@ -23,7 +23,7 @@ from gemma_tune.evaluation.prompt_sets import Prompts
 from gemma_tune.evaluation.ratings import rate, win_rate
 from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
 from gemma_tune.inference.questions import questions_of
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
 from gemma_tune.runs.reporter import Reporter
 

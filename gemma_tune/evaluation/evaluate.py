@@ -15,7 +15,7 @@ from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
 from gemma_tune.identity import files_sha256, installed_version
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import file_hashes
@@ -33,7 +33,7 @@ from gemma_tune.runs.reporter import Reporter
 from gemma_tune.text import did_you_mean, utc_now
 
 if TYPE_CHECKING:
-    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.load_target import LoadedTarget
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def evaluate_run(
     if found is not None and found.key == key:
         return found, False
 
-    from gemma_tune.inference.load import load_target
+    from gemma_tune.inference.load_target import load_target
 
     _require_same_base(target.base, read_json(run.lock)["base"]["files"])
     reporter.stage("model")
@@ -109,7 +109,7 @@ def evaluate_run(
     results, general_results = {}, {}
     for side in settings.sides:
         reporter.stage(side)
-        with contextlib.nullcontext() if side == "tuned" else loaded.model.disable_adapter():
+        with loaded.model.disable_adapter() if side == "base" else contextlib.nullcontext():
             losses = _losses(loaded, eval_rows.encoded, batch_size=batch_size, what="rows", reporter=reporter)
             answers = _answers(
                 loaded,

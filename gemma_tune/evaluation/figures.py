@@ -9,7 +9,7 @@ import numpy as np
 
 from gemma_tune.evaluation.answer_rules import RULES
 from gemma_tune.evaluation.intervals import Floats, percentile_estimate, resampled_sums, share_estimate
-from gemma_tune.evaluation.metrics import count_words
+from gemma_tune.evaluation.answer_metrics import count_words
 from gemma_tune.runs.evaluation import Estimate, Figure, Group, Side
 
 
@@ -23,7 +23,7 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class RowAnswer:
-    """One answer beside the expected one. `valid_json` is None where nobody asked for JSON."""
+    """One answer next to the expected one. `valid_json` is None where nobody asked for JSON."""
 
     text: str
     num_tokens: int

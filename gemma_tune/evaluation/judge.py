@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.prompt_sets import Prompt
 from gemma_tune.identity import text_sha256
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Judge(Protocol):
     """Rules on duels.
 
     Attributes:
-        name: tells it from other judges in the files of a comparison.
+        name: distinguishes it from other judges in the files of a comparison.
         asks_both_orders: whether every pair is shown twice, the second time the other way round.
     """
 
@@ -226,7 +226,7 @@ class LocalJudge:
             GemmaTuneError: it cannot be loaded, or a question with its two answers is longer than its context.
         """
         from gemma_tune.inference.ask import encode_questions
-        from gemma_tune.inference.load import load_target
+        from gemma_tune.inference.load_target import load_target
         from gemma_tune.inference.questions import questions_of
 
         loaded = load_target(self.target)

@@ -24,7 +24,7 @@ class Prompt:
     Attributes:
         id: unlike that of every other prompt of a comparison.
         group: the set or category that it is counted under.
-        rules: what an answer has to keep, see `answer_rules.RULES`; empty where only a judge can tell.
+        rules: what an answer has to keep, see `answer_rules.RULES`; empty where only a judge can say.
         reference: a right answer, for the judge to see.
     """
 

@@ -104,7 +104,7 @@ def rows_of_source(name: str, *, template: DataTemplate, section: DataSection) -
             raise DataError(
                 f"{source.label}: {len(problems):,} of {len(problems) + len(examples):,} rows cannot be used with the "
                 f"run's template {template.name}\n{told(problems)}",
-                hint="mend them, or leave them out of the file",
+                hint="fix them, or leave them out of the file",
             )
         return EvalRows(encoder.encode_rows([e.segments for e in examples], train_on=section.train_on), examples)
 

@@ -1,4 +1,4 @@
-"""A file of answers, a JSON object a line in the order of the questions, that a killed process goes on with.
+"""A file of answers, a JSON object a line in the order of the questions, which resumes after a kill.
 
 Until it is complete it lies next to its name as `NAME.partial`, with the settings that made it in `NAME.partial.json`.
 """
@@ -19,7 +19,7 @@ from gemma_tune.errors import DataError
 class AnswerFile:
     """Takes answers window by window; a window counts once all of its lines are on the disk.
 
-    Windows, not lines, are the unit: an answer depends to the last bit on the prompts beside it, and on the draws
+    Windows, not lines, are the unit: an answer depends to the last bit on the prompts of its batch, and on the draws
     before it, so a window is made again as a whole and the file is the one that an undisturbed process writes.
     """
 
@@ -71,9 +71,9 @@ class AnswerFile:
             before = {}
         changed = [name for name in settings if before.get(name) != settings[name]]
         if changed:
-            told = "; ".join(f"{name}: {before.get(name)!r}, now {settings[name]!r}" for name in changed)
+            changes = "; ".join(f"{name}: {before.get(name)!r}, now {settings[name]!r}" for name in changed)
             raise DataError(
-                f"{self._partial} holds answers that were made otherwise ({told})",
+                f"{self._partial} holds answers that were made with other settings ({changes})",
                 hint="resume with the same settings, or remove that file to begin again",
             )
 

@@ -13,13 +13,13 @@ from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.inference.answer_file import AnswerFile
 from gemma_tune.inference.questions import Questions
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
 
 if TYPE_CHECKING:
     from gemma_tune.inference.generate import Completion
-    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.load_target import LoadedTarget
 
 
 @dataclass
@@ -104,7 +104,7 @@ def answer_questions(
     Raises:
         GemmaTuneError: the target cannot be loaded, or a question cannot be asked; nothing was answered then.
     """
-    from gemma_tune.inference.load import load_target
+    from gemma_tune.inference.load_target import load_target
 
     listener = listener or Listener()
     loaded = load_target(target)

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.errors import DataError
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
 from gemma_tune.text import did_you_mean
 
 if TYPE_CHECKING:
     from gemma_tune.data.rows.chat_template import ChatRenderer
     from gemma_tune.inference.generate import Completion
-    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.load_target import LoadedTarget
 
 Message = dict[str, str]
 
@@ -119,8 +119,8 @@ class Talk:
             with path.open("a", encoding="utf-8", newline="\n") as file:
                 file.write(("\n" if before and not before.endswith("\n") else "") + line)
         except (OSError, UnicodeDecodeError) as error:
-            told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-            raise DataError(f"cannot write {path}: {told}") from None
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+            raise DataError(f"cannot write {path}: {reason}") from None
         return len(before.splitlines()) + 1
 
     def _renders(self, messages: Sequence[Message]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TextStreamer
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling
 from gemma_tune.inference.streaming import OnProgress, OnText, StreamedText, cut_at_stop
 
 

@@ -58,7 +58,7 @@ def read_questions(template: DataTemplate, file: str) -> Questions:
             question a line; `-` for the same on stdin, where lines that start with { are rows.
 
     Raises:
-        DataError: the file cannot be read, holds nothing, or a line of it is no row.
+        DataError: the file cannot be read, holds nothing, or a line of it is not a row.
     """
     if file == STDIN:
         return _hashed(_rows_of_lines(template, sys.stdin.read(), name="stdin"))
@@ -67,9 +67,9 @@ def read_questions(template: DataTemplate, file: str) -> Questions:
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
-            told = error.strerror if isinstance(error, OSError) else "not UTF-8"
+            reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
             raise DataError(
-                f"cannot read {path}: {told}", hint="give a text file in UTF-8, a question a line"
+                f"cannot read {path}: {reason}", hint="give a text file in UTF-8, a question a line"
             ) from None
         return _hashed([question_fields(template, line) for line in _lines(text, name=path.name)])
     source = open_source(file)

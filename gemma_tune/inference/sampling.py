@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling, check_bounds, options_of
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling, check_bounds, options_of
 from gemma_tune.text import did_you_mean
 
 

@@ -19,7 +19,7 @@ from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError, EngineError
 from gemma_tune.inference.generate import pad_left
-from gemma_tune.inference.load import LoadedTarget
+from gemma_tune.inference.load_target import LoadedTarget
 
 # (activations [batch, tokens, hidden], index) -> activations that take their place.
 Intercept = Callable[[torch.Tensor, int], torch.Tensor]

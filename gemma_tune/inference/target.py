@@ -1,6 +1,6 @@
 """What a name or path stands for when it is asked something: a run, an adapter, a merged directory, a GGUF or a model.
 
-No heavy imports: a wrong path is told at once.
+No heavy imports: a wrong path is reported at once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class GgufTarget:
     """A GGUF file, which llama.cpp runs.
 
     Attributes:
-        template: the one that was named, else the one that lies beside the file, where an export puts it, else `chat`.
+        template: the one that was named, else the one that lies next to the file, where an export puts it, else `chat`.
     """
 
     path: Path
@@ -98,8 +98,8 @@ def find_target(
 def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> GgufTarget:
     if without_adapter:
         raise ModelError(f"{path} holds one merged model, whose base cannot be asked", hint="name the run instead")
-    beside = path.with_name(TEMPLATE_FILE)
-    return GgufTarget(path, load_template(template or (beside if beside.is_file() else "chat")))
+    neighbor = path.with_name(TEMPLATE_FILE)
+    return GgufTarget(path, load_template(template or (neighbor if neighbor.is_file() else "chat")))
 
 
 def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Target:
@@ -129,7 +129,7 @@ def _from_adapter(adapter: AdapterDir, *, template: str | None, default: str | N
 
 
 def _template(name: str | None, *, directory: Path, base: LocalModel, default: str | None = None) -> DataTemplate:
-    """The named template, else the one that lies beside the weights, else Gemma's turns for an `-it` model."""
+    """The named template, else the one that lies next to the weights, else Gemma's turns for an `-it` model."""
     if name is not None:
         return load_template(name)
     if (directory / TEMPLATE_FILE).is_file():

@@ -84,7 +84,7 @@ def run_processes(arguments: Sequence[str], *, per_machine: int, nodes: Nodes) -
     Process 0 has our terminal. The code is that of the process that ended first of those that failed.
 
     Raises:
-        ProcessLost: a process failed, and it was not process 0 on our terminal that told why.
+        ProcessLost: a process failed, and it was not process 0 on our terminal that said why.
         EngineError: the machines are not described well.
     """
     host, port = nodes.address()
@@ -109,12 +109,12 @@ def run_processes(arguments: Sequence[str], *, per_machine: int, nodes: Nodes) -
         if first is None:
             return 0
         code: int = first.process.returncode
-        told = any(worker.rank == 0 and worker.process.returncode == code for worker in workers)
-        if code > 0 and (told or code == TrainingInterrupted.exit_code):
+        is_reported = any(worker.rank == 0 and worker.process.returncode == code for worker in workers)
+        if code > 0 and (is_reported or code == TrainingInterrupted.exit_code):
             return code
         error = ProcessLost(
             f"process {first.rank} {_how_it_ended(code)}, and the others ended with it{_last_words(first)}",
-            hint="go on with --resume: the last checkpoint is whole" if code != GemmaTuneError.exit_code else None,
+            hint="resume with --resume: the last checkpoint is whole" if code != GemmaTuneError.exit_code else None,
         )
         error.exit_code = max(code, ProcessLost.exit_code)
         raise error

@@ -121,10 +121,9 @@ def read_evaluation(run: RunDir) -> Evaluation | None:
     """
     if not run.evaluation.is_file():
         return None
-    values = read_json(run.evaluation)
-    return Evaluation(
-        **{**values, "rows": _groups_from(values["rows"]), "general": _groups_from(values["general"])},
-    )
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Evaluation).validate_python(read_json(run.evaluation))
 
 
 def format_estimate(estimate: Estimate | None, *, metric: str, signed: bool = False) -> str:
@@ -139,15 +138,3 @@ def format_estimate(estimate: Estimate | None, *, metric: str, signed: bool = Fa
         return f"{scaled:{'+' if signed else ''},.{digits}f}"
 
     return estimate.format(number, unit=" %" if is_share and not signed else "")  # a difference of shares is in points
-
-
-def _groups_from(values: list[dict[str, Any]]) -> tuple[Group, ...]:
-    return tuple(
-        Group(group["category"], group["rows"], tuple(_figure_from(figure) for figure in group["figures"]))
-        for group in values
-    )
-
-
-def _figure_from(values: dict[str, Any]) -> Figure:
-    estimates = {name: Estimate(**values[name]) if values[name] else None for name in (*SIDES, "difference")}
-    return Figure(values["metric"], estimates["base"], estimates["tuned"], estimates["difference"])

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from gemma_tune.cli.answering import with_answer_settings
-from gemma_tune.inference.settings import AnswerSettings, Sampling, options_of
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampling, options_of
 from gemma_tune.terminal import Terminal
 
 

@@ -60,7 +60,7 @@ def test_a_process_killed_while_it_saves_ends_the_job_and_the_run_goes_on(
     _, told = starter.communicate(timeout=60)
     assert starter.returncode == 1 and time.monotonic() - began < 60
     assert "process 1 was ended by SIGKILL (out of memory?), and the others ended with it" in " ".join(told.split())
-    assert "go on with --resume" in told
+    assert "resume with --resume" in told
 
     again = start(tmp_path, recipe)  # the recipe says run.resume: auto
     _, told = again.communicate(timeout=240)

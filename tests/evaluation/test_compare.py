@@ -18,7 +18,7 @@ from gemma_tune.evaluation.compare import Contender, compare_models, find_conten
 from gemma_tune.evaluation.comparison import Comparison
 from gemma_tune.evaluation.judge import Duel, EndpointJudge, Judge, Ruling
 from gemma_tune.evaluation.prompt_sets import Prompt, Prompts
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.runs.reporter import SilentReporter
 from tests.evaluation.conftest import DrawnRun

@@ -189,7 +189,7 @@ def test_nothing_is_measured_twice(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr("gemma_tune.inference.load.load_target", refuse)
+    monkeypatch.setattr("gemma_tune.inference.load_target.load_target", refuse)
     found, is_new = evaluate_run(drawn_run.run, settings=EvaluateSettings(), reporter=SilentReporter())
     assert not is_new
     assert found == evaluation == read_evaluation(drawn_run.run)

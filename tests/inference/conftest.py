@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.data.rows.template import load_template
-from gemma_tune.inference.load import LoadedTarget, loaded_target
+from gemma_tune.inference.load_target import LoadedTarget, loaded_target
 from gemma_tune.paths import TINY_MODEL_DIR
 
 

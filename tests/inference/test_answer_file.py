@@ -62,7 +62,7 @@ def test_an_error_before_the_first_answer_leaves_nothing(tmp_path: Path) -> None
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     left_by_a_kill(path, 2)
-    with pytest.raises(DataError, match=r"made otherwise \(seed: 1, now 2\)"):
+    with pytest.raises(DataError, match=r"made with other settings \(seed: 1, now 2\)"):
         AnswerFile(path, settings={"seed": 2}, window=2)
     with pytest.raises(DataError, match=r"there is no directory"):
         AnswerFile(tmp_path / "none" / "answers.jsonl", settings={}, window=2)

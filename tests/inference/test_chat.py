@@ -14,8 +14,8 @@ from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
 from gemma_tune.inference.chat import Talk, require_turns
 from gemma_tune.inference.generate import Completion
-from gemma_tune.inference.load import LoadedTarget
-from gemma_tune.inference.settings import AnswerSettings
+from gemma_tune.inference.load_target import LoadedTarget
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.recipe.schema import DataSection
 
 SYSTEM_TEMPLATE = (

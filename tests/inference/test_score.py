@@ -20,7 +20,7 @@ from transformers import (
 
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError
-from gemma_tune.inference.load import LoadedTarget
+from gemma_tune.inference.load_target import LoadedTarget
 from gemma_tune.inference.score import row_of_example, row_of_response, score_rows, score_tokens
 
 SIZES: dict[str, Any] = {

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gemma_tune.errors import ModelError
-from gemma_tune.inference.load import load_target
+from gemma_tune.inference.load_target import load_target
 from gemma_tune.inference.target import find_target
 from gemma_tune.paths import TINY_MODEL_DIR
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.data.metrics import squad_metrics
 
-from gemma_tune.evaluation.metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
+from gemma_tune.evaluation.answer_metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
 
 words = st.lists(st.sampled_from(["a", "the", "cat", "sat", "mat.", "Mat", "on-top", "9", "é", "—"]), max_size=8)
 texts = words.map(" ".join)

@@ -12,7 +12,7 @@ from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.sampling import choose_sampling
-from gemma_tune.inference.settings import AnswerSettings, Sampler, Sampling
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling
 from gemma_tune.inference.target import GgufTarget, find_target
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.models.config import TextConfig
@@ -21,7 +21,7 @@ from gemma_tune.models.describe import LayerRow, summarize
 if TYPE_CHECKING:
     import torch
 
-    from gemma_tune.inference.load import LoadedTarget
+    from gemma_tune.inference.load_target import LoadedTarget
     from gemma_tune.inference.score import Intercept, TextScore
 
 # A question as text, or the fields of a data template, such as {"instruction": …, "context": …}.
@@ -64,7 +64,7 @@ def load(
         except ModuleNotFoundError as error:
             raise EngineError(f"the engine {engine} is not installed ({error})", hint="use transformers") from None
 
-        from gemma_tune.inference.load import load_target
+        from gemma_tune.inference.load_target import load_target
 
         loaded = load_target(target, engine=started, load_in_4bit=load_in_4bit, dtype=dtype)
     config = None if isinstance(target, GgufTarget) else target.base.config
@@ -73,7 +73,7 @@ def load(
 
 def _random(name: str, *, dtype: str | None, template: str | None, load_in_4bit: bool | None) -> Gemma:
     from gemma_tune.data.rows.template import load_template
-    from gemma_tune.inference.load import loaded_target
+    from gemma_tune.inference.load_target import loaded_target
     from gemma_tune.inference.random_model import make_random_model
 
     if load_in_4bit:
@@ -134,7 +134,7 @@ class Gemma:
             EngineError: the model is a GGUF.
         """
         if self._config is None:
-            raise EngineError("llama.cpp does not tell the layers of a GGUF", hint="load the run or merged directory")
+            raise EngineError("llama.cpp does not list the layers of a GGUF", hint="load the run or merged directory")
         adapter = [each.numel() for name, each in self.model.named_parameters() if "lora_" in name]
         layers = tuple(summarize(self._config, by="layer"))
         return Summary(
