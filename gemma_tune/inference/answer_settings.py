@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
@@ -14,7 +15,6 @@ from gemma_tune.text import did_you_mean
 Sampler = Callable[[Any], Any]
 
 _SAMPLING = "How tokens are chosen"
-_LENGTH = "When an answer ends"
 _BATCHES_PER_WINDOW = 4
 _MAX_NEW_TOKENS = 256
 _INFINITY = float("inf")
@@ -53,6 +53,10 @@ def _setting(default: Any, /, *option: Any, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(*option, **more)})
 
 
+_sampling = functools.partial(_setting, panel=_SAMPLING)
+_ending = functools.partial(_setting, panel="When an answer ends")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. The default, temperature 0 and one beam, is greedy and deterministic.
@@ -67,32 +71,24 @@ class Sampling:
         custom_name: `module:function` of it.
     """
 
-    temperature: float = _setting(
-        0.0, "Above 1 wilder, below tamer; 0 is greedy.", "0 or more", lambda it: 0 <= it < _INFINITY, panel=_SAMPLING
+    temperature: float = _sampling(
+        0.0, "Above 1 wilder, below tamer; 0 is greedy.", "0 or more", lambda it: 0 <= it < _INFINITY
     )
-    top_k: int | None = _setting(None, "Draw among the k likeliest.", "at least 1", lambda it: it >= 1, panel=_SAMPLING)
-    top_p: float | None = _setting(
-        None, "Draw among the likeliest of this mass.", "above 0, at most 1", lambda it: 0 < it <= 1, panel=_SAMPLING
+    top_k: int | None = _sampling(None, "Draw among the k likeliest.", "at least 1", lambda it: it >= 1)
+    top_p: float | None = _sampling(
+        None, "Draw among the likeliest of this mass.", "above 0, at most 1", lambda it: 0 < it <= 1
     )
-    min_p: float | None = _setting(
+    min_p: float | None = _sampling(
         None,
         "Draw among those at least this share as likely as the likeliest.",
         "between 0 and 1",
         lambda it: 0 <= it <= 1,
-        panel=_SAMPLING,
     )
-    num_beams: int = _setting(
-        1, "Follow this many continuations.", "at least 2", lambda it: it >= 2, panel=_SAMPLING, flag="--beams"
+    num_beams: int = _sampling(1, "Follow this many continuations.", "at least 2", lambda it: it >= 2, flag="--beams")
+    repetition_penalty: float = _sampling(
+        1.0, "Above 1 repeats less.", "above 0; 1 changes nothing", lambda it: 0 < it < _INFINITY, default=1.0
     )
-    repetition_penalty: float = _setting(
-        1.0,
-        "Above 1 repeats less.",
-        "above 0; 1 changes nothing",
-        lambda it: 0 < it < _INFINITY,
-        panel=_SAMPLING,
-        default=1.0,
-    )
-    seed: int | None = _setting(None, "Of what is drawn.", panel=_SAMPLING, default=0)
+    seed: int | None = _sampling(None, "Of what is drawn.", default=0)
     custom: Sampler | None = field(default=None, repr=False)
     custom_name: str | None = None
 
@@ -112,15 +108,12 @@ class AnswerSettings:
     """
 
     sampling: Sampling = field(default_factory=Sampling)
-    max_new_tokens: int | None = _setting(
-        None, "Longest answer, in tokens: 256, or what --max-length leaves.", minimum=1, panel=_LENGTH
+    max_new_tokens: int | None = _ending(
+        None, "Longest answer, in tokens: 256, or what --max-length leaves.", minimum=1
     )
-    max_length: int | None = _setting(None, "Longest prompt and answer together, in tokens.", minimum=1, panel=_LENGTH)
-    stop_strings: Sequence[str] = _setting(
-        (),
-        "A text that ends the answer and is left out of it; may be given several times.",
-        panel=_LENGTH,
-        flag="--stop",
+    max_length: int | None = _ending(None, "Longest prompt and answer together, in tokens.", minimum=1)
+    stop_strings: Sequence[str] = _ending(
+        (), "A text that ends the answer and is left out of it; may be given several times.", flag="--stop"
     )
     batch_size: int = _setting(8, "Questions per forward pass.", minimum=1, default=8)
 
