@@ -18,10 +18,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads make a shared machine's times worthless
 
 from gemma_tune.data.sources.source import open_source, read_whole
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.generate import Completion
 from gemma_tune.inference.load_target import load_target
-from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import find_target
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.terminal import Terminal, make_table

@@ -8,8 +8,8 @@ from typing import Protocol, TypeVar
 
 from gemma_tune.data.rows.render import Example
 from gemma_tune.evaluation.answer_metrics import is_exact_match
-from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.inference.answer_settings import AnswerSettings
+from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.recipe.schema import EvaluationSection
 from gemma_tune.training.parts import TrainerParts
 

@@ -21,9 +21,9 @@ from gemma_tune.evaluation.intervals import share_estimate
 from gemma_tune.evaluation.judge import Judge
 from gemma_tune.evaluation.prompt_sets import Prompts
 from gemma_tune.evaluation.ratings import rate, win_rate
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.ask import Listener, answer_questions, open_answer_file
 from gemma_tune.inference.questions import questions_of
-from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import GgufTarget, Target, find_target
 from gemma_tune.runs.reporter import Reporter
 

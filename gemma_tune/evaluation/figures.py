@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gemma_tune.evaluation.answer_metrics import count_words
 from gemma_tune.evaluation.answer_rules import RULES
 from gemma_tune.evaluation.intervals import Floats, percentile_estimate, resampled_sums, share_estimate
-from gemma_tune.evaluation.answer_metrics import count_words
 from gemma_tune.runs.evaluation import Estimate, Figure, Group, Side
 
 

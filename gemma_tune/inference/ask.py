@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.inference.answer_file import AnswerFile
-from gemma_tune.inference.questions import Questions
 from gemma_tune.inference.answer_settings import AnswerSettings
+from gemma_tune.inference.questions import Questions
 from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
 

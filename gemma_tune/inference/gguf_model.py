@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from gemma_tune.errors import EngineError, ModelError
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampling
 from gemma_tune.inference.generate import (
     Completion,
     WordStreamer,
@@ -28,7 +29,6 @@ from gemma_tune.inference.generate import (
     seeded,
     to_completion,
 )
-from gemma_tune.inference.answer_settings import AnswerSettings, Sampling
 from gemma_tune.inference.streaming import OnProgress, OnText, cut_at_stop
 
 # Keys and values of the whole context are allocated at once: 1.9 GB for Gemma 7B in float16.

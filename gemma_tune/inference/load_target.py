@@ -15,9 +15,9 @@ from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.engines.base import Engine
 from gemma_tune.engines.choose import start_engine
 from gemma_tune.errors import ModelError
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.generate import Completion, TransformersModel
 from gemma_tune.inference.gguf_model import GgufModel
-from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnProgress, OnText
 from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.machine.device import detect_device

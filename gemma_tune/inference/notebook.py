@@ -10,9 +10,9 @@ from gemma_tune.data.rows.render import question_fields
 from gemma_tune.engines.choose import start_engine
 from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.errors import EngineError, ModelError
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling
 from gemma_tune.inference.ask import encode_questions
 from gemma_tune.inference.sampling import choose_sampling
-from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling
 from gemma_tune.inference.target import GgufTarget, find_target
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.models.config import TextConfig

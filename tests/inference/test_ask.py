@@ -8,11 +8,11 @@ import pytest
 
 from gemma_tune.errors import DataError
 from gemma_tune.inference import load_target as load_module
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.ask import Answered, Listener, answer_questions, open_answer_file
 from gemma_tune.inference.load_target import LoadedTarget
 from gemma_tune.inference.questions import questions_of
 from gemma_tune.inference.sampling import choose_sampling
-from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 
 WORDS = ("The town", "A goat", "One plus one", "Once upon a time a", "In", "A baker needs", "Ida", "Who lives in", "No")

@@ -12,10 +12,10 @@ from gemma_tune.data.open import build_datasets
 from gemma_tune.data.rows.chat_template import ChatRenderer, control_strings
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
+from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.chat import Talk, require_turns
 from gemma_tune.inference.generate import Completion
 from gemma_tune.inference.load_target import LoadedTarget
-from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.recipe.schema import DataSection
 
 SYSTEM_TEMPLATE = (

@@ -10,10 +10,10 @@ import torch
 from transformers import GenerationConfig
 
 from gemma_tune.errors import DataError
+from gemma_tune.inference.answer_settings import AnswerSettings, Sampling
 from gemma_tune.inference.generate import Completion, TransformersModel, pad_left, to_generation_config
 from gemma_tune.inference.load_target import LoadedTarget
 from gemma_tune.inference.sampling import choose_sampling, make_answer_settings
-from gemma_tune.inference.answer_settings import AnswerSettings, Sampling
 
 TEXTS = [
     "The",

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from gemma_tune.errors import DataError
-from gemma_tune.inference.sampling import SAMPLERS, choose_sampling, load_sampler
 from gemma_tune.inference.answer_settings import Sampling
+from gemma_tune.inference.sampling import SAMPLERS, choose_sampling, load_sampler
 
 OWN = """
 def sample(logits):
