@@ -8,12 +8,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import typer
 
 from gemma_tune.cli.launch import launch
 from gemma_tune.errors import GemmaTuneError, LaunchError, RecipeError
+from gemma_tune.launching.launch import SCHEDULERS
 from tests.launching.fake_programs import Cluster
 
 Launch = Callable[..., tuple[str, str]]
@@ -134,3 +136,9 @@ def test_nothing_heavy_is_loaded(options: list[str]) -> None:
     root = Path(__file__).resolve().parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
     subprocess.run([sys.executable, "-c", program], env=environment, stdout=subprocess.DEVNULL, check=True, timeout=60)
+
+
+def test_every_scheduler_and_option_can_be_named() -> None:
+    hints = get_type_hints(launch)
+    assert get_args(hints["on"]) == tuple(SCHEDULERS)
+    assert {name for each in SCHEDULERS.values() for name in each.option_names} <= set(hints)

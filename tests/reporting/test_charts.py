@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gemma_tune.reporting.charts import Line, bar_chart, line_chart, share_bar, thinned
+from gemma_tune.reporting.charts import Line, bar_chart, line_chart, points_of, share_bar, smoothed, thinned
 
 
 def parse(svg: str) -> ElementTree.Element:
@@ -74,6 +74,15 @@ def test_a_long_curve_is_thinned_to_means() -> None:
     assert all(y == pytest.approx(0.5) for _, y in few)
     assert few[0][0] == pytest.approx(49.5)
     assert thinned(points[:100], max_points=100) == points[:100]
+
+
+def test_smoothing_is_adams() -> None:
+    """A weighted mean of what came before, without a pull to 0 at its start."""
+    rows = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": 1.0}]
+    points = points_of(rows, "loss")
+    assert points == [(1, 3.0), (4, 1.0)]
+    assert smoothed(points) == [(1, pytest.approx(3.0)), (4, pytest.approx((0.9 * 3.0 + 1.0) / 1.9))]
+    assert [y for _, y in smoothed([(x, 2.0) for x in range(50)])] == pytest.approx([2.0] * 50)
 
 
 def test_bars_are_as_high_as_their_counts() -> None:
