@@ -14,7 +14,7 @@ from gemma_tune.terminal import Terminal
 
 
 def _option(panel: str, text: str, *, metavar: str | None = None, min: int | None = None) -> Any:
-    """An option that is nothing unless given, in a panel of `--help`."""
+    """Declare an option that is nothing unless given, in a panel of `--help`."""
     return typer.Option(metavar=metavar, min=min, help=text, show_default=False, rich_help_panel=panel)
 
 

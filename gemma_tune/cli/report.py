@@ -66,7 +66,7 @@ def report(
 
 
 def _write_own_report(terminal: Terminal, run: RunDir) -> None:
-    """Into the run; what is shown does not depend on it, so a run that cannot be written to is shown all the same."""
+    """Write it into the run; what is shown does not depend on it, so a run that is read-only is shown, too."""
     try:
         write_report(run)
     except RunError as error:
@@ -171,7 +171,7 @@ def _answer(label: str, text: str, style: str) -> Text:
 
 
 def _shorten(text: str, *, length: int = 160) -> str:
-    """One line of at most `length` characters."""
+    """Return one line of at most `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
 

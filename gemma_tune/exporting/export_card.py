@@ -1,4 +1,4 @@
-"""Writes the model card into an exported directory: what the run and its data template say, handed to `reporting`."""
+"""Write the model card into an exported directory: what the run and its data template say, handed to `reporting`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantize
 
     Raises:
         ExportError: there is one already, or it cannot be written.
-        GemmaTuneError: the export has no export.json, or the run lacks a file that the card tells of.
+        GemmaTuneError: the export has no export.json, or the run lacks a file that the card reports.
     """
     record = read_record(directory)
     export = CardExport(
@@ -65,7 +65,7 @@ def _checks(record: ExportRecord) -> list[str]:
 
 
 def describe_prompt(run: RunDir) -> CardPrompt:
-    """The data template of a run, and its own example as the model sees it; never one of the run's rows."""
+    """Return the data template of a run, and its own example as the model sees it; never one of the run's rows."""
     from gemma_tune.models.tokenizer import load_tokenizer
 
     template = load_template(run.template)
@@ -80,7 +80,7 @@ def describe_prompt(run: RunDir) -> CardPrompt:
 
 
 def _example(template: DataTemplate, chat: ChatRenderer | None) -> Example:
-    """The template's own example; where it has none of the right form, the names of its fields in their places."""
+    """Render the template's own example; where its form is wrong, the names of its fields."""
     question, answer = {"role": "user", "content": "(question)"}, {"role": "assistant", "content": "(answer)"}
     named: dict[str, object] = {name: f"({name})" for name in template.fields}
     named |= {column: [question, answer] for column in template.conversation[:1]}
@@ -93,7 +93,7 @@ def _example(template: DataTemplate, chat: ChatRenderer | None) -> Example:
 
 
 def _template_yaml(template: DataTemplate) -> str:
-    """What decides the prompt: neither the comments of the file nor its example, which may be anybody's."""
+    """Return what decides the prompt: neither the comments of the file nor its example, which may be anybody's."""
     values: dict[str, object] = {"kind": template.kind}
     if template.kind == "text":
         values |= {"prompt": _block(template.prompt), "response": _block(template.response)}

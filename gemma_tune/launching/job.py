@@ -183,7 +183,7 @@ def make_job(loaded: LoadedRecipe, resources: Resources) -> Job:
 
 
 def _run_name(recipe_name: str) -> str:
-    """A recipe's name in the characters that a run's may have."""
+    """Return a recipe's name in the characters that a run's may have."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", recipe_name).lstrip("-.")[:64] or "run"
 
 
@@ -237,8 +237,8 @@ def common_notes(recipe: Recipe) -> list[str]:
         )
     if training.max_minutes is not None:
         notes.append(
-            f"training.max_minutes={training.max_minutes:g} ends an attempt, and the job goes on with the next: "
-            "it is no limit for the whole run"
+            f"training.max_minutes={training.max_minutes:g} ends an attempt, and the job resumes with the next: "
+            "it does not limit the whole run"
         )
     return notes
 

@@ -79,7 +79,7 @@ KUBERNETES = Scheduler("kubernetes", KubernetesOptions, render_kubernetes)
 
 
 def _require_on_volume(job: Job) -> list[str]:
-    """The paths that the run reads, all of them on the volume.
+    """Return the paths that the run reads, all of them on the volume.
 
     Raises:
         LaunchError: some are elsewhere.

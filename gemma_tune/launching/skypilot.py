@@ -91,7 +91,7 @@ SKYPILOT = Scheduler("skypilot", SkypilotOptions, render_skypilot)
 
 
 def _find_requirement(install: str) -> tuple[str, str | None]:
-    """What pip is told, and the file of this machine that it means."""
+    """Return what pip is asked for, and the file of this machine that it means."""
     match = _EXTRAS.fullmatch(install)
     path, extras = (match.group(1), match.group(2) or "") if match else (install, "")
     if os.path.isdir(path):

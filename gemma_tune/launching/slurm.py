@@ -71,7 +71,7 @@ SLURM = Scheduler("slurm", SlurmOptions, render_slurm)
 
 
 def _directives(job: Job, options: SlurmOptions) -> dict[str, str]:
-    """The options of sbatch; a value is empty where an option has none."""
+    """Return the options of sbatch; a value is empty where an option has none."""
     resources = job.resources
     directives = {"--job-name": job.run_name, "--output": "%x-%j.log", "--nodes": str(resources.nodes)}
     directives["--ntasks-per-node"] = "1"
@@ -93,7 +93,7 @@ def _directives(job: Job, options: SlurmOptions) -> dict[str, str]:
 
 
 def _limit(seconds: int, *, grace: int) -> str:
-    """Seconds as SLURM writes a limit, days-hours:minutes:seconds."""
+    """Return seconds as SLURM writes a limit, days-hours:minutes:seconds."""
     if seconds <= grace:
         raise LaunchError(
             f"--time is {seconds} s, and the training is told to save {grace} s before it ends",
@@ -125,5 +125,5 @@ def _path_notes(job: Job) -> list[str]:
         notes.append(f"outside of this directory, so make sure that every node sees it: {', '.join(outside)}")
     run = Path(job.recipe.run.output_dir) / job.run_name
     if run.exists():
-        notes.append(f"{run} is there already: the job goes on with it, or ends at once if it has finished")
+        notes.append(f"{run} is there already: the job resumes it, or ends at once if it has finished")
     return notes

@@ -136,7 +136,7 @@ class _Facts:
 
     @property
     def base_hub_id(self) -> str | None:
-        """None for a local directory, whose name says nothing to others, and for the embedded model."""
+        """None for a local directory, whose name means nothing to others, and for the embedded model."""
         if self.base.model is not None:
             return self.base.name if "/" in self.base.name else self.base.model.hub_id
         return self.base.name if self.base.revision else None
@@ -170,7 +170,7 @@ class _Facts:
 
 
 def _public_label(label: str) -> str:
-    """Sources are labelled by the names of their files already; a path would lose its folders here."""
+    """Cut a path to its last name; sources are labelled by the names of their files already."""
     return PureWindowsPath(label).name if re.match(r"[/\\~.]|[A-Za-z]:", label) else label
 
 
@@ -230,7 +230,7 @@ def _eval_results(facts: _Facts) -> list[Any]:
 
 
 def _measured(summary: RunSummary) -> list[tuple[str, str, str]]:
-    """The figures of the held-out rows before and after the training, those that were measured."""
+    """Return the figures of the held-out rows before and after the training, those that were measured."""
     rows = [
         (f"loss, {summary.eval_rows:,} rows", summary.eval_loss_before, summary.eval_loss_after, ".3f"),
         (
@@ -248,7 +248,7 @@ def _measured(summary: RunSummary) -> list[tuple[str, str, str]]:
 
 
 def _made(facts: _Facts) -> list[tuple[str, str]]:
-    """What the model was made from and with, as label and value."""
+    """Return what the model was made from and with, as label and value."""
     recipe, lock, data, summary = facts.recipe, facts.lock, facts.data, facts.summary
     revision = f", revision {facts.base.revision}" if facts.base.revision else ""
     weights = [item for item in lock["base"]["files"].items() if item[0].endswith(".safetensors")]

@@ -45,7 +45,7 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], *, title: str, x_label: str, width: int = WIDE, height: int = 260) -> Markup:
-    """Curves over one x axis. The y axis begins at 0, unless a value is below it.
+    """Draw curves over one x axis. The y axis begins at 0, unless a value is below it.
 
     Width and height are in the units in which its text is 11 high: a chart on half the page is half as wide.
     """
@@ -91,7 +91,7 @@ def line_chart(lines: Sequence[Line], *, title: str, x_label: str, width: int = 
 
 
 def bar_chart(bins: Sequence[Mapping[str, int]], *, limit: int) -> Markup:
-    """Rows by length: a bar for each bin of `low` to `high` tokens; those beyond `limit` in another colour."""
+    """Draw rows by length: a bar for each bin of `low` to `high` tokens; those beyond `limit` in another colour."""
     from markupsafe import Markup
 
     if not bins:
@@ -123,7 +123,7 @@ def bar_chart(bins: Sequence[Mapping[str, int]], *, limit: int) -> Markup:
 
 
 def share_bar(estimates: Sequence[tuple[float, float | None, float | None, int]]) -> Markup:
-    """Shares between 0 and 1, one above the other, each with its interval as a whisker: (value, low, high, colour)."""
+    """Draw shares between 0 and 1, each with its interval as a whisker: (value, low, high, colour)."""
     from markupsafe import Markup
 
     parts = [
@@ -156,7 +156,7 @@ def smoothed(points: Sequence[Point], *, decay: float = 0.9) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], *, max_points: int = MAX_POINTS) -> list[Point]:
-    """At most `max_points` points: the means of as many equal pieces of the curve."""
+    """Return at most `max_points` points: the means of as many equal pieces of the curve."""
     if len(points) <= max_points:
         return list(points)
     edges = [round(index * len(points) / max_points) for index in range(max_points + 1)]
@@ -165,7 +165,7 @@ def thinned(points: Sequence[Point], *, max_points: int = MAX_POINTS) -> list[Po
 
 
 def _ticks(low: float, high: float, *, count: int) -> list[float]:
-    """About `count` round numbers that hold `low` and `high` between them."""
+    """Return about `count` round numbers that hold `low` and `high` between them."""
     if high <= low:
         high = low + (abs(low) or 1.0)
     rough = (high - low) / (count - 1)

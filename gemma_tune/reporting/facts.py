@@ -135,7 +135,7 @@ def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
 
 
 def _written(value: object) -> str:
-    """As YAML has it, in one line."""
+    """Return a value as YAML has it, on one line."""
     if isinstance(value, list):
         return ", ".join(map(_written, value)) or "none"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -188,7 +188,7 @@ def before_after(before: float | None, after: float | None, *, form: str, rows: 
 
 
 def _cards(run: RunFacts) -> list[tuple[str, str, bool]]:
-    """The figures that matter most, what came out (on a wide card), then what it took: value, label, is wide."""
+    """Return the figures that matter most, as value, label, is wide: what came out, then what it took."""
     summary = run.summary
     if summary is None:
         return []
@@ -210,7 +210,7 @@ def _cards(run: RunFacts) -> list[tuple[str, str, bool]]:
 
 
 def _describe_figure(figure: Figure | None) -> dict[str, str]:
-    """A figure's estimates as text, and the verdict on their difference."""
+    """Return a figure's estimates as text, and the verdict on their difference."""
     if figure is None:
         return {"label": "", "base": "—", "tuned": "—", "difference": "—", "verdict": ""}
     return {
@@ -223,7 +223,7 @@ def _describe_figure(figure: Figure | None) -> dict[str, str]:
 
 
 def _describe_category(group: Group) -> dict[str, Any]:
-    """The exact match of a category's rows; without a bar where it was not measured."""
+    """Return the exact match of a category's rows; without a bar where it was not measured."""
     figure = group.figure("exact_match")
     drawn: list[tuple[Estimate | None, int]] = [(figure.base, 1), (figure.tuned, 0)] if figure else []
     bar = share_bar([(each.value, each.low, each.high, colour) for each, colour in drawn if each])

@@ -1,4 +1,4 @@
-"""Filters of Markdown templates, by which text of others goes in as text."""
+"""Escape, quote and tabulate text of others in Markdown templates."""
 
 from __future__ import annotations
 
