@@ -103,6 +103,7 @@ class Loop(OwnCheckpoints, SFTTrainer):
     TRL averages the eval loss over batches, so that its value depends on the batch size; here sums are added.
     """
 
+    takes_head_targets = False  # whether `compute_loss` knows what `JoinRows` adds for it
     method: Method
     row_order: EpochSampler
     eval_rows: EncodedRows
@@ -230,7 +231,7 @@ def build_loop(parts: TrainerParts, method: Method, *, kind: type[Loop] = Loop) 
         args=config,
         train_dataset=sample,
         eval_dataset=sample if datasets.eval else None,
-        data_collator=partial(method.collate, layout=_layout_of(parts, on_cpu=config.use_cpu) or pad_right),
+        data_collator=partial(method.collate, layout=_layout_of(parts, kind) or pad_right),
         processing_class=tokenizer,
         callbacks=[early_stop] if early_stop else [],
     )
@@ -255,12 +256,13 @@ def build_loop(parts: TrainerParts, method: Method, *, kind: type[Loop] = Loop) 
     return trainer
 
 
-def _layout_of(parts: TrainerParts, *, on_cpu: bool) -> JoinRows | None:
+def _layout_of(parts: TrainerParts, kind: type[Loop]) -> JoinRows | None:
     """How packs are laid out; None where rows are padded one by one."""
     if parts.pack_tokens is None:
         return None
     join_rows = join_rows_for(parts.loaded, pad_token_id=parts.tokenizer.pad_token_id)
     vocab_size = parts.loaded.model.config.get_text_config().vocab_size
     logits_bytes = 4 * parts.pack_tokens * parts.recipe.training.batch_size * vocab_size
-    fits = join_rows.in_one_sequence and on_cpu and logits_bytes <= _MAX_WHOLE_LOGITS_BYTES
+    on_cpu = parts.loaded.model.device.type == "cpu"
+    fits = kind.takes_head_targets and join_rows.in_one_sequence and on_cpu and logits_bytes <= _MAX_WHOLE_LOGITS_BYTES
     return replace(join_rows, with_head_targets=fits)

@@ -32,6 +32,8 @@ class Sft:
 class SftLoop(Loop):
     """Trains with TRL's loss, which engines have kernels for."""
 
+    takes_head_targets = True
+
     def compute_loss(
         self,
         model: Any,

@@ -61,10 +61,12 @@ def gemma_tune(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_a_method_is_trained_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gemma_tune(monkeypatch, "train", *SHORT, "run.name=plain") == 0
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_method_is_trained_from_the_command_line(packing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = (*SHORT, f"training.packing={packing}")
+    assert gemma_tune(monkeypatch, "train", *short, "run.name=plain") == 0
     wanted = ("method=scaled", f"method.scale={SCALE}", "run.name=toy")
-    assert gemma_tune(monkeypatch, "train", *SHORT, *wanted) == 0
+    assert gemma_tune(monkeypatch, "train", *short, *wanted) == 0
     plain, toy = (RunDir(Path("runs") / name) for name in ("plain", "toy"))
     first, scaled_first = (read_metrics(run)[0] for run in (plain, toy))
     for figure in ("loss", "grad_norm"):
