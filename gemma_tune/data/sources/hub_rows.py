@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
 
-from gemma_tune.data.sources.files import BATCH_ROWS, arrow_rows
+from gemma_tune.data.sources.arrow_rows import BATCH_ROWS, arrow_rows
 from gemma_tune.data.sources.items import SourceItem, SourceRow
 from gemma_tune.errors import DataError
 

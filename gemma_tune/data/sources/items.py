@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from gemma_tune.data.data_report import MAX_SAMPLES
+from gemma_tune.data.sources.utf8 import utf8_hint
 from gemma_tune.errors import DataError
 from gemma_tune.text import counted
+
+MAX_SHOWN = 5
+STOPPED = "reading stopped here"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,30 @@ class BrokenLine:
 SourceItem = SourceRow | BrokenLine
 
 
+@dataclass(frozen=True, slots=True)
+class RowFile:
+    """A file of rows that was found and hashed.
+
+    Attributes:
+        path: where it lies.
+        name: as messages call it.
+        sha256: of its bytes on disk.
+        stamp: size and modification time when it was hashed.
+    """
+
+    path: Path
+    name: str
+    sha256: str
+    stamp: tuple[int, int]
+
+
+def shown(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are."""
+    every = list(names)
+    more = [f"and {len(every) - MAX_SHOWN:,} more"] if len(every) > MAX_SHOWN else []
+    return ", ".join([*every[:MAX_SHOWN], *more])
+
+
 def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()) -> None:
     """A line that is no row at all: the file is damaged or of another kind, so nothing is guessed.
 
@@ -68,7 +97,7 @@ def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()
 def _hint(line: BrokenLine) -> str:
     name = line.where.partition(":")[0]
     if "UTF-8" in line.problem:
-        return f"save the file as UTF-8, for example: iconv -f CP1252 -t UTF-8 {name} > utf8-{name}"
+        return utf8_hint(name)
     if ".csv" in name or ".tsv" in name:
         return "quote a cell that holds a line break, a quote or the delimiter; the first line names the columns"
     if ".jsonl" in name:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma_tune.data.sources.files import RowFile, find_file, is_row_file, known_kinds, read_rows, shown
+from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, read_rows
 from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
-from gemma_tune.data.sources.items import BrokenLine, SourceItem, SourceRow, stop_if_broken
+from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow, shown, stop_if_broken
 from gemma_tune.errors import DataError
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.text import did_you_mean
