@@ -42,7 +42,7 @@ SHAPE = {
 _PROGRAMS = {
     "merge": """
 from gemma_tune.exporting.merge.write import merge_adapter
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 begin()
 merge_adapter(base, adapter, output, settings=ExportSettings(max_shard_bytes=30_000_000))
 """,

@@ -158,7 +158,7 @@ _PROGRAMS = {
     ),
     "gemma-tune": _PROGRAM.format(
         imports="from gemma_tune.exporting.merge.write import merge_adapter\n"
-        "from gemma_tune.exporting.settings import ExportSettings",
+        "from gemma_tune.exporting.export_settings import ExportSettings",
         work="merge_adapter(base, adapter, output, settings=ExportSettings(max_shard_bytes=2_000_000_000))",
         who="resource.RUSAGE_SELF",
     ),

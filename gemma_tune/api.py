@@ -116,7 +116,7 @@ def export(
         CheckFailed: an export was written and does not compare as it should.
         ExportError: it cannot be made.
     """
-    from gemma_tune.exporting.settings import ExportSettings
+    from gemma_tune.exporting.export_settings import ExportSettings
     from gemma_tune.flows.export import export_model
     from gemma_tune.machine.quiet import libraries_to
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 from gemma_tune.text import format_bytes
 

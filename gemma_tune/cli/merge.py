@@ -13,7 +13,7 @@ from gemma_tune.cli.export import (
     Verify,
     run_export,
 )
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 
 
 def merge(

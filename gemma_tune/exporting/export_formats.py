@@ -22,13 +22,13 @@ from gemma_tune.exporting.export_record import (
     read_record,
     stored_result,
 )
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.export_source import ExportSource, open_source
 from gemma_tune.exporting.formats.format import ExportTask, Format
 from gemma_tune.exporting.formats.registry import FORMATS, find_formats
-from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.text_files import NOTICE_FILE, licence_notice
 from gemma_tune.exporting.verify.forms import Measure, measure_in_child
-from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.exporting.verify.probe_texts import Probe
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport, verify_exports
 from gemma_tune.identity import json_sha256
 from gemma_tune.models.safetensors import directory_bytes

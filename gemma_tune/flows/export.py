@@ -16,10 +16,10 @@ from gemma_tune.exporting.export_formats import (
     outcome_of,
     verify_directories,
 )
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.export_source import Combination, ExportSource, combine_sources, open_source
 from gemma_tune.exporting.formats.registry import find_formats
-from gemma_tune.exporting.settings import ExportSettings
-from gemma_tune.exporting.verify.probe import Probe, built_in_probe, probe_of_rows
+from gemma_tune.exporting.verify.probe_texts import Probe, built_in_probe, probe_of_rows
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from gemma_tune.errors import ExportError, GemmaTuneError, RunError
 from gemma_tune.exporting.export_formats import ExportOutcome
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.flows.decide import Decisions, decide
 from gemma_tune.flows.export import export_model
 from gemma_tune.flows.prepare import begin_run, prepare

@@ -17,11 +17,11 @@ from gemma_tune.errors import CheckFailed, ExportError
 from gemma_tune.exporting import export_formats as run
 from gemma_tune.exporting.export_formats import ExportOutcome, export_formats, find_exports, verify_directories
 from gemma_tune.exporting.export_record import read_record
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.export_source import ExportSource, open_source
 from gemma_tune.exporting.formats import gguf
-from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify.forms import measure_here
-from gemma_tune.exporting.verify.probe import Probe, built_in_probe
+from gemma_tune.exporting.verify.probe_texts import Probe, built_in_probe
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.runs.reporter import SilentReporter

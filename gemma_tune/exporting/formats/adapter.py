@@ -16,10 +16,10 @@ from typing import Any
 
 from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.export_settings import DEFAULT_SETTINGS
 from gemma_tune.exporting.export_source import ExportSource, public_name
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
 from gemma_tune.exporting.merge.merge_plan import plan_merge, refuse_strangers
-from gemma_tune.exporting.settings import DEFAULT_SETTINGS
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.exporting.verify.forms import PLAIN, Form
 from gemma_tune.exporting.verify.parity import LIMITS
@@ -40,15 +40,10 @@ class AdapterReport:
     """What an adapter export wrote.
 
     Attributes:
-        base_name, base_revision: the base as adapter_config.json names it; a path only where the base is a directory of
-            the user's own.
         num_modules: modules with a low-rank change; num_whole: tensors trained as a whole.
     """
 
     output_dir: Path
-    files: tuple[str, ...]
-    base_name: str
-    base_revision: str | None
     num_modules: int
     num_whole: int
     weight_bytes: int
@@ -71,18 +66,14 @@ def export_adapter(
     texts = tokenizer_files(base.directory, adapter_dir) | licence_files(base.directory)
     needed_bytes = sum(path.stat().st_size for path in (weights, *texts.values()))
     require_free_disk(output_dir, needed_bytes, what="the adapter")
-    base_name = public_name(base)
     with output_directory(output_dir) as partial_dir:
         write_text_files(partial_dir, copied=texts, given=more_texts)
-        write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(adapter_dir, base_name=base_name, base=base))
+        write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(adapter_dir, base))
         shutil.copyfile(weights, partial_dir / ADAPTER_WEIGHTS_FILE)
         if _facts(AdapterDir(partial_dir).read_lora()) != _facts(adapter):
             raise ExportError(f"{output_dir}: the copy does not read back as the adapter", hint="is the disk sound?")
     return AdapterReport(
         output_dir=output_dir,
-        files=tuple(sorted(path.name for path in output_dir.iterdir())),
-        base_name=base_name,
-        base_revision=base.revision,
         num_modules=len(adapter.factors),
         num_whole=len(adapter.trained),
         weight_bytes=sum(tensor.num_bytes for tensor in adapter.tensors()),
@@ -99,10 +90,10 @@ def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
     plan_merge(adapter, base=base, base_config=config, settings=DEFAULT_SETTINGS, same_values=lambda *_: True)
 
 
-def _config(adapter_dir: Path, *, base_name: str, base: LocalModel) -> dict[str, Any]:
+def _config(adapter_dir: Path, base: LocalModel) -> dict[str, Any]:
     config: dict[str, Any] = portable_settings(AdapterDir(adapter_dir).config)
     # PEFT imports the package that auto_mapping names (S2); with a task type it needs none.
-    named = {"base_model_name_or_path": base_name, "revision": base.revision, "task_type": "CAUSAL_LM"}
+    named = {"base_model_name_or_path": public_name(base), "revision": base.revision, "task_type": "CAUSAL_LM"}
     return config | named | {"inference_mode": True}
 
 

@@ -10,9 +10,9 @@ from re import Pattern
 from typing import Any
 
 from gemma_tune.disk import output_directory, write_text
+from gemma_tune.exporting.export_settings import ExportSettings, MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.required_packages import RequiredPackage
-from gemma_tune.exporting.settings import ExportSettings, MergeDtype
 from gemma_tune.exporting.verify.runner import Runner
 from gemma_tune.reporting.card import CardFormat
 from gemma_tune.runs.reporter import Reporter

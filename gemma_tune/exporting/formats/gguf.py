@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.exporting.export_settings import MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.formats import merged
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
@@ -18,7 +19,6 @@ from gemma_tune.exporting.gguf.header import GgufReport
 from gemma_tune.exporting.gguf.quantize import CONVERTED, QUANTIZATIONS, packages_of, quantize_gguf, refuse_unknown
 from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
 from gemma_tune.exporting.merge.merge_plan import STORED_DTYPE_OF
-from gemma_tune.exporting.settings import MergeDtype
 from gemma_tune.exporting.verify.forms import Form
 from gemma_tune.exporting.verify.parity import LIMITS
 from gemma_tune.exporting.verify.runner import Runner

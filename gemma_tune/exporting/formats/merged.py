@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
+from gemma_tune.exporting.export_settings import MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
 from gemma_tune.exporting.merge.merge_plan import STORED_DTYPE_OF
-from gemma_tune.exporting.settings import MergeDtype
 from gemma_tune.exporting.verify.forms import PLAIN, Form
 from gemma_tune.exporting.verify.parity import LIMITS
 from gemma_tune.exporting.verify.runner import Runner, transformers_runner

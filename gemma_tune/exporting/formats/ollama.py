@@ -15,10 +15,10 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.disk import output_file
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.export_settings import MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.formats import gguf
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
-from gemma_tune.exporting.settings import MergeDtype
 from gemma_tune.exporting.text_files import licence_notice
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -69,7 +68,6 @@ def convert_to_gguf(
     anything is written unless a weight itself is at fault; then no output is left.
     """
     require_gguf_packages(dtype)
-    started = time.perf_counter()
     refuse_existing(output)
     architecture = read_architecture(merged_dir)
     plan = plan_tensors(merged_dir, architecture, dtype)
@@ -88,7 +86,7 @@ def convert_to_gguf(
         del vocabulary
         _write_tensors(partial_file, plan, data_start, on_progress=on_progress or (lambda done, total: None))
         header = _prove(partial_file, plan, data_start)
-    return summarize_gguf(output, header, quantization=dtype, seconds=time.perf_counter() - started, notes=notes)
+    return summarize_gguf(output, header, quantization=dtype, notes=notes)
 
 
 def gguf_bytes(merged_dir: Path, quantization: str) -> int:

@@ -70,13 +70,10 @@ class GgufReport:
     num_params: int
     bits_per_weight: float
     tensor_types: Mapping[str, int]
-    seconds: float
     notes: tuple[str, ...]
 
 
-def summarize_gguf(
-    path: Path, header: GgufHeader, *, quantization: str, seconds: float, notes: tuple[str, ...]
-) -> GgufReport:
+def summarize_gguf(path: Path, header: GgufHeader, *, quantization: str, notes: tuple[str, ...]) -> GgufReport:
     """Sum up a complete file."""
     tensors = header.tensors
     num_params = sum(tensor.num_elements for tensor in tensors)
@@ -87,7 +84,6 @@ def summarize_gguf(
         num_params=num_params,
         bits_per_weight=8 * sum(tensor.num_bytes for tensor in tensors) / num_params,
         tensor_types=dict(Counter(tensor.type for tensor in tensors).most_common()),
-        seconds=seconds,
         notes=notes,
     )
 

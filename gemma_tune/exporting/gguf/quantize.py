@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +132,6 @@ def quantize_gguf(
     if quantization not in QUANTIZATIONS:
         raise ExportError(f"{quantization} is no quantization", hint="convert_to_gguf writes it from the model itself")
     require_packages(f"llama.cpp's {quantization}", [_LLAMA_CPP])
-    started = time.perf_counter()
     refuse_existing(output)
     header = read_gguf_header(source)
     already = sorted({tensor.type for tensor in header.tensors} - _PLAIN_TYPES)
@@ -152,8 +150,7 @@ def quantize_gguf(
         if {(t.name, t.shape) for t in quantized.tensors} != set(shapes):
             raise ExportError(f"{source}: llama.cpp wrote other tensors than it was given", hint="is the disk sound?")
     notes = tuple(_fallback_notes(quantized, quantization))
-    seconds = time.perf_counter() - started
-    return summarize_gguf(output, quantized, quantization=quantization, seconds=seconds, notes=notes)
+    return summarize_gguf(output, quantized, quantization=quantization, notes=notes)
 
 
 def _run_llama_cpp(source: Path, output: Path, quantization: str, on_progress: Callable[[int, int], None]) -> None:

@@ -46,7 +46,6 @@ class CombineReport:
     """What was written. `max_rank` is the largest rank of a module."""
 
     output_dir: Path
-    files: tuple[str, ...]
     num_modules: int
     max_rank: int
 
@@ -59,7 +58,6 @@ def combine_adapters(
     method: CombineMethod,
     density: float | None = None,
     seed: int = 0,
-    more_texts: Mapping[str, str] | None = None,
 ) -> CombineReport:
     """Write the combination of at least two LoRA adapters, each with its weight, which may be negative.
 
@@ -90,12 +88,11 @@ def combine_adapters(
         tensors |= {f"base_model.model.{module}.{name}": factor for name, factor in zip(names, (a, b), strict=True)}
     tensors |= {copy.name: read_tensor(copy) for copy in _base_copies(adapters).values()}
     with output_directory(output_dir) as partial_dir:
-        write_text_files(partial_dir, copied=texts, given=more_texts)
+        write_text_files(partial_dir, copied=texts)
         write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(first, ranks))
         save_file(tensors, partial_dir / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
         check_adapter_values(AdapterDir(partial_dir).read_lora())
-    files = tuple(sorted(path.name for path in output_dir.iterdir()))
-    return CombineReport(output_dir, files, len(modules), max(ranks.values()))
+    return CombineReport(output_dir, len(modules), max(ranks.values()))
 
 
 def module_seed(seed: int, module: str) -> int:

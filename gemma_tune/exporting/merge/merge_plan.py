@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 from gemma_tune.runs.adapter_dir import FLOAT_DTYPES, LoraAdapter, LoraFactors

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from gemma_tune.disk import finished_files, keep_file, output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.merge.shards import shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
     BLOCK_ELEMENTS,
@@ -35,7 +35,6 @@ from gemma_tune.exporting.merge.tensor_io import (
     read_elements,
     write_elements,
 )
-from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.families.known import canonical_name, tower_names
@@ -67,12 +66,10 @@ class FourBitReport:
     """
 
     output_dir: Path
-    files: tuple[str, ...]
     tensors_quantized: int
     tensors_kept: int
     weight_bytes: int
     bits_per_weight: float
-    seconds: float
 
 
 def quantize_merged(
@@ -88,7 +85,6 @@ def quantize_merged(
     `on_progress` gets (bytes read, bytes in all). `more_texts` (name -> content) become files of the output. Raises
     ExportError or ModelError; then nothing is left. What a killed call finished is kept, as in a merge.
     """
-    started = time.perf_counter()
     report_progress = on_progress or (lambda done, total: None)
     refuse_existing(output_dir)
     config = read_config(merged_dir)
@@ -113,12 +109,10 @@ def quantize_merged(
     num_quantized = sum(_is_quantized(tensor, linear) for tensor in tensors.values())
     return FourBitReport(
         output_dir=output_dir,
-        files=tuple(sorted(path.name for path in output_dir.iterdir())),
         tensors_quantized=num_quantized,
         tensors_kept=len(tensors) - num_quantized,
         weight_bytes=weight_bytes,
         bits_per_weight=8 * weight_bytes / num_weights,
-        seconds=time.perf_counter() - started,
     )
 
 

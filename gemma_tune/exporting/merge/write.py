@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,6 +32,7 @@ from gemma_tune.disk import (
     write_json,
 )
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.export_settings import DEFAULT_SETTINGS, ExportSettings
 from gemma_tune.exporting.merge.merge_plan import MergePlan, PlannedTensor, plan_merge
 from gemma_tune.exporting.merge.shards import set_length, shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
@@ -48,7 +48,6 @@ from gemma_tune.exporting.merge.tensor_io import (
     same_values,
     write_into,
 )
-from gemma_tune.exporting.settings import DEFAULT_SETTINGS, ExportSettings
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.safetensors import (
@@ -72,21 +71,18 @@ class MergeReport:
     """What a merge wrote.
 
     Attributes:
-        files: the output's files, sorted; weight_bytes counts the tensors among them.
         dtype: the floating dtype that most weights have.
         tensors_total: merged (low-rank change added) + replaced (trained as a whole) + copied (values as in the base).
         notes: what changed besides values: ties, the vocabulary's size.
     """
 
     output_dir: Path
-    files: tuple[str, ...]
     dtype: str
     tensors_total: int
     tensors_merged: int
     tensors_replaced: int
     tensors_copied: int
     weight_bytes: int
-    seconds: float
     notes: tuple[str, ...]
 
 
@@ -108,7 +104,6 @@ def merge_adapter(
     Raises:
         ExportError, ModelError: then no output directory is left.
     """
-    started = time.perf_counter()
     refuse_existing(output_dir)
     adapter = AdapterDir(adapter_dir).read_lora()
     base = stored_tensors(base_dir)
@@ -130,18 +125,15 @@ def merge_adapter(
         _write_weights(plan, partial_dir, on_progress=on_progress or (lambda done, total: None))
         _prove(plan, partial_dir)
         write_index(partial_dir, shard_names(len(plan.shards)))
-    files = tuple(sorted(path.name for path in output_dir.iterdir()))
     changes = [tensor.change for shard in plan.shards for tensor in shard]
     return MergeReport(
         output_dir=output_dir,
-        files=files,
         dtype=plan.dtype,
         tensors_total=len(changes),
         tensors_merged=changes.count("merged"),
         tensors_replaced=changes.count("replaced"),
         tensors_copied=changes.count("copied"),
         weight_bytes=plan.num_bytes,
-        seconds=time.perf_counter() - started,
         notes=plan.notes,
     )
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.parity import Logits
-from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.exporting.verify.probe_texts import Probe
 from gemma_tune.machine.child import ChildEnd, Send, run_child
 
 OnProgress = Callable[[int, int], None]

@@ -16,7 +16,7 @@ from gemma_tune.disk import require_free_disk
 from gemma_tune.errors import ExportError, GemmaTuneError
 from gemma_tune.exporting.verify.forms import NF4, NF4_EXPANDED, PLAIN, Form, Measure, Measurement, measure_in_child
 from gemma_tune.exporting.verify.parity import Distance, distance, judge, perplexity
-from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.exporting.verify.probe_texts import Probe
 from gemma_tune.exporting.verify.runner import Runner, tokenize_by
 from gemma_tune.machine.main_memory import read_memory
 from gemma_tune.models.config import read_config

@@ -71,7 +71,7 @@ def test_plain_peft_loads_it(
     if resize_to is None:
         assert float((found - plain_logits(base_dir)).abs().max()) > 0.1
     assert report.num_modules + report.num_whole > 0
-    assert set(report.files) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert {path.name for path in output.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_nothing_of_this_machine_leaves(base_dir: Path, adapter_dir: Path, output: Path, tmp_path: Path) -> None:
@@ -86,13 +86,13 @@ def test_nothing_of_this_machine_leaves(base_dir: Path, adapter_dir: Path, outpu
     (adapter_dir / "tokenizer.json").write_text("{}", encoding="utf-8")
     for name in ("optimizer.pt", "training_args.bin", "README.md", "trainer_state.json", "run.py"):
         (adapter_dir / name).write_text("mine", encoding="utf-8")
-    report = export_adapter(adapter_dir, hub_base(base_dir), output)
-    assert report.files == (
+    export_adapter(adapter_dir, hub_base(base_dir), output)
+    assert sorted(path.name for path in output.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
-    )
+    ]
     config = config_of(output)
     assert (config["base_model_name_or_path"], config["revision"]) == ("google/gemma-2b", "a" * 40)
     assert "auto_mapping" not in config and config["corda_config"] == {"corda_method": "ipm"}
@@ -112,10 +112,11 @@ def test_tokenizer_template_and_licence_go_with_it(
     (adapter_dir / "tokenizer.json").write_text("{}", encoding="utf-8")
     (adapter_dir / "chat_template.jinja").write_text("turns", encoding="utf-8")
     notice = licence_notice(find_model("gemma-2b"))
-    report = export_adapter(
+    export_adapter(
         adapter_dir, hub_base(base), output, more_texts={"template.yaml": "name: x\n", "NOTICE": notice or ""}
     )
-    assert set(report.files) > {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "LICENSE", "template.yaml"}
+    written = {path.name for path in output.iterdir()}
+    assert written > {"tokenizer.model", "tokenizer.json", "chat_template.jinja", "LICENSE", "template.yaml"}
     assert "Gemma Terms of Use found at ai.google.dev/gemma/terms" in (output / "NOTICE").read_text(encoding="utf-8")
 
 
@@ -136,9 +137,9 @@ def test_a_local_base_is_named_as_it_was_given(base_dir: Path, adapter_dir: Path
     base = tmp_path / "base"
     shutil.copytree(base_dir, base)
     (base / "tokenizer.json").write_text("{}", encoding="utf-8")
-    report = export_adapter(adapter_dir, fetch_model(str(base)), output)
-    assert report.base_name == config_of(output)["base_model_name_or_path"] == str(base)
-    assert report.base_revision is None
+    export_adapter(adapter_dir, fetch_model(str(base)), output)
+    config = config_of(output)
+    assert (config["base_model_name_or_path"], config["revision"]) == (str(base), None)
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
-from gemma_tune.exporting.verify.probe import TRICKY_STRINGS
+from gemma_tune.exporting.verify.probe_texts import TRICKY_STRINGS
 from gemma_tune.paths import TINY_MODEL_DIR
 from tests.exporting.gguf.tokenizing import TRICKY, Change, fuzz_strings, with_other_tokenizer
 

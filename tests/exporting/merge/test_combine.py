@@ -173,8 +173,14 @@ def test_plain_peft_loads_it_and_nothing_of_this_machine_is_in_it(
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config_path.write_text(json.dumps(config | {"corda_config": {"cache_file": "/home/x"}}), encoding="utf-8")
     (two[0] / "tokenizer.json").write_text("{}", encoding="utf-8")
-    report = combine_adapters(two, output, weights=[1, 1], method="cat", more_texts={"NOTICE": "terms\n"})
-    assert set(report.files) == {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "NOTICE"}
+    (two[0] / "NOTICE").write_text("terms\n", encoding="utf-8")
+    combine_adapters(two, output, weights=[1, 1], method="cat")
+    assert {path.name for path in output.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "NOTICE",
+    }
     assert "/home/x" not in (output / "adapter_config.json").read_text(encoding="utf-8")
     assert not torch.equal(adapted_logits(base_dir, output), adapted_logits(base_dir, two[0]))
 

@@ -11,7 +11,7 @@ import pytest
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.forms import PLAIN, Form, measure_here, measure_in_child
-from gemma_tune.exporting.verify.probe import Probe
+from gemma_tune.exporting.verify.probe_texts import Probe
 from gemma_tune.paths import TINY_MODEL_DIR
 
 PROBE = Probe(((2, 5, 17), (2, 9)), ((1, 2), (1,)), ("a  b\n",), ((2, 5),), (1,), "test rows", max_new_tokens=4)

@@ -18,14 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from gemma_tune.errors import ExportError
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.formats.gguf import gguf_runner
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.merge.write import merge_adapter
-from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify import prove as verify
 from gemma_tune.exporting.verify.forms import PLAIN, Form, measure_here
 from gemma_tune.exporting.verify.parity import LIMITS
-from gemma_tune.exporting.verify.probe import TRICKY_STRINGS, Probe
+from gemma_tune.exporting.verify.probe_texts import TRICKY_STRINGS, Probe
 from gemma_tune.exporting.verify.prove import ParityReport, Reference, verify_exports
 from gemma_tune.exporting.verify.runner import Runner, transformers_runner
 from gemma_tune.exporting.verify.weight_check import check_merged_weights

@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf
 from gemma_tune.exporting.merge.write import merge_adapter
-from gemma_tune.exporting.settings import ExportSettings
 from gemma_tune.exporting.verify.weight_check import check_gguf_weights, check_merged_weights
 
 Maker = Callable[..., Path]

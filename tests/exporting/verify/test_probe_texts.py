@@ -7,7 +7,7 @@ import pytest
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import END_OF_TEXT, Example
 from gemma_tune.data.rows.segments import Segment
-from gemma_tune.exporting.verify.probe import TRICKY_STRINGS, built_in_probe, probe_of_rows
+from gemma_tune.exporting.verify.probe_texts import TRICKY_STRINGS, built_in_probe, probe_of_rows
 from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
 

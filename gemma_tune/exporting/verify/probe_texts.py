@@ -11,7 +11,7 @@ from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
-from gemma_tune.exporting.settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings
 
 _MAX_TEXTS = 50
 _NUM_PROMPTS = 10
