@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +43,6 @@ class GgufProvenance:
         license: an id as the hub spells it; the link goes to its text.
         base_model: the hub id `owner/name` of the base, or its plain name.
         base_revision: the hub's commit of the base.
-        details: hashes of recipe and data, version and the like; each is written as `gemma_tune.<key>`.
     """
 
     name: str
@@ -51,7 +50,6 @@ class GgufProvenance:
     license_link: str | None = "https://ai.google.dev/gemma/terms"
     base_model: str | None = None
     base_revision: str | None = None
-    details: Mapping[str, str] = field(default_factory=dict)
 
 
 def convert_to_gguf(
@@ -160,8 +158,6 @@ def _add_provenance(writer: Any, provenance: GgufProvenance, num_params: int) ->
             writer.add_base_model_repo_url(0, f"https://huggingface.co/{provenance.base_model}")
         if provenance.base_revision is not None:
             writer.add_base_model_version(0, provenance.base_revision)
-    for key, value in provenance.details.items():
-        writer.add_string(f"gemma_tune.{key}", value)
 
 
 def _write_tensors(path: Path, plan: TensorPlan, data_start: int, *, on_progress: Callable[[int, int], None]) -> None:

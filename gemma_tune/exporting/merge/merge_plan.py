@@ -9,12 +9,13 @@ nothing is written.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings
+from gemma_tune.exporting.merge.shards import fill_shards
 from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 from gemma_tune.runs.adapter_dir import FLOAT_DTYPES, LoraAdapter, LoraFactors
@@ -118,7 +119,11 @@ def plan_merge(
         planned = {n: replace(t, dtype=stored) if t.dtype in FLOAT_DTYPES else t for n, t in planned.items()}
     main_dtype = _main_dtype(planned.values())
     return MergePlan(
-        shards=_shards(list(planned.values()), settings.max_shard_bytes),
+        shards=fill_shards(
+            [[tensor] for tensor in planned.values()],
+            settings.max_shard_bytes,
+            key=lambda tensor: (-BYTES_OF_DTYPE[tensor.dtype], tensor.name),
+        ),
         config={"dtype": main_dtype} | _with_dtype(config, main_dtype),
         dtype=main_dtype,
         notes=notes,
@@ -375,19 +380,3 @@ def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         else:
             output[key] = _with_dtype(value, dtype) if key.endswith("_config") and isinstance(value, dict) else value
     return output
-
-
-def _shards(tensors: Sequence[PlannedTensor], max_shard_bytes: int) -> tuple[tuple[PlannedTensor, ...], ...]:
-    """Fill files in the base's order up to the limit; a larger tensor has a file of its own.
-
-    Within a file the wider dtypes come first, so that every tensor is aligned to its element size.
-    """
-    shards: list[list[PlannedTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    return tuple(tuple(sorted(shard, key=lambda t: (-BYTES_OF_DTYPE[t.dtype], t.name))) for shard in shards)

@@ -7,10 +7,9 @@ of a multimodal checkpoint keep 16 bits.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from gemma_tune.disk import finished_files, keep_file, output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings
-from gemma_tune.exporting.merge.shards import shard_names, write_index
+from gemma_tune.exporting.merge.shards import fill_shards, format_header, shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
     BLOCK_ELEMENTS,
     MAX_WORKERS,
@@ -93,7 +92,7 @@ def quantize_merged(
         raise ExportError(f"{merged_dir}: is quantised already", hint="give the merged 16-bit directory")
     tensors = stored_tensors(merged_dir)
     skipped, linear = _modules(merged_dir)
-    shards = _shards(list(tensors.values()), linear, max_shard_bytes)
+    shards = fill_shards([_parts(tensor, linear) for tensor in tensors.values()], max_shard_bytes, key=_sort_key)
     texts = tokenizer_files(merged_dir, merged_dir) | generation_files(merged_dir) | licence_files(merged_dir)
     needed_bytes = sum(part.num_bytes for shard in shards for part in shard) + sum(
         path.stat().st_size for path in texts.values()
@@ -199,28 +198,9 @@ def _parts(tensor: StoredTensor, linear: frozenset[str]) -> list[_Part]:
     return [_Part(tensor, suffix, dtype, shape, True) for suffix, (dtype, shape) in shapes.items()]
 
 
-def _shards(
-    tensors: Sequence[StoredTensor], linear: frozenset[str], max_shard_bytes: int
-) -> tuple[tuple[_Part, ...], ...]:
-    """Fill files in order up to the limit; what belongs to one weight stays together.
-
-    Within a file the wider dtypes come first, so that every tensor is aligned to its element size, and the states,
-    whose lengths are not known yet, last.
-    """
-    shards: list[list[_Part]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        parts = _parts(tensor, linear)
-        num_bytes = sum(part.num_bytes for part in parts)
-        if shards[-1] and filled + num_bytes > max_shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1] += parts
-        filled += num_bytes
-    return tuple(
-        tuple(sorted(shard, key=lambda p: (p.suffix == _STATE_SUFFIX, -BYTES_OF_DTYPE[p.dtype], p.name)))
-        for shard in shards
-    )
+def _sort_key(part: _Part) -> tuple[bool, int, str]:
+    """The wider dtypes first, and the states, whose lengths are not known yet, last."""
+    return part.suffix == _STATE_SUFFIX, -BYTES_OF_DTYPE[part.dtype], part.name
 
 
 def _fingerprint(shards: tuple[tuple[_Part, ...], ...]) -> str:
@@ -285,14 +265,11 @@ def _write_shard(shard: tuple[_Part, ...], path: Path, *, workers: Executor) -> 
 
 def _header(shard: tuple[_Part, ...], state_bytes: Mapping[str, int]) -> bytes:
     """A file's header; where a state's length is not given, as long as it can become."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for part in shard:
-        num_bytes = state_bytes.get(part.name, part.num_bytes)
-        begin, end = end, end + num_bytes
-        shape = [num_bytes] if part.suffix == _STATE_SUFFIX else list(part.shape)
-        entries[part.name] = {"dtype": part.dtype, "shape": shape, "data_offsets": [begin, end]}
-    return json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    lengths = [(part, state_bytes.get(part.name, part.num_bytes)) for part in shard]
+    return format_header(
+        (part.name, part.dtype, (length,) if part.suffix == _STATE_SUFFIX else part.shape, length)
+        for part, length in lengths
+    )
 
 
 def _quantize(

@@ -1,15 +1,54 @@
-"""The weight files of an output directory: names, room on the disk, and the index: which tensor is in which file."""
+"""The weight files of an output directory: what goes into which, names, headers, room on the disk, and the index."""
 
 from __future__ import annotations
 
 import ctypes
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 from gemma_tune.disk import write_json
 from gemma_tune.models.safetensors import INDEX_FILE, WEIGHTS_FILE, read_header
+
+
+class _Sized(Protocol):
+    @property
+    def num_bytes(self) -> int: ...
+
+
+Sized = TypeVar("Sized", bound=_Sized)
+
+
+def fill_shards(
+    groups: Iterable[Sequence[Sized]], max_shard_bytes: int, *, key: Callable[[Sized], Any]
+) -> tuple[tuple[Sized, ...], ...]:
+    """Fill files in order up to the limit; a group stays together, and a larger one has a file of its own.
+
+    Args:
+        key: sorts the tensors of a file: wider dtypes first, so that each is aligned to its element size.
+    """
+    shards: list[list[Sized]] = [[]]
+    filled = 0
+    for group in groups:
+        num_bytes = sum(tensor.num_bytes for tensor in group)
+        if shards[-1] and filled + num_bytes > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1] += group
+        filled += num_bytes
+    return tuple(tuple(sorted(shard, key=key)) for shard in shards)
+
+
+def format_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """Return the JSON of a safetensors header, from (name, dtype, shape, bytes) of the tensors in their order."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, dtype, shape, num_bytes in tensors:
+        begin, end = end, end + num_bytes
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    return json.dumps(entries, separators=(",", ":")).encode("utf-8")
 
 
 def shard_names(count: int) -> list[str]:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +33,7 @@ from gemma_tune.disk import (
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import DEFAULT_SETTINGS, ExportSettings
 from gemma_tune.exporting.merge.merge_plan import MergePlan, PlannedTensor, plan_merge
-from gemma_tune.exporting.merge.shards import set_length, shard_names, write_index
+from gemma_tune.exporting.merge.shards import format_header, set_length, shard_names, write_index
 from gemma_tune.exporting.merge.tensor_io import (
     BLOCK_ELEMENTS,
     MAX_WORKERS,
@@ -259,18 +258,17 @@ def _shard_paths(plan: MergePlan, directory: Path) -> list[Path]:
 
 def _write_header(shard: tuple[PlannedTensor, ...], path: Path) -> dict[str, int]:
     """Write a file's header and set its length; returns where each tensor's bytes begin."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in shard:
-        begin, end = end, end + tensor.num_bytes
-        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.source.shape), "data_offsets": [begin, end]}
-    header = json.dumps(entries, separators=(",", ":")).encode("utf-8")
+    header = format_header((tensor.name, tensor.dtype, tensor.source.shape, tensor.num_bytes) for tensor in shard)
     header += b" " * (-len(header) % 8)
-    data_start = 8 + len(header)
+    end = 8 + len(header)
+    offsets = {}
+    for tensor in shard:
+        offsets[tensor.name] = end
+        end += tensor.num_bytes
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        set_length(file, data_start + end)
-    return {tensor.name: data_start + entries[tensor.name]["data_offsets"][0] for tensor in shard}
+        set_length(file, end)
+    return offsets
 
 
 def _tasks(tensor: PlannedTensor, path: Path, offset_bytes: int) -> Iterator[tuple[Callable[[], None], int]]:

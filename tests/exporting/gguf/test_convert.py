@@ -32,7 +32,6 @@ PROVENANCE = GgufProvenance(
     license="gemma",
     base_model="google/gemma-2b",
     base_revision="9cf48e5",
-    details={"recipe_sha256": "ab12"},
 )
 # transformers' names -> llama.cpp's, written out: the exporter's come from the gguf package.
 _LAYER = {
@@ -170,7 +169,6 @@ def test_metadata(make_gguf_source: MakeSource, tmp_path: Path) -> None:
         "general.base_model.0.repo_url": "https://huggingface.co/google/gemma-2b",
         "general.file_type": 7,
         "general.quantization_version": 2,
-        "gemma_tune.recipe_sha256": "ab12",
         "gemma3.context_length": 512,
         "gemma3.embedding_length": 256,
         "gemma3.block_count": 7,
