@@ -159,7 +159,7 @@ def test_tokenizer_template_and_licence_go_with_it(merged: Path, output: Path, t
     shutil.copytree(merged, source)
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "optimizer.pt", "code.py"):
         (source / name).write_text("x", encoding="utf-8")
-    files = set(quantize_merged(source, output).files)
+    files = {path.name for path in quantize_merged(source, output).output_dir.iterdir()}
     assert files >= {"tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "generation_config.json"}
     assert not files & {"optimizer.pt", "code.py"}
 
