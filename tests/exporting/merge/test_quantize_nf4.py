@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from gemma_tune.errors import ExportError, ModelError
-from gemma_tune.exporting.formats import nf4 as four_bit
+from gemma_tune.exporting.merge import quantize_nf4 as four_bit
 from gemma_tune.exporting.merge.quantize_nf4 import FourBitReport, quantize_merged
 
 REPOSITORY = Path(__file__).resolve().parents[2]
