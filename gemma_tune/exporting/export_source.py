@@ -12,7 +12,7 @@ from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.prove import Reference
 from gemma_tune.identity import json_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
-from gemma_tune.models.resolve import resolve_model
+from gemma_tune.models.resolve import refuse_other, resolve_model
 from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
@@ -116,6 +116,7 @@ def open_source(path: Path, *, base: str | None = None) -> ExportSource:
     adapter = AdapterDir(path)
     if adapter.exists:
         return _from_adapter(adapter, base=base)
+    refuse_other(path, "a run or an adapter", error=ExportError)
     return _from_run(open_run(path), base=base)
 
 

@@ -69,7 +69,7 @@ _WANTED_HINTS: dict[Wanted, str] = {
 
 
 @dataclass(frozen=True)
-class Named:
+class Resolved:
     """What a user named.
 
     Attributes:
@@ -90,7 +90,7 @@ class Named:
         return Path(self.location)
 
 
-def resolve(name: str) -> Named:
+def resolve(name: str) -> Resolved:
     """Find out what a name stands for, by looking at which files are there.
 
     A name of the catalogue wins, unless it is written owner/name and such a directory exists (from_pretrained would
@@ -105,7 +105,7 @@ def resolve(name: str) -> Named:
         path = Path(name).expanduser() if name else None
         exists = path is not None and path.exists()
         if found is not None and not ("/" in name and exists):
-            return Named(name, "catalogue", found[1], found[0])
+            return Resolved(name, "catalogue", found[1], found[0])
         if path is not None and exists:
             return _look_at(name, path)
         is_below_here = path is not None and len(path.parts) > 1 and Path(path.parts[0]).is_dir()
@@ -113,33 +113,34 @@ def resolve(name: str) -> Named:
         # No permission, a name too long for the file system, or ~somebody who has no home.
         raise ModelError(f"{name}: cannot be read ({error})") from error
     if KAGGLE_HANDLE.fullmatch(name) and not is_below_here:
-        return Named(name, "kaggle", name)
+        return Resolved(name, "kaggle", name)
     if name.lower().endswith(".gguf"):
         raise ModelError(f"no such file: {name}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
     if is_below_here or _looks_like_path(name):
         raise ModelError(f"{name}: no such directory", hint=LIST_HINT)
     if not _HUB_ID.fullmatch(name):
         raise unknown_name(name)
-    return Named(name, "hub", name)
+    return Resolved(name, "hub", name)
 
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
 
 
-def _look_at(name: str, path: Path) -> Named:
+def _look_at(name: str, path: Path) -> Resolved:
     """Classify what is at a path."""
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             hint = "Give the directory that holds config.json, a tokenizer and *.safetensors files."
             raise ModelError(f"{name}: is a file, a directory is expected", hint=hint)
-        return Named(name, "gguf", str(path))
+        return Resolved(name, "gguf", str(path))
     for pattern, kind in _MARKS:
         found = sorted(path.glob(pattern))
         if kind == "gguf" and len(found) > 1:
             raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
         if found:
-            return Named(name, kind, str(found[0] if kind == "gguf" else path.resolve() if kind == "model" else path))
+            place = {"gguf": found[0], "model": path.resolve()}.get(kind, path)
+            return Resolved(name, kind, str(place))
     raise ModelError(
         f"{path}: has no config.json as a model has it, nor is it a run (manifest.json), an adapter "
         "(adapter_config.json) or a GGUF file",
@@ -147,7 +148,7 @@ def _look_at(name: str, path: Path) -> Named:
     )
 
 
-def require(named: Named, wanted: Wanted, *, error: type[GemmaTuneError] = ModelError) -> Named:
+def require(named: Resolved, wanted: Wanted, *, error: type[GemmaTuneError] = ModelError) -> Resolved:
     """Refuse what is of another kind than a command takes, with the command that takes it."""
     if named.kind in _WANTED[wanted]:
         return named
@@ -172,7 +173,7 @@ def refuse_other(path: Path, wanted: Wanted, *, error: type[GemmaTuneError]) -> 
         require(named, wanted, error=error)
 
 
-def resolve_model(name: str) -> Named:
+def resolve_model(name: str) -> Resolved:
     """Resolve the name of a model to load; the files of a local one are checked before anything opens them.
 
     `config` stays None for an id outside the catalogue: download its config.json and pass it to `config.check_config`

@@ -43,6 +43,12 @@ def test_an_adapter_that_names_no_base(adapters: tuple[Path, Path], tmp_path: Pa
         open_source(tmp_path, base="gemma-9x")
 
 
+@pytest.mark.parametrize("path", [Path("gemma-tiny"), TINY_MODEL_DIR])
+def test_a_model_is_not_exported(path: Path) -> None:
+    with pytest.raises(ExportError, match="is a model, a run or an adapter is expected"):
+        open_source(path)
+
+
 def test_adapters_are_combined_once(adapters: tuple[Path, Path], tmp_path: Path) -> None:
     first = open_source(adapters[0], base="gemma-tiny")
     combination = Combination(others=(adapters[1],), weights=(0.5, -2.0), method="cat")

@@ -5,7 +5,6 @@ Every question has a deadline, name resolution included: without a network the a
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import re
 import threading
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gemma_tune.errors import ModelError
-from gemma_tune.models.catalogue import MODELS, GemmaModel, find_model
+from gemma_tune.models.catalogue import MODELS, look_up
 from gemma_tune.models.directory import check_directory
 from gemma_tune.text import did_you_mean
 
@@ -203,13 +202,8 @@ def _unreachable(hub_id: str, why: str) -> ModelError:
 
 
 def _mirror_hint(hub_id: str) -> str:
-    model = _registry_row(hub_id)
-    if model is None or model.mirror_16bit is None or model.mirror_16bit == hub_id:
+    known = look_up(hub_id)
+    mirror = known and known[0].mirror_16bit
+    if mirror is None or mirror == hub_id:
         return ""
-    return f"; or take the copy that asks for no login, under the same licence: model.name={model.mirror_16bit}"
-
-
-def _registry_row(hub_id: str) -> GemmaModel | None:
-    with contextlib.suppress(ModelError):
-        return find_model(hub_id)
-    return None
+    return f"; or take the copy that asks for no login, under the same licence: model.name={mirror}"
