@@ -20,6 +20,7 @@ TINY = "gemma-tiny"
 GEMMA_TERMS = ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
 APACHE = ("Apache-2.0", "https://ai.google.dev/gemma/docs/gemma_4_license")
 OUR_LICENCE = ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
+_LICENCES = {"gemma": GEMMA_TERMS, "apache": APACHE, "ours": OUR_LICENCE}
 # Name of a licence → its id on the hub, which model cards and GGUF metadata are written with.
 LICENCE_IDS = {GEMMA_TERMS[0]: "gemma", APACHE[0]: "apache-2.0", OUR_LICENCE[0]: "cc0-1.0"}
 LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -93,38 +94,17 @@ def _architecture(name: str) -> TextConfig:
     return check_config(ARCHITECTURES[name], f"registry {name}")
 
 
-_TINY_ROW = GemmaModel(
-    name=TINY,
-    architecture=TINY,
-    hub_id=None,
-    is_instruction_tuned=False,
-    modality="text",
-    stop_tokens=("<eos>",),
-    licence=OUR_LICENCE[0],
-    licence_url=OUR_LICENCE[1],
-    is_gated=False,
-    mirror_16bit=None,
-    mirror_4bit=None,
-    other_mirrors=(),
-    keras_presets=(),
-    num_checkpoint_params=None,
-    lora_targets=LORA_PROJECTIONS,
-    text_prefix="model",
-    note="Ships with gemma-tune; made from scratch, shares no weights with Google's models.",
-)
-
-
 def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
-    """Read a row of Google's; what it leaves out follows from its name."""
+    """Read a row; what it leaves out follows from its name."""
     hub_name = entry.get("hub", name)
     is_instruction_tuned = name.endswith("-it")
     modality: Modality = entry.get("modality", "text")
-    licence = APACHE if entry.get("licence") == "apache" else GEMMA_TERMS
+    licence = _LICENCES[entry.get("licence", "gemma")]
     mirrors = [f"unsloth/{hub_name}{suffix}" for suffix in entry.get("mirrors", ())]
     return GemmaModel(
         name=name,
         architecture=entry.get("architecture", name.removesuffix("-it")),
-        hub_id=f"google/{hub_name}",
+        hub_id=f"google/{hub_name}" if hub_name else None,
         is_instruction_tuned=is_instruction_tuned,
         modality=modality,
         stop_tokens=tuple(_TABLES["stop_tokens"][entry.get("stops", "turn" if is_instruction_tuned else "base")]),
@@ -142,10 +122,7 @@ def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
     )
 
 
-MODELS: dict[str, GemmaModel] = {
-    TINY: _TINY_ROW,
-    **{name: _read_row(name, entry) for name, entry in _TABLES["models"].items()},
-}
+MODELS: dict[str, GemmaModel] = {name: _read_row(name, entry) for name, entry in _TABLES["models"].items()}
 
 
 @functools.cache

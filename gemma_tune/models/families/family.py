@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# Names of weights in the checkpoints of several transformers releases: (beginning, what it is called here).
-MULTIMODAL_RENAMES = (
+# How releases of transformers have named the text model of a multimodal checkpoint: (beginning, what it is here).
+_MULTIMODAL_RENAMES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
@@ -65,7 +65,7 @@ class Family:
         has_post_norms: there are norms after attention and MLP, too.
         has_head_norms: the queries and keys of each head are normed.
         towers: modules for images and audio, which a text run never trains; they, too, have a q_proj.
-        renames: beginnings of weight names that have changed, applied in this order.
+        tower_renames: beginnings of weight names within the towers that have changed.
         turn_end: the token that ends a turn in the family's chat template.
         gguf: what llama.cpp computes; None where no GGUF can be written.
     """
@@ -86,12 +86,19 @@ class Family:
     has_post_norms: bool = True
     has_head_norms: bool = True
     towers: tuple[str, ...] = ()
-    renames: tuple[tuple[str, str], ...] = ()
+    tower_renames: tuple[tuple[str, str], ...] = ()
     turn_end: str = "<end_of_turn>"
     gguf: GgufFacts | None = None
 
     def is_multimodal(self, model_type: str) -> bool:
         return f"{model_type}_text" in self.model_types
+
+    @property
+    def renames(self) -> tuple[tuple[str, str], ...]:
+        """Beginnings of weight names and what they are here, to be applied in this order."""
+        if not self.towers:
+            return ()
+        return (*_MULTIMODAL_RENAMES, *((f"model.{tower}.", f"{tower}.") for tower in self.towers), *self.tower_renames)
 
     def defaults_for(self, model_type: str) -> dict[str, Any]:
         """Return what a config of this type that says nothing means."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma_tune.models.families.family import MULTIMODAL_RENAMES, Family, GgufFacts
+from gemma_tune.models.families.family import Family, GgufFacts
 
 GEMMA_3 = Family(
     name="gemma3",
@@ -23,12 +23,7 @@ GEMMA_3 = Family(
     reads_window_pattern=True,
     has_local_rope=True,
     towers=("vision_tower", "multi_modal_projector"),
-    renames=(
-        *MULTIMODAL_RENAMES,
-        ("model.vision_tower.", "vision_tower."),
-        ("model.multi_modal_projector.", "multi_modal_projector."),
-        ("vision_tower.vision_model.", "vision_tower."),
-    ),
+    tower_renames=(("vision_tower.vision_model.", "vision_tower."),),
     gguf=GgufFacts(
         architecture="gemma3",
         full_attention_every=6,

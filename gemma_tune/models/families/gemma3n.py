@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from gemma_tune.models.families.family import MULTIMODAL_RENAMES, Family
+from gemma_tune.models.families.family import Family
 
-_TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 GEMMA_3N = Family(
     name="gemma3n",
     title="Gemma 3n",
@@ -29,6 +28,5 @@ GEMMA_3N = Family(
     mlp_widths_differ=True,
     has_local_rope=True,
     norm_adds_one=False,
-    towers=_TOWERS,
-    renames=(*MULTIMODAL_RENAMES, *((f"model.{tower}.", f"{tower}.") for tower in _TOWERS)),
+    towers=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
 )

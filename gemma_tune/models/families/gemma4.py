@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from gemma_tune.models.families.family import MULTIMODAL_RENAMES, Family
+from gemma_tune.models.families.family import Family
 
-_TOWERS = ("vision_tower", "audio_tower", "embed_vision", "embed_audio")
 _UNIFIED_DEFAULTS: Mapping[str, Any] = {
     "max_position_embeddings": 262_144,
     "sliding_window": 1024,
@@ -38,7 +37,6 @@ GEMMA_4 = Family(
     has_local_rope=True,
     default_rope={"rope_type": "proportional", "partial_rotary_factor": 0.25},
     norm_adds_one=False,
-    towers=_TOWERS,
-    renames=(*MULTIMODAL_RENAMES, *((f"model.{tower}.", f"{tower}.") for tower in _TOWERS)),
+    towers=("vision_tower", "audio_tower", "embed_vision", "embed_audio"),
     turn_end="<turn|>",
 )
