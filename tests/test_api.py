@@ -64,7 +64,7 @@ def test_the_stub_the_names_and_the_functions_agree() -> None:
 def test_export_stays_the_function_when_the_subpackage_is_imported() -> None:
     import gemma_tune.exporting.formats.registry
     from gemma_tune import export
-    from gemma_tune.exporting.formats import table as formats
+    from gemma_tune.exporting.formats import registry as formats
 
     assert export is api.export
     assert gemma_tune.export is api.export

@@ -12,12 +12,12 @@ from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.segments import Segment
 from gemma_tune.identity import json_sha256
+from gemma_tune.models.catalogue import TINY
 from gemma_tune.models.fetch import LocalModel
 from tools.tiny.documents import iter_documents
 from tools.tiny.world import build_world
 
 _FILE = Path(__file__).with_name("general.jsonl")
-_TINY = "gemma-tiny"
 # Another seed than that of the pre-training, so another draw of the same kind of text.
 _TINY_SEED, _NUM_TINY_DOCUMENTS = 20_260, 28
 
@@ -52,7 +52,7 @@ def general_set(base: LocalModel) -> GeneralSet:
 
     gemma-tiny has never seen English beyond its world: there is nothing of it that it could forget.
     """
-    if base.model is not None and base.model.name == _TINY:
+    if base.model is not None and base.model.name == TINY:
         documents = itertools.islice(iter_documents(build_world(), seed=_TINY_SEED), _NUM_TINY_DOCUMENTS)
         texts = tuple(GeneralText("tiny world", "", document) for document in documents)
         return GeneralSet("text of the kind that gemma-tiny was pre-trained on", texts)
