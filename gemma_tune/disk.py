@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,11 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
+def to_json_lines(rows: Iterable[object]) -> str:
+    """Return one JSON value a line."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def read_json(path: Path, *, error: ErrorClass = RunError, hint: str | None = None) -> Any:
     """Read a JSON file; a missing, unreadable or broken one is an `error` that names it."""
     try:
@@ -64,7 +69,7 @@ def read_json(path: Path, *, error: ErrorClass = RunError, hint: str | None = No
     except FileNotFoundError:
         raise error(f"{path.parent} has no {path.name}", hint=hint) from None
     except OSError as cause:
-        raise error(f"cannot read {path}: {_reason(cause)}", hint=hint) from None
+        raise error(f"cannot read {path}: {reason_of(cause)}", hint=hint) from None
     except (ValueError, RecursionError) as cause:
         raise error(f"{path} is damaged: not JSON ({cause})", hint=hint) from None
 
@@ -82,12 +87,13 @@ def cannot_write(path: Path, cause: OSError, *, error: ErrorClass = RunError) ->
     is_full = cause.errno == errno.ENOSPC
     free = f"; {format_bytes(free_bytes(path), digits=2)} are free there" if is_full else ""
     return error(
-        f"cannot write {path}: {_reason(cause)}{free}",
+        f"cannot write {path}: {reason_of(cause)}{free}",
         hint="make space, and run the command again (a training: with --resume)" if is_full else None,
     )
 
 
-def _reason(cause: OSError) -> str:
+def reason_of(cause: OSError) -> str:
+    """Return what the system says, in lower case."""
     return (cause.strerror or str(cause)).lower()
 
 

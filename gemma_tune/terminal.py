@@ -17,13 +17,8 @@ from rich.text import Text
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.runs.reporter import StepProgress
 from gemma_tune.secrets import mask_secrets
-from gemma_tune.text import format_bytes, format_seconds
+from gemma_tune.text import format_bytes, format_seconds, without_controls
 
-# Control characters except line break and tab, each shown as a sign of its own: text of rows and models must not move
-# the cursor, rename the window or colour what follows.
-_CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
-    code: 0xFFFD for code in range(127, 160)
-}
 # In a pipe a line of progress comes at most this often (seconds), except the first and the last.
 _PIPE_INTERVAL_SECONDS = 10.0
 
@@ -139,11 +134,6 @@ class TerminalReporter:
         if self.live is not None:
             self.live.stop()
             self.live = None
-
-
-def without_controls(text: str) -> str:
-    """Text in which a terminal finds nothing to obey."""
-    return text.translate(_CONTROL_SIGNS)
 
 
 def _told(cell: object) -> str:

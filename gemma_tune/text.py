@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
@@ -16,6 +16,28 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
 def counted(count: int, noun: str) -> str:
     """Return `1 row`, `1,250 rows`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def listed(names: Sequence[str], *, shown: int = 3, count: int | None = None) -> str:
+    """Return the first names on one line and how many more there are: `a, b, c and 2 more`; `count` is of all."""
+    more = (len(names) if count is None else count) - len(names[:shown])
+    return ", ".join(names[:shown]) + (f" and {more:,} more" if more else "")
+
+
+def shorten(text: str, *, num_chars: int) -> str:
+    """Return a text of at most so many characters, the last of which then is `…`."""
+    return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
+
+
+# Control characters besides line break and tab, each shown as a sign of its own.
+_CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
+    code: 0xFFFD for code in range(127, 160)
+}
+
+
+def without_controls(text: str) -> str:
+    """Return a text that cannot move a terminal's cursor, rename its window or colour what follows."""
+    return text.translate(_CONTROL_SIGNS)
 
 
 def format_seconds(seconds: float) -> str:

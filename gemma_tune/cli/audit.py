@@ -9,7 +9,7 @@ from rich.text import Text
 
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import did_you_mean, listed
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.audit import AuditReport
@@ -28,10 +28,9 @@ def print_audit(terminal: Terminal, report: AuditReport) -> None:
     )
     for name, entries in (("categories", report.categories), ("languages", report.languages)):
         if entries:
-            more = f", and {len(entries) - _SHOWN_NAMES} more" if len(entries) > _SHOWN_NAMES else ""
             note = f" (of {report.language_rows:,} sampled rows)" if name == "languages" else ""
-            shown = ", ".join(f"{key} {count:,}" for key, count in entries[:_SHOWN_NAMES])
-            terminal.plain(f"{name}{note}: {shown}{more}")
+            shown = listed([f"{key} {count:,}" for key, count in entries], shown=_SHOWN_NAMES)
+            terminal.plain(f"{name}{note}: {shown}")
     if report.length_bins:
         terminal.plain("")
         _print_lengths(terminal, report)

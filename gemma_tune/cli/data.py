@@ -94,12 +94,13 @@ def audit(
     with libraries_to(None), TerminalReporter(terminal) as reporter:
         report = audit_data(loaded.recipe, reporter=reporter)
     if html is not None:
+        from gemma_tune.disk import cannot_write
         from gemma_tune.reporting.pages import write_audit_page
 
         try:
             write_audit_page(html, asdict(report), title=loaded.name)
         except OSError as error:
-            raise GemmaTuneError(f"cannot write {html}: {(error.strerror or str(error)).lower()}") from None
+            raise cannot_write(html, error, error=GemmaTuneError) from None
     if as_json:
         terminal.json(asdict(report))
     else:

@@ -120,8 +120,8 @@ def download(
     as_json: AsJson = False,
 ) -> None:
     """Download a model before it is needed; an interrupted download goes on where it stopped."""
+    from gemma_tune.disk import directory_bytes
     from gemma_tune.models.fetch import fetch_model
-    from gemma_tune.models.safetensors import directory_bytes
 
     terminal = Terminal()
     with TerminalReporter(terminal) as reporter:

@@ -22,7 +22,7 @@ from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import format_bytes, format_seconds
+from gemma_tune.text import format_bytes, format_seconds, shorten
 
 
 def report(
@@ -170,10 +170,9 @@ def _answer(label: str, text: str, style: str) -> Text:
     return Text.assemble((f"  {label:<9}", "dim"), (_shorten(text) or "(nothing)", style))
 
 
-def _shorten(text: str, *, length: int = 160) -> str:
-    """Return one line of at most `length` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
+def _shorten(text: str) -> str:
+    """Return one line of at most 160 characters."""
+    return shorten(" ".join(text.split()), num_chars=160)
 
 
 def _exports(run: RunDir) -> list[Path]:

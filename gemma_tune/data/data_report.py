@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from gemma_tune.text import counted
+from gemma_tune.text import counted, listed
 
 MAX_SAMPLES = 20  # kept of each kind, and shown where each one needs mending
 _MAX_ON_A_LINE = 3
@@ -149,7 +148,7 @@ class DataReport(ReadReport):
             (
                 self.dropped_too_long,
                 "row",
-                f"dropped, over {limit}: {listed(self.dropped_samples, self.dropped_too_long)}",
+                f"dropped, over {limit}: {listed(self.dropped_samples, count=self.dropped_too_long)}",
             ),
             (self.truncated, "prompt", f"cut on the left to fit {limit}"),
             (self.truncated_answers, "answer", "cut as well, each still followed by its stop token"),
@@ -173,10 +172,3 @@ class DataReport(ReadReport):
         names = dict.fromkeys(source.template for source in self.sources)
         detected = " (detected)" if all(source.detected for source in self.sources) else ""
         return f"with template{'s' if len(names) > 1 else ''} {', '.join(names)}{detected}"
-
-
-def listed(samples: Sequence[str], count: int) -> str:
-    """The first samples on one line, and how many more there are."""
-    shown = samples[:_MAX_ON_A_LINE]
-    more = f", and {count - len(shown):,} more" if count > len(shown) else ""
-    return ", ".join(shown) + more

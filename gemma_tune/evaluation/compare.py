@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.disk import read_json, write_json
+from gemma_tune.disk import read_json, reason_of, write_json
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import broken_rules
 from gemma_tune.evaluation.comparison import ComparedPrompt, Comparison, JudgeFacts, PairResult, PassRate, Scores
@@ -123,7 +123,7 @@ def _open_directory(
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"cannot make {directory}: {(error.strerror or str(error)).lower()}") from None
+        raise DataError(f"cannot make {directory}: {reason_of(error)}") from None
     if any(directory.iterdir()):
         raise DataError(f"{directory} holds other files", hint="give a new or empty directory with --output")
     write_json(file, deciding)

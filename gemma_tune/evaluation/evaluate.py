@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.data.encode.arrays import EncodedRows
-from gemma_tune.disk import read_json, write_text
+from gemma_tune.disk import read_json, to_json_lines, write_text
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
@@ -226,5 +225,5 @@ def _write_rows(run: RunDir, rows: EvalRows, results: Mapping[Side, list[RowResu
             assert isinstance(answer, RowAnswer)  # only texts of the forgetting check have none
             loss = of_side[index].loss
             row[side] = {**asdict(answer), "loss_nats": loss.nats, "loss_tokens": loss.tokens}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_text(run.evaluated_rows, "".join(lines))
+        lines.append(row)
+    write_text(run.evaluated_rows, to_json_lines(lines))

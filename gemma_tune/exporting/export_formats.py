@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.disk import require_free_disk
+from gemma_tune.disk import directory_bytes, require_free_disk
 from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
 from gemma_tune.exporting.export_record import (
     RECORD_FILE,
@@ -31,7 +31,6 @@ from gemma_tune.exporting.verify.forms import Measure, measure_in_child
 from gemma_tune.exporting.verify.probe_texts import Probe
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport, verify_exports
 from gemma_tune.identity import json_sha256
-from gemma_tune.models.safetensors import directory_bytes
 from gemma_tune.reporting.card import CARD_FILE
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.layout import RunDir

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import read_json, write_json
+from gemma_tune.disk import read_json, to_json, write_json
 from gemma_tune.errors import RunError
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
@@ -49,7 +48,7 @@ class ExportRecord:
     )
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return to_json(asdict(self))
 
     @property
     def passed(self) -> bool | None:

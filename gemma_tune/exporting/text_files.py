@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import write_text
+from gemma_tune.disk import to_json, write_text
 from gemma_tune.models.catalogue import GEMMA_TERMS, GemmaModel
 from gemma_tune.models.safetensors import (
     CHAT_TEMPLATE_FILES,
@@ -76,7 +76,7 @@ def _clean_settings(path: Path) -> None:
         return  # whoever reads it says so
     cleaned = portable_settings(settings)
     if cleaned != settings:
-        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        path.write_text(to_json(cleaned), encoding="utf-8")
 
 
 def portable_settings(value: Any) -> Any:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from gemma_tune.disk import write_text
+from gemma_tune.disk import to_json_lines, write_text
 from gemma_tune.flows.decide import Decisions
 from gemma_tune.reporting.loss_curve import draw_loss_curve
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
@@ -33,7 +32,7 @@ def summarise(
     run, section, datasets = parts.context.run, decisions.recipe.evaluation, parts.datasets
     write_text(run.adapter / run.template.name, decisions.inputs.template.source_text)
     answers = pair_answers(choose_examples(datasets.eval_examples, section=section), before, after)
-    write_text(run.answers, "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in answers))
+    write_text(run.answers, to_json_lines(map(asdict, answers)))
     count = len(answers) if section.exact_match else 0
     summary = RunSummary(
         model=decisions.base.name,

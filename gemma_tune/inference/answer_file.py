@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gemma_tune.disk import sync_directory, write_json
+from gemma_tune.disk import cannot_write, sync_directory, to_json_lines, write_json
 from gemma_tune.errors import DataError
 
 
@@ -41,7 +41,7 @@ class AnswerFile:
             self.num_found = self._keep_whole_windows(window)
             self._file = self._partial.open("a", encoding="utf-8", newline="\n")
         except OSError as error:
-            raise DataError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+            raise cannot_write(path, error, error=DataError) from None
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -57,7 +57,7 @@ class AnswerFile:
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add a window of answers; it is on the disk when this returns."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self._file.write(to_json_lines(rows))
         self._file.flush()
         os.fsync(self._file.fileno())
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
 
+from gemma_tune.disk import cannot_write
 from gemma_tune.errors import RecipeError
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.yaml_io import yaml_scalar
@@ -68,4 +69,4 @@ def write_new(path: Path, text: str) -> None:
     except FileExistsError:
         raise RecipeError(f"{path} exists already, and is not overwritten", hint="give another file name") from None
     except OSError as error:
-        raise RecipeError(f"cannot write {path}: {(error.strerror or str(error)).lower()}") from None
+        raise cannot_write(path, error, error=RecipeError) from None

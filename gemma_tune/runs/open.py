@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma_tune.disk import require_free_disk
+from gemma_tune.disk import reason_of, require_free_disk
 from gemma_tune.errors import GemmaTuneError, RunError, TrainingInterrupted
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import World, explain_lost_processes
@@ -179,7 +179,7 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
             raise
     except OSError as error:
         raise RunError(
-            f"cannot write to {output_dir}: {(error.strerror or str(error)).lower()}",
+            f"cannot write to {output_dir}: {reason_of(error)}",
             hint="set run.output_dir to a folder you may write to",
         ) from None
 

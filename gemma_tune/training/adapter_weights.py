@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE
+from gemma_tune.text import listed
 
 
 def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -68,8 +69,7 @@ def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
             *(f"{name} has no place" for name in result.unexpected_keys),
         ]
         raise RunError(
-            f"{directory / ADAPTER_WEIGHTS_FILE} is not of this adapter: {strangers[0]}"
-            + (f", and {len(strangers) - 1} more" if len(strangers) > 1 else ""),
+            f"{directory / ADAPTER_WEIGHTS_FILE} is not of this adapter: {listed(strangers, shown=1)}",
             hint="the lora section of the recipe must be the one that the adapter was trained with",
         )
 

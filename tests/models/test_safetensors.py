@@ -11,15 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from gemma_tune.disk import directory_bytes
 from gemma_tune.errors import ModelError
-from gemma_tune.models.safetensors import (
-    directory_bytes,
-    file_hashes,
-    read_config,
-    read_header,
-    stored_tensors,
-    weight_files,
-)
+from gemma_tune.models.safetensors import file_hashes, read_config, read_header, stored_tensors, weight_files
 
 
 def write_index(directory: Path, weight_map: Any) -> None:

@@ -17,7 +17,7 @@ from gemma_tune.data.rows.read import Examples
 from gemma_tune.data.rows.render import Example
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.schema import DataSection
-from gemma_tune.text import counted
+from gemma_tune.text import counted, listed
 
 Side = Literal["train", "eval"]
 
@@ -73,7 +73,7 @@ def encode_examples(examples: Examples, encoder: Encoder, section: DataSection, 
     if done.num_too_long and section.too_long == "refuse":
         raise DataError(
             f"{done.num_too_long:,} of {counted(len(lengths), 'row')} are longer than data.max_seq_tokens "
-            f"{section.max_seq_tokens}: {listed(done.too_long, done.num_too_long)}",
+            f"{section.max_seq_tokens}: {listed(done.too_long, count=done.num_too_long)}",
             hint=f"set data.max_seq_tokens={done.longest}, the longest row, or data.too_long=drop",
         )
     train, held_out = counts["train"], counts["eval"]
@@ -208,7 +208,7 @@ def _stop_if_none_is_left(train: _Counts, done: _Encoded, section: DataSection) 
         return
     if not done.lengths:
         raise DataError(
-            f"all train rows spell control tokens in their text: {listed(list(done.controls), len(done.controls))}",
+            f"all train rows spell control tokens in their text: {listed(list(done.controls))}",
             hint="set data.control_tokens=text to encode them as text, or control to encode them as tokens",
         )
     lengths = np.array(done.lengths, dtype=np.int64)

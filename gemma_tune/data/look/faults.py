@@ -12,7 +12,7 @@ from gemma_tune.data.look.audit_row import AuditRow
 from gemma_tune.data.look.findings import AuditFinding, Hits
 from gemma_tune.data.text.damage import citation_marks, encoding_damage
 from gemma_tune.data.text.pii import PII_KINDS, PII_NAMES, PiiKind, find_pii, mask_pii, masked_value
-from gemma_tune.text import counted
+from gemma_tune.text import counted, shorten
 
 PROGRESS_ROWS = 500
 _DETAIL_CHARS = 160
@@ -33,7 +33,7 @@ def find_unusable(bad: Iterable[tuple[str, str]]) -> list[AuditFinding]:
         hits = empty if _EMPTY_ANSWER.search(problem) else roles if _ROLE_ORDER.search(problem) else others
         # A problem may quote the row.
         detail = mask_pii(problem)
-        hits.add(where, detail if len(detail) <= _DETAIL_CHARS else detail[: _DETAIL_CHARS - 1] + "…")
+        hits.add(where, shorten(detail, num_chars=_DETAIL_CHARS))
     return [
         *empty.finding("empty_answer", "warning", "{count} {verb} an empty answer and cannot be used"),
         *roles.finding(

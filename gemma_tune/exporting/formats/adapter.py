@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
+from gemma_tune.disk import directory_bytes, output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import DEFAULT_SETTINGS
 from gemma_tune.exporting.export_source import ExportSource, public_name
@@ -25,7 +25,7 @@ from gemma_tune.exporting.verify.forms import PLAIN, Form
 from gemma_tune.exporting.verify.parity import LIMITS
 from gemma_tune.exporting.verify.runner import Runner, transformers_runner
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.safetensors import directory_bytes, read_config, stored_tensors
+from gemma_tune.models.safetensors import read_config, stored_tensors
 from gemma_tune.reporting.card import CardFormat
 from gemma_tune.runs.adapter_dir import (
     ADAPTER_CONFIG_FILE,

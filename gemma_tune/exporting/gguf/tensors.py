@@ -14,6 +14,7 @@ from gemma_tune.exporting.gguf.header import align
 from gemma_tune.models.describe import summarize
 from gemma_tune.models.families.known import canonical_name, tower_names
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
+from gemma_tune.text import listed
 
 GgufDtype = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -132,9 +133,8 @@ def _refuse_differences(
     if missing or unknown:
         told = "lacks" if missing else "has the unknown tensors"
         names = missing or unknown
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ExportError(
-            f"{directory}: the model {told} {', '.join(names[:3])}{more}",
+            f"{directory}: the model {told} {listed(names)}",
             hint="give a merged model directory, as `gemma-tune merge` writes it",
         )
     for name, shape in expected.items():

@@ -19,6 +19,7 @@ from gemma_tune.exporting.merge.shards import fill_shards
 from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 from gemma_tune.runs.adapter_dir import FLOAT_DTYPES, LoraAdapter, LoraFactors
+from gemma_tune.text import listed
 
 # (a, b, transposed) -> whether b holds a's values, or those of a.T
 SameValues = Callable[[StoredTensor, StoredTensor, bool], bool]
@@ -190,10 +191,9 @@ def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
     known = {canonical_name(name) for name in base_names} | {_HEAD}
     strangers = sorted({name for name in wanted if canonical_name(name) not in known})
     if strangers:
-        more = f" and {len(strangers) - 4} more" if len(strangers) > 4 else ""
         raise ExportError(
             f"{adapter.directory}: {len(strangers)} of {len(wanted)} adapter tensors have no weight in the base: "
-            f"{', '.join(strangers[:4])}{more}",
+            f"{listed(strangers)}",
             hint=f"was it trained on another model? The adapter names {adapter.base_name or 'no base'}",
         )
 

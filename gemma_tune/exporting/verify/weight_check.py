@@ -17,6 +17,7 @@ from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header
 from gemma_tune.models.families.known import canonical_name
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 from gemma_tune.runs.adapter_dir import AdapterDir, LoraFactors
+from gemma_tune.text import listed
 
 Floats = npt.NDArray[np.float64]
 _MAX_ROWS = 64
@@ -44,8 +45,7 @@ class WeightCheck:
     def told(self) -> str:
         """The result in words."""
         if self.wrong:
-            more = f" and {len(self.wrong) - 3} more" if len(self.wrong) > 3 else ""
-            return f"{len(self.wrong)} tensors hold other values than they should: {', '.join(self.wrong[:3])}{more}"
+            return f"{len(self.wrong)} tensors hold other values than they should: {listed(self.wrong)}"
         left_out = f", {len(self.skipped)} not comparable" if self.skipped else ""
         return f"sampled rows of {self.num_tensors} tensors are right to {self.worst:.1e}{left_out}"
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from gemma_tune.errors import ModelError
 from gemma_tune.models.catalogue import MODELS, look_up
 from gemma_tune.models.directory import check_directory
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import did_you_mean, listed
 
 HUB_SECONDS = 6.0
 _NUM_SHOWN = 4
@@ -193,7 +193,7 @@ def _refused(error: Any, hub_id: str, revision: str | None) -> ModelError:
 
 def _unreachable(hub_id: str, why: str) -> ModelError:
     here = cached_models()
-    shown = ", ".join(here[:_NUM_SHOWN]) + (f" and {len(here) - _NUM_SHOWN} more" if len(here) > _NUM_SHOWN else "")
+    shown = listed(here, shown=_NUM_SHOWN)
     return ModelError(
         f"{hub_id} is not on this machine, and the hub cannot be asked: {why}",
         hint=f"connect and try again, or take a model that is here (model.name=…): {shown or 'gemma-tiny, built in'}"
