@@ -20,9 +20,11 @@ from gemma_tune.disk import (
     keep_file,
     output_directory,
     output_file,
+    read_json,
     refuse_existing,
     replaced_directory,
     require_free_disk,
+    write_json,
 )
 from gemma_tune.errors import ExportError, RunError
 
@@ -288,3 +290,24 @@ def test_what_was_there_stays_until_the_new_one_is_whole(failure: BaseException,
     assert content(tmp_path / "made") == "old" and names(tmp_path) == ["made"]
     write("new")
     assert content(tmp_path / "made") == "new" and names(tmp_path) == ["made"]
+
+
+# --- text and JSON --------------------------------------------------------------------------------------------------
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"has no lock\.json"):
+        read_json(tmp_path / "lock.json")
+    (tmp_path / "lock.json").write_text("{", encoding="utf-8")
+    with pytest.raises(RunError, match=r"lock\.json is damaged"):
+        read_json(tmp_path / "lock.json")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with pytest.raises(TypeError):
+        write_json(path, {"x": object()})
+    assert read_json(path) == {"x": 1}
+    with pytest.raises(RunError, match="cannot write"):
+        write_json(tmp_path / "missing" / "a.json", {})
