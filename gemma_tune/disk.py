@@ -127,11 +127,22 @@ def sync_tree(path: Path) -> None:
     sync_directory(path)
 
 
-def take_lock(descriptor: int) -> bool:
-    """Tell whether the open file or directory is ours alone now; the system drops the lock when it is closed.
+@contextmanager
+def locked(path: Path, *, flags: int = os.O_RDONLY) -> Iterator[bool]:
+    """Open a file or directory and lock it; yield whether it is ours alone for the block.
 
-    Where there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
+    The system drops the lock with its process, however that ends, and there is no lock file to be left behind. Where
+    there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
     """
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        # The second test: its last holder may have renamed or removed it between our opening and locking it.
+        yield _take_lock(descriptor) and _is_at(descriptor, path)
+    finally:
+        os.close(descriptor)
+
+
+def _take_lock(descriptor: int) -> bool:
     if sys.platform == "win32":
         return True
     import fcntl
@@ -143,6 +154,13 @@ def take_lock(descriptor: int) -> bool:
     except OSError:
         return True
     return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def free_bytes(path: Path) -> int:
@@ -174,6 +192,11 @@ def require_free_disk(
             f"{path}: {what} needs {format_bytes(needed_bytes, digits=2)}, {format_bytes(free, digits=2)} are free",
             hint=hint,
         )
+
+
+def directory_bytes(directory: Path) -> int:
+    """Return bytes of all files in the directory and below it; a link counts as the file it names, as a copy would."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _allocated_bytes(path: Path) -> int:
@@ -289,7 +312,12 @@ def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClas
     partial = _partial_path(output)
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with _held(partial, output, is_directory=is_directory, error=error):
+        if is_directory:
+            partial.mkdir(exist_ok=True)
+        # Two writers of one output are kept apart by a lock on what they write, which therefore is written in place.
+        with locked(partial, flags=os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT) as is_ours:
+            if not is_ours:
+                raise error(f"another process is writing {output}", hint="wait for it, or give another path")
             try:
                 refuse_existing(output, error=error)
                 yield partial
@@ -309,31 +337,6 @@ def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClas
             f"cannot write {output}: {cause.strerror or cause}{where}",
             hint="nothing was kept; fix the cause and try again",
         ) from cause
-
-
-@contextmanager
-def _held(partial: Path, output: Path, *, is_directory: bool, error: ErrorClass) -> Iterator[None]:
-    """Keep two writers of one output apart by a lock on what they write, which therefore is written in place.
-
-    The system drops the lock with its process, however that ends, and there is no lock file to be left behind.
-    """
-    if is_directory:
-        partial.mkdir(exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        # The second test: its last holder may have renamed or removed it between our opening and locking it.
-        if not take_lock(descriptor) or not _is_at(descriptor, partial):
-            raise error(f"another process is writing {output}", hint="wait for it, or give another path")
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _remove(path: Path) -> None:

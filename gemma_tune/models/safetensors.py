@@ -215,8 +215,3 @@ def has_chat_template(directory: Path) -> bool:
         return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
     except (OSError, ValueError):
         return False
-
-
-def directory_bytes(directory: Path) -> int:
-    """Bytes of all files in the directory and below it; a link counts as the file it names, as a copy would."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from gemma_tune.disk import take_lock
+from gemma_tune.disk import locked
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.manifest import read_manifest
@@ -32,24 +31,18 @@ def hold_run(run: RunDir) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    descriptor = os.open(run.path, os.O_RDONLY)
-    try:
-        if not take_lock(descriptor):
+    with locked(run.path) as is_ours:
+        if not is_ours:
             raise RunError(
                 f"{run.path} is being trained by another process", hint="wait for it, or choose another run.name"
             )
         yield
-    finally:
-        os.close(descriptor)
 
 
 def is_held(run: RunDir) -> bool:
     """Whether some process trains in the run now."""
-    descriptor = os.open(run.path, os.O_RDONLY)
-    try:
-        return not take_lock(descriptor)
-    finally:
-        os.close(descriptor)
+    with locked(run.path) as is_ours:
+        return not is_ours
 
 
 def find_begun(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir:

@@ -27,6 +27,7 @@ from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.rows.read import examples_sha256
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, example_to_json
+from gemma_tune.disk import directory_bytes
 from gemma_tune.errors import DataError
 from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.recipe.schema import DataSection
@@ -204,7 +205,7 @@ def clear_cache() -> tuple[int, int]:
     """Remove every entry; returns how many there were and their bytes."""
     root = cache_dir() / "tokens"
     entries = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    num_bytes = sum(file.stat().st_size for path in entries for file in path.rglob("*") if file.is_file())
+    num_bytes = sum(map(directory_bytes, entries))
     for path in entries:
         shutil.rmtree(path, ignore_errors=True)
     return len(entries), num_bytes
