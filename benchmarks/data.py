@@ -18,7 +18,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -31,6 +30,7 @@ from flagship import write_dolly_like_rows
 from rich.console import Console
 from rich.table import Table
 
+from gemma_tune.machine.main_memory import peak_resident_bytes
 from gemma_tune.paths import TINY_MODEL_DIR
 
 MAX_SEQ_TOKENS = 2048
@@ -72,7 +72,7 @@ def one_call(rows: Path, cache: Path) -> Measurement:
     started = time.perf_counter()
     encoded = tokenizer.encode_batch_fast(texts)
     seconds = time.perf_counter() - started
-    return Measurement(seconds, _peak(), sum(len(one.ids) for one in encoded), None)
+    return Measurement(seconds, peak_resident_bytes(), sum(len(one.ids) for one in encoded), None)
 
 
 def trl(rows: Path, cache: Path) -> Measurement:
@@ -98,7 +98,7 @@ def trl(rows: Path, cache: Path) -> Measurement:
     packed = SFTTrainer._prepare_dataset(trainer, templated, tokenizer, config, True, None, "train")
     seconds = time.perf_counter() - started
     lengths = [len(ids) for ids in packed["input_ids"]]
-    return Measurement(seconds, _peak(), sum(lengths), sum(lengths) / (len(lengths) * MAX_SEQ_TOKENS))
+    return Measurement(seconds, peak_resident_bytes(), sum(lengths), sum(lengths) / (len(lengths) * MAX_SEQ_TOKENS))
 
 
 def ours(rows: Path, cache: Path, *, cached: bool = False) -> Measurement:
@@ -130,7 +130,9 @@ def ours(rows: Path, cache: Path, *, cached: bool = False) -> Measurement:
     started = time.perf_counter()
     made, packs = prepare()
     seconds = time.perf_counter() - started
-    return Measurement(seconds, _peak(), made.train.num_tokens, made.train.num_tokens / (len(packs) * MAX_SEQ_TOKENS))
+    return Measurement(
+        seconds, peak_resident_bytes(), made.train.num_tokens, made.train.num_tokens / (len(packs) * MAX_SEQ_TOKENS)
+    )
 
 
 def ours_cached(rows: Path, cache: Path) -> Measurement:
@@ -143,11 +145,6 @@ WAYS: dict[str, Callable[[Path, Path], Measurement]] = {
     "gemma-tune": ours,
     "gemma-tune, cached": ours_cached,
 }
-
-
-def _peak() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _run(way: str, rows: Path, queue: Any) -> None:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from gemma_tune.data.rows.render import render_example
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.data.sources.items import SourceRow
+from gemma_tune.disk import write_json
 from gemma_tune.models.catalogue import ARCHITECTURES
 from gemma_tune.models.config import TextConfig, check_config, read_config
 from gemma_tune.models.describe import count_lora_params, count_params, count_weight_bytes
@@ -133,8 +134,8 @@ def write_random_gemma(
         shutil.copy(tokenizer_dir / name, directory / name)
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     fixed = {"architectures": ["GemmaForCausalLM"], "dtype": "bfloat16", "tie_word_embeddings": True}
-    _write_json(directory / "config.json", {**fixed, "hidden_act": "gelu_pytorch_tanh", **ids, **architecture})
-    _write_json(directory / "generation_config.json", ids)
+    write_json(directory / "config.json", {**fixed, "hidden_act": "gelu_pytorch_tanh", **ids, **architecture})
+    write_json(directory / "generation_config.json", ids)
 
     generator = torch.Generator().manual_seed(seed)
     shards = list(_cut_into_shards(shapes))
@@ -150,7 +151,7 @@ def write_random_gemma(
             weight_map[name] = file_name
         save_file(tensors, directory / file_name, metadata={"format": "pt"})
     index = {"metadata": {"total_size": 2 * num_params}, "weight_map": weight_map}
-    _write_json(directory / "model.safetensors.index.json", index)
+    write_json(directory / "model.safetensors.index.json", index)
     return config
 
 
@@ -165,10 +166,6 @@ def _cut_into_shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str
         names.append(name)
         num_bytes += size
     yield names
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------

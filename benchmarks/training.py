@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -56,6 +55,7 @@ from gemma_tune.data.rows.template import load_template
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.identity import installed_version
 from gemma_tune.machine.device import detect_device
+from gemma_tune.machine.main_memory import peak_resident_bytes
 from gemma_tune.machine.precision import Precision, decide_precision
 from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import LORA_PROJECTIONS, TrainingSection
@@ -124,12 +124,6 @@ class Measurement:
 def clock_of(job: Job) -> Callable[[], float]:
     """Returns seconds from an arbitrary start."""
     return time.process_time if job.cpu_time else time.perf_counter
-
-
-def peak_bytes() -> int:
-    """Peak resident memory of this process."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
 
 # --- the rows ---------------------------------------------------------------------------------------------------------
@@ -274,7 +268,7 @@ def train_with_trl(job: Job, model: Any, tokenizer: Any, precision: Precision) -
 
     trainer.add_callback(StepEnds())
     trainer.train()
-    return Measurement(of_last_epoch(ends), len(lengths), sum(lengths), peak_bytes())
+    return Measurement(of_last_epoch(ends), len(lengths), sum(lengths), peak_resident_bytes())
 
 
 def of_last_epoch(ends: Sequence[float]) -> list[float]:
@@ -298,7 +292,7 @@ class Clock(SilentReporter):
 
     def step(self, progress: StepProgress) -> None:
         self.ends.append(self.now())
-        self.peak = peak_bytes()
+        self.peak = peak_resident_bytes()
 
 
 def to_recipe(job: Job, *, engine: str) -> dict[str, Any]:

@@ -47,12 +47,15 @@ def container_limit(root: Path, name: str, name_v1: str) -> int | None:
 
 def peak_memory_bytes() -> int:
     """Return the peak memory allocated on the card, or resident in this process where there is none."""
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident_bytes()
+
+
+def peak_resident_bytes() -> int:
+    """Return the peak memory that was resident in this process."""
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # kilobytes on Linux
 
