@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport, listed
+from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport
 from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows
 from gemma_tune.data.encode.encoder import Encoder, in_batches
 from gemma_tune.data.encode.lengths import length_bins, percentile
