@@ -56,6 +56,11 @@ class Inputs:
         return (*self.train, self.eval) if self.eval else self.train
 
     @property
+    def needs_chat(self) -> bool:
+        """Whether a template renders rows with the model's chat template."""
+        return any(item.template.needs_chat for item in self.all)
+
+    @property
     def template(self) -> DataTemplate:
         """The template that questions are asked with: that of the first source."""
         return self.train[0].template
@@ -159,7 +164,7 @@ def detect_template(columns: Sequence[str], *, prefers_chat: bool) -> DataTempla
 
 def _fits(template: DataTemplate, columns: Sequence[str]) -> bool:
     # The answers of a preference pair may bring the conversation themselves.
-    needs_conversation = template.kind == "chat" and bool(template.conversation)
+    needs_conversation = bool(template.conversation) and not template.facts.answers
     has_conversation = any(column in columns for column in template.conversation)
     return (has_conversation or not needs_conversation) and all(field in columns for field in template.required)
 
@@ -209,6 +214,6 @@ def _missing_columns(columns: Mapping[str, str], template: DataTemplate, source:
     wanted = [columns.get(name, name) for name in template.required]
     missing = [column for column in wanted if column not in source.columns]
     places = [columns.get(name, name) for name in template.conversation]
-    if places and template.kind == "chat" and not any(column in source.columns for column in places):
+    if places and not template.facts.answers and not any(column in source.columns for column in places):
         missing.insert(0, " or ".join(places))
     return missing

@@ -72,5 +72,4 @@ def load_encoder(base: LocalModel, *, inputs: Inputs) -> tuple[Any, Encoder, Cha
     from gemma_tune.models.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base.directory)
-    needs_chat = any(item.template.kind != "text" for item in inputs.all)
-    return tokenizer, Encoder(tokenizer), ChatRenderer.from_tokenizer(tokenizer) if needs_chat else None
+    return tokenizer, Encoder(tokenizer), ChatRenderer.from_tokenizer(tokenizer) if inputs.needs_chat else None

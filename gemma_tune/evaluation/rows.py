@@ -66,8 +66,7 @@ def held_out_rows(section: DataSection, *, base: LocalModel, trained_sha256: str
     hint = "evaluate on rows of a file with --source FILE"
 
     def load(tokenizer: Any, encoder: Encoder) -> EvalRows:
-        needs_chat = any(item.template.kind != "text" for item in inputs.all)
-        chat = ChatRenderer.from_tokenizer(tokenizer) if needs_chat else None
+        chat = ChatRenderer.from_tokenizer(tokenizer) if inputs.needs_chat else None
         datasets = build_datasets(section, inputs, tokenizer_files=tokenizer_files, load=lambda: (encoder, chat))
         if datasets.sha256 != trained_sha256:
             raise DataError(
@@ -93,7 +92,7 @@ def rows_of_source(name: str, *, template: DataTemplate, section: DataSection) -
     source = open_source(name)
 
     def load(tokenizer: Any, encoder: Encoder) -> EvalRows:
-        chat = ChatRenderer.from_tokenizer(tokenizer) if template.kind != "text" else None
+        chat = ChatRenderer.from_tokenizer(tokenizer) if template.needs_chat else None
         examples, problems = [], []
         for row in read_whole(source):
             try:

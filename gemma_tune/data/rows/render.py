@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.segments import RowError, Segment
@@ -78,43 +79,80 @@ def render_example(
         RowError: the row lacks a field, a field is not text, the answer is empty, or the chat template refuses the row.
         DataError: a chat template without `chat`.
     """
-    named = {columns.get(name, name): name for name in template.fields}
-    fields = {name: row.fields.get(column) for column, name in named.items()}
+    rendered = _RENDER[template.kind](template, row, columns=columns, chat=chat)
+    _check_encodable(rendered.segments, where=row.where)
     category = row.fields.get(columns.get(template.category, template.category)) if template.category else None
-    if template.kind == "text":
-        values = _values(template, fields, where=row.where)
-        response = render_text(template.response, values)
-        response = response.strip() if template.strip_response else response
-        if not response.strip():
-            raise RowError(row.where, "the response is empty")
-        prompt = _text_prompt(template, values)
-        segments = (*prompt, Segment(response, supervised=True, control=False), END_OF_TEXT)
-        question = values.get(template.question or "", "")
-        key = _key(sorted(values.items()))
-    else:
-        if template.kind == "preference":
-            messages = _preference(template, row.fields, columns=columns, chat=chat, where=row.where)
-            key = _key((message["role"], message["content"]) for message in messages)
-        elif template.conversation:
-            messages = _conversation(template, row.fields, columns=columns, where=row.where)
-            key = _key((message["role"], message["content"]) for message in messages)
-        else:
-            values = _values(template, fields, where=row.where)
-            messages = _messages(template.messages, values)
-            key = _key(sorted(values.items()))
-        segments = _renderer(chat).row(messages, where=row.where)
-        # The renderer has checked that the last message is an answer; its text is the last but one segment.
-        response = segments[-2].text
-        question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    _check_encodable(segments, where=row.where)
     return Example(
         where=row.where,
-        segments=segments,
-        question=question,
-        response=response,
+        segments=rendered.segments,
+        question=rendered.question,
+        response=rendered.response,
         category=category if isinstance(category, str) and category else None,
-        key=key,
+        key=_key(rendered.key_parts),
     )
+
+
+class _Rendered(NamedTuple):
+    """What a kind of template makes of a row; `key_parts` are the names and texts that decide the key."""
+
+    segments: tuple[Segment, ...]
+    question: str
+    response: str
+    key_parts: Iterable[tuple[str, str]]
+
+
+def _render_text(
+    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
+) -> _Rendered:
+    values = _row_values(template, row, columns=columns)
+    response = render_text(template.response, values)
+    response = response.strip() if template.strip_response else response
+    if not response.strip():
+        raise RowError(row.where, "the response is empty")
+    segments = (*_text_prompt(template, values), Segment(response, supervised=True, control=False), END_OF_TEXT)
+    return _Rendered(segments, values.get(template.question or "", ""), response, sorted(values.items()))
+
+
+def _render_chat(
+    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
+) -> _Rendered:
+    if template.conversation:
+        messages = _conversation(template, row.fields, columns=columns, where=row.where)
+        return _render_messages(messages, _parts_of(messages), chat=chat, where=row.where)
+    values = _row_values(template, row, columns=columns)
+    return _render_messages(_messages(template.messages, values), sorted(values.items()), chat=chat, where=row.where)
+
+
+def _render_preference(
+    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
+) -> _Rendered:
+    messages = _preference(template, row.fields, columns=columns, chat=chat, where=row.where)
+    return _render_messages(messages, _parts_of(messages), chat=chat, where=row.where)
+
+
+def _render_messages(
+    messages: Sequence[dict[str, str]],
+    key_parts: Iterable[tuple[str, str]],
+    *,
+    chat: ChatRenderer | None,
+    where: str,
+) -> _Rendered:
+    segments = _renderer(chat).row(messages, where=where)
+    question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+    # The renderer has checked that the last message is an answer; its text is the last but one segment.
+    return _Rendered(segments, question, segments[-2].text, key_parts)
+
+
+def _parts_of(messages: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in messages]
+
+
+# Kind of template → what renders a row with it.
+_RENDER: Mapping[str, Callable[..., _Rendered]] = {
+    "text": _render_text,
+    "chat": _render_chat,
+    "preference": _render_preference,
+}
 
 
 def render_prompt(
@@ -129,7 +167,7 @@ def render_prompt(
         RowError, DataError: as `render_example`.
     """
     where = "the question"
-    if template.kind == "text":
+    if not template.needs_chat:
         return _text_prompt(template, _values(template, fields, where=where, answered=False))
     if template.conversation:
         messages = _conversation(template, fields, columns={}, where=where)
@@ -190,6 +228,11 @@ def _values(
     return values
 
 
+def _row_values(template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str]) -> dict[str, str]:
+    named = {columns.get(name, name): name for name in template.fields}
+    return _values(template, {name: row.fields.get(column) for column, name in named.items()}, where=row.where)
+
+
 def _text_prompt(template: DataTemplate, values: Mapping[str, str]) -> tuple[Segment, ...]:
     return tuple(
         Segment(text, supervised=False, control=not from_row)
@@ -217,7 +260,7 @@ def _conversation(
     if column is None:
         raise RowError(where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
     value = row[column]
-    if isinstance(value, str) and value.strip() and template.kind == "preference":
+    if isinstance(value, str) and value.strip() and template.facts.answers:
         return [{"role": "user", "content": value}]
     if not isinstance(value, list) or not value:
         raise RowError(
@@ -243,7 +286,7 @@ def _preference(
     has_prompt = any(row.get(name) is not None for name in names)
     prompt = _conversation(template, row, columns=columns, where=where) if has_prompt else None
     answered = []
-    for side in ("chosen", "rejected"):
+    for side in template.facts.answers:
         column = columns.get(side, side)
         value = row.get(column)
         if isinstance(value, str):

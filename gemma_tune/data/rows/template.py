@@ -18,6 +18,7 @@ from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pydantic import Field, StringConstraints, ValidationError
 
+from gemma_tune.data.rows.kinds import TEMPLATE_KINDS, KindName, TemplateKind
 from gemma_tune.errors import DataError
 from gemma_tune.identity import text_sha256
 from gemma_tune.paths import DATA_TEMPLATES_DIR
@@ -88,7 +89,7 @@ class DataTemplate:
     """
 
     name: str
-    kind: Literal["text", "chat", "preference"]
+    kind: KindName
     about: str
     required: tuple[str, ...]
     optional: tuple[str, ...]
@@ -106,7 +107,17 @@ class DataTemplate:
     @property
     def rows(self) -> RowKind:
         """What a row holds, as training methods call it."""
-        return "pair" if self.kind == "preference" else "response"
+        return self.facts.rows
+
+    @property
+    def needs_chat(self) -> bool:
+        """Whether rows are rendered with the model's chat template."""
+        return self.facts.needs_chat
+
+    @property
+    def facts(self) -> TemplateKind:
+        """What its kind decides."""
+        return TEMPLATE_KINDS[self.kind]
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -123,7 +134,7 @@ class _TemplateFile(Section):
     """The keys of a template file."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    kind: Literal["text", "chat", "preference"]
+    kind: KindName
     about: str = ""
     optional: Names = ()
     question: NonEmpty | None = None
@@ -208,7 +219,6 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         )
         raise DataError(f"{label} is not a data template\n{told}", hint=_SHAPE_HINT) from None
     _check_shape(file, label=label)
-    pair = ("chosen", "rejected") if file.kind == "preference" else ()
     sources = {"prompt": file.prompt or "", "response": file.response or ""}
     sources |= {f"messages.{index}.content": message.content for index, message in enumerate(file.messages)}
     used = list(
@@ -224,7 +234,7 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         name=file.name,
         kind=file.kind,
         about=file.about,
-        required=(*pair, *(name for name in used if name not in file.optional)),
+        required=(*TEMPLATE_KINDS[file.kind].answers, *(name for name in used if name not in file.optional)),
         optional=tuple(name for name in used if name in file.optional),
         question=file.question,
         category=file.category,
@@ -251,19 +261,12 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
 
 def _check_shape(file: _TemplateFile, *, label: str) -> None:
     """Refuse keys that do not go together."""
-    text_keys = [key for key in ("prompt", "response") if getattr(file, key) is not None]
-    chat_keys = [key for key in ("messages", "conversation") if getattr(file, key)]
+    kind, keys = TEMPLATE_KINDS[file.kind], ("prompt", "response", "messages", "conversation")
+    given = [key for key in keys if getattr(file, key) not in (None, ())]
+    unknown = [key for key in given if not any(key in allowed for allowed in kind.keys)]
     fault = None
-    if file.kind == "text" and (chat_keys or len(text_keys) != 2):
-        fault = "a text template has `prompt` and `response`" + (f" and no `{chat_keys[0]}`" if chat_keys else "")
-    elif file.kind == "chat" and (text_keys or len(chat_keys) != 1):
-        fault = "a chat template has either `messages` or `conversation`" + (
-            f" and no `{text_keys[0]}`" if text_keys else ""
-        )
-    elif file.kind == "preference" and (text_keys or file.messages or not file.conversation):
-        fault = (
-            "a preference template has `conversation` and nothing else: its answers are the columns chosen and rejected"
-        )
+    if frozenset(given) not in kind.keys:
+        fault = f"a {kind.name} template has {kind.shape}" + (f" and no `{unknown[0]}`" if unknown else "")
     elif file.messages and file.messages[-1].role != "assistant":
         fault = "the last message must be the assistant's: it is the answer that is learned"
     elif file.conversation and (file.optional or file.question):
