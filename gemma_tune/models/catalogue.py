@@ -36,7 +36,7 @@ ARCHITECTURES: dict[str, Mapping[str, Any]] = _TABLES["architectures"]
 
 @dataclass(frozen=True)
 class GemmaModel:
-    """One row of the registry. None means "not known", and for `gemma-tiny`, which is on no hub, "there is none".
+    """One row of the catalogue. None means "not known", and for `gemma-tiny`, which is on no hub, "there is none".
 
     `architecture` is a key of ARCHITECTURES (`gemma-tiny` is read from its own files). `num_checkpoint_params` counts
     the whole checkpoint with the towers for images and audio; `num_params` is the text model alone. `mirror_16bit` and
@@ -91,7 +91,7 @@ class GemmaModel:
 
 @functools.cache
 def _architecture(name: str) -> TextConfig:
-    return check_config(ARCHITECTURES[name], f"registry {name}")
+    return check_config(ARCHITECTURES[name], f"catalogue {name}")
 
 
 def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
@@ -160,13 +160,12 @@ def unknown_name(name: str) -> ModelError:
 
 
 def describe_config(config: TextConfig) -> list[tuple[str, str]]:
-    """The architecture as (label, text) pairs to print."""
+    """Return the architecture as (label, text) pairs to print."""
     first = config.layers[0]
     full = next(layer for layer in reversed(config.layers) if layer.attention == "full" or layer is first)
     is_mixed = (full.head_dim, full.num_kv_heads) != (config.head_dim, config.num_kv_heads)
     kind = {1: "multi-query", config.num_heads: "multi-head"}.get(config.num_kv_heads, "grouped-query")
     heads = f"{config.num_heads} heads, {config.num_kv_heads} for keys and values ({kind})"
-    sliding = f"{config.num_sliding_layers} of {config.num_layers} layers, {config.sliding_window} tokens"
     facts = [
         ("Family", f"{config.family} (model_type {config.model_type})"),
         ("Layers", str(config.num_layers)),
@@ -181,37 +180,29 @@ def describe_config(config: TextConfig) -> list[tuple[str, str]]:
         ("Vocabulary", f"{config.vocab_size:,}"),
         ("Embeddings", "tied with the head" if config.has_tied_embeddings else "apart from the head"),
     ]
-    if is_mixed:
-        facts.append(("Full attention", f"head size {full.head_dim}, {full.num_kv_heads} heads for keys and values"))
-    if config.sliding_window is not None:
-        facts.append(("Sliding window", sliding))
-    if config.rope_local_theta is not None:
-        facts.append(("RoPE base, sliding", f"{config.rope_local_theta:,.0f}"))
-    if config.query_pre_attn_scalar is not None:
-        facts.append(("Query scale", f"{config.query_pre_attn_scalar:g} ** -0.5"))
-    if config.attention_softcap is not None:
-        facts.append(("Soft-cap, attention", f"{config.attention_softcap:g}"))
-    if config.final_softcap is not None:
-        facts.append(("Soft-cap, logits", f"{config.final_softcap:g}"))
-    if config.per_layer_hidden_size:
-        facts.append(
-            ("Per-layer embeddings", f"{config.per_layer_vocab_size} × {config.per_layer_hidden_size} a layer")
-        )
-    if config.num_kv_shared_layers:
-        facts.append(("Shared keys and values", f"last {config.num_kv_shared_layers} layers"))
-    if config.num_experts:
-        experts = (
-            f"{config.num_experts} of width {config.expert_intermediate_size}, {config.num_experts_per_token} a token"
-        )
-        facts.append(("Experts", experts))
-    if config.quantization is not None:
-        facts.append(("Quantized", config.quantization))
+    # What only some Gemmas have: label, a value that is None or 0 without it, text.
+    full_shape = f"head size {full.head_dim}, {full.num_kv_heads} heads for keys and values"
+    sliding = f"{config.num_sliding_layers} of {config.num_layers} layers, {config.sliding_window} tokens"
+    experts = f"{config.num_experts} of width {config.expert_intermediate_size}, {config.num_experts_per_token} a token"
+    optional: tuple[tuple[str, object, str], ...] = (
+        ("Full attention", is_mixed, full_shape),
+        ("Sliding window", config.sliding_window, sliding),
+        ("RoPE base, sliding", config.rope_local_theta, "{:,.0f}"),
+        ("Query scale", config.query_pre_attn_scalar, "{:g} ** -0.5"),
+        ("Soft-cap, attention", config.attention_softcap, "{:g}"),
+        ("Soft-cap, logits", config.final_softcap, "{:g}"),
+        ("Per-layer embeddings", config.per_layer_hidden_size, f"{config.per_layer_vocab_size} × {{}} a layer"),
+        ("Shared keys and values", config.num_kv_shared_layers, "last {} layers"),
+        ("Experts", config.num_experts, experts),
+        ("Quantized", config.quantization, "{}"),
+    )
+    facts += [(label, text.format(value)) for label, value, text in optional if value]
     facts.append(("Parameters, text model", f"{count_params(config):,}"))
     return facts
 
 
 def describe_model(model: GemmaModel) -> list[tuple[str, str]]:
-    """A registry row as (label, text) pairs to print; what is not known says so."""
+    """Return a row as (label, text) pairs to print; what is not known says so."""
 
     def text(value: str | None) -> str:
         return NOT_KNOWN if value is None else value

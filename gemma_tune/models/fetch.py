@@ -24,7 +24,7 @@ class LocalModel:
         directory: the Hugging Face directory.
         revision: hub commit; None for a local directory.
         config: the facts of its config.json.
-        model: its registry row, where it has one.
+        model: its row of the catalogue, where it has one.
     """
 
     name: str
@@ -35,7 +35,7 @@ class LocalModel:
 
     @property
     def knows_chat_turns(self) -> bool:
-        """Whether it is instruction-tuned; a model that is not in the registry is when it has a chat template."""
+        """Whether it is instruction-tuned; a model that is not in the catalogue is when it has a chat template."""
         if self.model is not None:
             return self.model.is_instruction_tuned
         return has_chat_template(self.directory)

@@ -83,7 +83,7 @@ def cached_directory(hub_id: str, *, revision: str | None = None) -> Path | None
 
 
 def cached_models() -> list[str]:
-    """The hub ids of the Gemmas that lie whole in the hub cache, those of the registry first."""
+    """The hub ids of the Gemmas that lie whole in the hub cache, those of the catalogue first."""
     from huggingface_hub import constants
 
     folders = sorted(Path(constants.HF_HUB_CACHE).glob("models--*--*"))
