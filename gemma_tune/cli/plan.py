@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gemma_tune.recipe.schema import Recipe
 
 _STYLES = {"fits": "green", "tight": "yellow", "does not fit": "red"}
-# Formulas beside the figures need this much room.
+# Formulas next to the figures need this much room.
 _WIDE = 100
 _BAR_WIDTH = 40
 
@@ -185,7 +185,7 @@ def _time(planned: Plan) -> str:
     if schedule.tokens is not None:
         steps += f", {schedule.tokens / 1e6:.1f} M tokens"
     if schedule.seconds is None:
-        return f"{steps}; hours are told for a card with a name" if schedule.steps else steps
+        return f"{steps}; hours are given for a card with a name" if schedule.steps else steps
     low, high = schedule.seconds / TIME_UNCERTAINTY, schedule.seconds * TIME_UNCERTAINTY
     return (
         f"about {_duration(schedule.seconds)} ({_duration(low)} to {_duration(high)}) for {steps}, "

@@ -43,7 +43,7 @@ def check_engine(probe: Probed) -> list[Finding]:
         finding = Finding(name, "ok", f"{installed_version(name)} with {others} imports")
     else:
         found = f"not installed: plain {name} trains, more slowly"
-        finding = Finding(fastest.name, "warn", found, _install(*fastest.packages))
+        finding = Finding(fastest.name, "warn", found, _install(fastest.packages[0]))
     if probe.outcome != "done":
         return [finding, Finding("trl", "fail", probe.trouble, _install("trl", "transformers", "datasets"))]
     return [finding, Finding("trl", "ok", f"{installed_version('trl')} imports beside it")]

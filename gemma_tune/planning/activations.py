@@ -34,7 +34,7 @@ _NORM_INPUTS = ("layernorm", "feedforward_layernorm")
 
 
 def layer_saved_bytes(config: TextConfig, index: int, step: Step) -> int:
-    """Bytes that decoder layer `index` keeps for its backward pass.
+    """Count the bytes that decoder layer `index` keeps for its backward pass.
 
     transformers' code: each norm keeps its input in float32 (4·H·T); attention keeps q, k, v and its output, and
     `eager` the scores as well; GeGLU keeps gate, gelu(gate) and up (3·a·I·T); each adapter keeps its input, where it is
@@ -146,8 +146,11 @@ class Activations:
 
 
 def activations(config: TextConfig, step: Step, *, free_bytes: int | None = None) -> Activations:
-    """Activations of a training step. `free_bytes` is what weights and their like leave of the card: a fused loss sizes
-    its chunks by it."""
+    """Count the activations of a training step.
+
+    Args:
+        free_bytes: what weights and their like leave of the card: a fused loss sizes its chunks by it.
+    """
     batch, numerics, execution = step.batch, step.numerics, step.execution
     num_layers = len(config.layers)
     # Layers of one shape cost the same: each shape is counted once, at the first layer that has it.
@@ -247,7 +250,7 @@ def head_bytes(
 
 
 def evaluation_bytes(config: TextConfig, step: Step, *, answer_tokens: int, free_bytes: int | None = None) -> int:
-    """The larger of the eval loss and of answering: no layer keeps anything.
+    """Return the larger of the eval loss and of answering: no layer keeps anything.
 
     Loss: the residual stream twice, three wide tensors of one layer, its weight expanded, and the head as in training.
     Answers: keys and values of every layer, 2·a·kv heads·d a token, and the logits of the last token in float32.

@@ -25,7 +25,7 @@ _Overrides = dict[str, Any]
 
 
 def length_overrides(recipe: Recipe, tokens: int) -> dict[str, Any]:
-    """The settings that make rows, or packs, `tokens` long."""
+    """Return the settings that make rows, or packs, `tokens` long."""
     overrides: dict[str, Any] = {"data.max_seq_tokens": tokens}
     if recipe.training.packing and recipe.training.pack_tokens is not None:
         overrides["training.pack_tokens"] = tokens
@@ -33,7 +33,7 @@ def length_overrides(recipe: Recipe, tokens: int) -> dict[str, Any]:
 
 
 def with_overrides(recipe: Recipe, overrides: Mapping[str, Any]) -> Recipe:
-    """The recipe with some settings replaced, validated again."""
+    """Return the recipe with some settings replaced, validated again."""
     values = recipe.model_dump()
     for path, value in overrides.items():
         section, field = path.split(".")
@@ -50,7 +50,7 @@ def find_changes(
     replan: Callable[[Recipe], Plan],
     seconds: Callable[[Recipe], float],
 ) -> tuple[Change, ...]:
-    """At most three sets of changes under which a recipe fits, none going further than another.
+    """Find at most three sets of changes under which a recipe fits, none going further than another.
 
     Those that learn the same come first, then the faster ones; one that learns something else ends the list. Where no
     setting helps, a smaller model of the same kind is named.

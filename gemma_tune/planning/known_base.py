@@ -27,7 +27,7 @@ class Base:
 
 
 def find_base(name: str) -> Base:
-    """The facts of a model of the catalogue, or of the config.json of a directory. No network.
+    """Look up the facts of a model of the catalogue, or read the config.json of a directory. No network.
 
     Raises:
         ModelError: no such model, or a hub id whose config.json is not here.

@@ -129,7 +129,7 @@ def propose(model: str, rows: RowFacts, *, card: Card | None) -> Proposal | None
             max_seq_tokens=wanted,
         ),
     )
-    start = with_overrides(start, _beside_the_card(base, rows, tokens=wanted))
+    start = with_overrides(start, _settings_by_rows(base, rows, tokens=wanted))
     if card is None:
         batch = min(4, per_step)
         overrides = {"training.batch_size": batch, "training.gradient_accumulation": per_step // batch}
@@ -143,7 +143,7 @@ def propose(model: str, rows: RowFacts, *, card: Card | None) -> Proposal | None
         return None
     recipe, plan = found
     dtype_why = (
-        "" if decision.precision.compute == "bfloat16" else f"{card.name} has no bfloat16: float16 beside float32"
+        "" if decision.precision.compute == "bfloat16" else f"{card.name} has no bfloat16: float16 next to float32"
     )
     return Proposal(model, recipe, _explain(recipe, rows, base=base, wanted=wanted, dtype_why=dtype_why), plan)
 
@@ -154,7 +154,7 @@ def _wanted_tokens(rows: RowFacts, *, context_tokens: int) -> int:
     return min(wanted, context_tokens)
 
 
-def _beside_the_card(base: Base, rows: RowFacts, *, tokens: int) -> dict[str, Any]:
+def _settings_by_rows(base: Base, rows: RowFacts, *, tokens: int) -> dict[str, Any]:
     """What the rows and the model decide alone."""
     num_rows = rows.num_rows
     overrides: dict[str, Any] = {"evaluation.exact_match": False}

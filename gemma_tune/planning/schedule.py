@@ -56,7 +56,7 @@ class Schedule:
 
 
 def step_operations(config: TextConfig, step: Step, *, tokens: float, row_tokens: float) -> float:
-    """Floating-point operations of a forward and backward pass over `tokens` tokens in rows of `row_tokens`.
+    """Count the floating-point operations of a forward and backward pass over `tokens` tokens in rows of `row_tokens`.
 
     Attention: 4·d·heads operations for each pair of tokens, half of them masked; twice that backward. The head is
     computed once more in TRL's checkpointed chunks, not in Unsloth's fused loss.
@@ -86,7 +86,7 @@ def _count_multiplied(config: TextConfig) -> int:
 
 
 def pass_seconds(config: TextConfig, step: Step, *, card: Card, tokens: float, row_tokens: float) -> float | None:
-    """Seconds of a forward and backward pass; None for a card whose rates are not known."""
+    """Estimate the seconds of a forward and backward pass; None for a card whose rates are not known."""
     if card.tera_flops is None or card.gigabytes_per_second is None:
         return None
     execution = step.execution
@@ -108,7 +108,7 @@ def plan_schedule(
     card: Card | None,
     processes: int,
 ) -> Schedule:
-    """Steps and time. A batch of similar lengths has about its rows' own tokens; a pack is full.
+    """Count steps and estimate the time. A batch of similar lengths has about its rows' own tokens; a pack is full.
 
     Args:
         counted: the rows that are trained on.

@@ -13,7 +13,7 @@ from gemma_tune.recipe.schema import DataSection
 
 # Bytes of UTF-8 text a token of Gemma's 256,000-entry vocabulary: English prose. Other languages and code differ.
 _BYTES_PER_TOKEN = 4.2
-# A row of JSON has its keys, quotes and escapes beside its text.
+# A row of JSON has its keys, quotes and escapes next to its text.
 _TEXT_SHARE = 0.9
 _MAX_JSON_BYTES = 64 * 2**20
 _NOT_KNOWN = "not known before the data is read"
@@ -58,7 +58,7 @@ def count_train_rows(data: DataSection) -> RowCount:
 
 
 def count_rows(source: str) -> RowCount:
-    """Rows and mean tokens of a source without a tokenizer: lines and bytes of a local file, or published figures.
+    """Count rows and mean tokens of a source: from lines and bytes of a local file, or from published figures.
 
     `source` is one of a recipe's, with `#N` for a number of rows.
     """
