@@ -21,7 +21,6 @@ from gemma_tune.exporting.export_source import Combination, ExportSource, combin
 from gemma_tune.exporting.formats.registry import find_formats
 from gemma_tune.exporting.verify.probe_texts import Probe, built_in_probe, probe_of_rows
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter
 
 
@@ -65,12 +64,6 @@ def verify_model(
     siblings = {directory.name: directory for directory in directories}
     parity = verify_directories(source, directories, probe=probe, siblings=siblings, reporter=reporter)
     return outcome_of(directories, parity)
-
-
-def exports_of(run: RunDir) -> ExportOutcome:
-    """What was exported of a run, with the verdicts of then."""
-    _, directories = find_exports(run.path)
-    return outcome_of(directories, None)
 
 
 def _make_probe(source: ExportSource, num_positions: int, *, reporter: Reporter) -> Probe:

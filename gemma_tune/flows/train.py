@@ -117,11 +117,11 @@ def conclude(run: RunDir, section: ExportSection, *, reporter: Reporter) -> Trai
     try:
         with libraries_to(run.library_log):
             settings = ExportSettings.of_section(section)
-            exports = export_model(run.path, section.formats, settings=settings, reporter=reporter)
+            outcome = TrainOutcome(run, export_model(run.path, section.formats, settings=settings, reporter=reporter))
     except (GemmaTuneError, OSError) as error:
-        return TrainOutcome(run, error=_export_error(run, section, error))
+        outcome = TrainOutcome(run, error=_export_error(run, section, error))
     _write_report(run, reporter=reporter)
-    return TrainOutcome(run, exports)
+    return outcome
 
 
 def _write_report(run: RunDir, *, reporter: Reporter) -> None:

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, RunError, TrainingInterrupted
+from gemma_tune.exporting.export_formats import find_exports, outcome_of
 from gemma_tune.flows import train as flow
 from gemma_tune.flows.decide import decide, report_plan
-from gemma_tune.flows.export import exports_of
 from gemma_tune.flows.prepare import require_equal
 from gemma_tune.machine.cards import find_card
 from gemma_tune.machine.world import World
@@ -136,7 +136,7 @@ def test_merged_equals_base_plus_adapter_in_plain_transformers(run: RunDir) -> N
 
 
 def test_what_the_recipe_exports_is_proven(run: RunDir) -> None:
-    (exported,) = exports_of(run).exports
+    (exported,) = outcome_of(find_exports(run.path)[1], None).exports
     assert (exported.format, exported.path) == ("merged-16bit", run.exports / "merged-16bit")
     assert exported.result is not None and exported.result.passed
     # Against the model as it was trained, in 4 bits (F41).
