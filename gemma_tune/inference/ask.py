@@ -116,7 +116,7 @@ def answer_questions(
         completions = loaded.complete(
             prompts[window],
             _seeded_apart(settings, first),
-            on_progress=functools.partial(_tell, listener, before=first, total=len(prompts)),
+            on_progress=functools.partial(_report_progress, listener, before=first, total=len(prompts)),
             on_text=listener.on_text,
         )
         speed.add(completions, seconds=time.perf_counter() - started)
@@ -127,7 +127,7 @@ def answer_questions(
     return speed
 
 
-def _tell(listener: Listener, done: int, _: int, *, before: int, total: int) -> None:
+def _report_progress(listener: Listener, done: int, _: int, *, before: int, total: int) -> None:
     listener.on_progress(before + done, total)
 
 
