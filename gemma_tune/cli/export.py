@@ -33,7 +33,7 @@ OutputDir = Annotated[
     typer.Option(
         "--output",
         "-o",
-        help="Directory that gets a directory a format; RUN/export, or ADAPTER-export beside an adapter, unless given.",
+        help="Directory that gets a directory a format; by default RUN/export, or ADAPTER-export next to the adapter.",
         show_default=False,
     ),
 ]

@@ -1,7 +1,7 @@
 """The one entry to exporting: several formats at once, shared work done once, finished work kept, every format proven.
 
 What a format is made from (a GGUF from the merged weights) is taken from a finished export where there is one, else
-written to `.parts` and removed at the end. A killed export is gone on with: what was finished is kept.
+written to `.parts` and removed at the end. A killed export is resumed: what was finished is kept.
 """
 
 from __future__ import annotations

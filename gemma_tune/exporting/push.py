@@ -2,7 +2,7 @@
 
 What goes up is an allow-list of file names, never a folder: no checkpoint, optimizer state, log or cache can slip in.
 All of it goes in one commit, so that a repository never holds half an export; what an interrupted push uploaded already
-is not uploaded again. The token comes from the login or HF_TOKEN; it is no argument of anything here.
+is not uploaded again. The token comes from the login or HF_TOKEN; it is not an argument of anything here.
 """
 
 from __future__ import annotations

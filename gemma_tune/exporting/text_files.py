@@ -28,7 +28,7 @@ _CODE_SETTINGS = ("auto_map", "auto_mapping")
 def tokenizer_files(base_dir: Path, adapter_dir: Path) -> dict[str, Path]:
     """Tokenizer and chat template: name -> where it is copied from.
 
-    A tokenizer beside the adapter is the one that it was trained with, so it is taken whole and not mixed with the
+    A tokenizer next to the adapter is the one that it was trained with, so it is taken whole and not mixed with the
     base's; only tokenizer.model comes from the base then, because transformers 5 no longer writes it and GGUF
     converters ask for it.
     """
@@ -47,7 +47,7 @@ def tokenizer_files(base_dir: Path, adapter_dir: Path) -> dict[str, Path]:
 
 
 def licence_files(base_dir: Path) -> dict[str, Path]:
-    """The licence texts that lie beside the base: name -> file."""
+    """The licence texts that lie next to the base: name -> file."""
     return {name: base_dir / name for name in _LICENCE_FILES if (base_dir / name).is_file()}
 
 

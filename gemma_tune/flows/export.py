@@ -67,7 +67,7 @@ def verify_model(
 
 
 def _make_probe(source: ExportSource, num_positions: int, *, reporter: Reporter) -> Probe:
-    """Eval rows of the run; text of our own where there is no run, or its rows are gone."""
+    """Take eval rows of the run; text of our own where there is no run, or its rows are gone."""
     from gemma_tune.models.tokenizer import load_tokenizer
 
     encoder = Encoder(load_tokenizer(source.tokenizer))

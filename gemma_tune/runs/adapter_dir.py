@@ -57,7 +57,7 @@ _HARMLESS_SETTINGS = frozenset(
     }
 )
 _MERGED_SETTINGS = frozenset({"alpha_pattern", "bias", "lora_alpha", "r", "rank_pattern", "use_dora", "use_rslora"})
-# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train beside a base whose weights they changed first: added to the plain base,
+# PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train next to a base whose weights they changed first: added to the plain base,
 # such an adapter gives another model than the one that was trained (peft docs, "Initialization").
 _PLAIN_INITS: tuple[object, ...] = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -93,8 +93,8 @@ class LoraAdapter:
     Attributes:
         base_name: the base that it was trained on, as written in its config.
         factors: module -> its low-rank change.
-        trained: tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved beside the adapter).
-        base_copies: module -> the base's weight as the adapter file carries it (embeddings saved beside their change).
+        trained: tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved next to the adapter).
+        base_copies: module -> the base's weight as the adapter file carries it (embeddings saved next to their change).
         modules_to_save: the names given as PEFT's modules_to_save.
         ties_embeddings: whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying).
     """

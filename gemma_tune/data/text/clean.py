@@ -1,4 +1,4 @@
-"""Cleaning of row text as `data.clean` asks for it; `audit.py` shows what there is to clean."""
+"""Cleaning of row text as `data.clean` asks for it; the audit shows what there is to clean."""
 
 from __future__ import annotations
 

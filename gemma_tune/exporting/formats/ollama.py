@@ -35,7 +35,7 @@ _DEFAULT_GGUF = next(each for each in gguf.FORMATS if each.name == "gguf-q8_0")
 
 def write_modelfile(
     run: RunDir,
-    gguf: Path,
+    gguf_file: Path,
     *,
     licence: str | None = None,
     parameters: Mapping[str, float] = GREEDY,
@@ -57,14 +57,14 @@ def write_modelfile(
     if section.control_tokens == "control":
         notes += ("the rows brought control tokens of their own (data.control_tokens: control); so must a prompt.",)
     text = format_modelfile(
-        gguf.name,
+        gguf_file.name,
         shape,
         stops=tokenizer.convert_ids_to_tokens(Encoder(tokenizer).stop_token_ids),
         parameters={"num_ctx": section.max_seq_tokens, **parameters},
         notes=notes,
         licence=licence,
     )
-    path = gguf.parent / MODELFILE
+    path = gguf_file.parent / MODELFILE
     with output_file(path) as partial_file:
         partial_file.write_text(text, encoding="utf-8", newline="\n")
     return notes

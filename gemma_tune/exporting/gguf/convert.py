@@ -1,7 +1,7 @@
 """Writes a merged Gemma as one GGUF file in f32, f16, bf16 or q8_0: the memory needed does not grow with the model.
 
 The `gguf` package writes the header; the weights are read, encoded, checked and written to their known places in blocks
-of rows, several at a time. The file is written beside its destination and renamed when it is complete.
+of rows, several at a time. The file is written next to its destination and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def convert_to_gguf(
 
 
 def gguf_bytes(merged_dir: Path, quantization: str) -> int:
-    """Bytes of disk that an export needs at its peak. A K-quant is made from a 16-bit file, which lies beside it."""
+    """Bytes of disk that an export needs at its peak. A K-quant is made from a 16-bit file, which lies next to it."""
     require_gguf_packages(quantization)
     architecture = read_architecture(merged_dir)
     if quantization in CONVERTED:

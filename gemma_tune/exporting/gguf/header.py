@@ -61,7 +61,7 @@ class GgufReport:
         num_params: weights stored; a tied embedding counts once.
         bits_per_weight: of the tensors as they are, whatever the quantization is called.
         tensor_types: ggml type -> number of tensors.
-        notes: what a user should know beside the numbers.
+        notes: what a user should know besides the numbers.
     """
 
     output: Path

@@ -278,7 +278,7 @@ def _special_ids(config: Mapping[str, Any], id_of: Mapping[str, int], directory:
 
 def _adds(post_processor: Any, config: Mapping[str, Any], path: Path) -> tuple[bool, bool]:
     """Whether the tokenizer puts <bos> before and <eos> after a text: what the post-processor does, since transformers
-    does not heed add_bos_token of a tokenizer_config.json that lies beside a tokenizer.json."""
+    does not heed add_bos_token of a tokenizer_config.json that lies next to a tokenizer.json."""
     if post_processor is None:
         return False, False
     names = {_text(config.get("bos_token")): "bos", _text(config.get("eos_token")): "eos"}

@@ -2,7 +2,7 @@
 
 No model is built. Each block of rows is read, changed in float32, rounded once to the output's dtype, checked and
 written to its known place, several blocks at a time; so the time is about that of copying the files. The result is
-written beside the output directory and renamed when it is complete: a directory of that name is finished.
+written next to the output directory and renamed when it is complete: a directory of that name is finished.
 """
 
 from __future__ import annotations
@@ -389,7 +389,7 @@ def _prove(plan: MergePlan, directory: Path) -> None:
         planned = {tensor.name: (tensor.dtype, list(tensor.source.shape)) for tensor in shard}
         try:
             with safe_open(str(path), framework="pt") as file:
-                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+                slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
                 written = {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
         except SafetensorError as error:
             raise ExportError(f"{path.name} cannot be read back: {error}", hint="is the disk sound?") from error

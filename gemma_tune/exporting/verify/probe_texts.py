@@ -20,7 +20,7 @@ _MAX_PROMPT_TOKENS = 512
 _MAX_ROW_TOKENS = 512
 
 # Where tokenizers of one vocabulary part ways: white space at every place, bytes outside the vocabulary, scripts
-# without spaces, characters of several code points, control tokens, numbers, code. Left out: a typed U+2581 beside a
+# without spaces, characters of several code points, control tokens, numbers, code. Left out: a typed U+2581 next to a
 # space, the one string that llama.cpp's SentencePiece cannot tell from two spaces.
 TRICKY_STRINGS = (
     "a", " a", "a ", "  a", "a  b", "   three   spaces   ", "\ta\tb", "a\tb\t\tc", "\n", "\n\n", "\n\n\n\n", "a\nb",

@@ -1,6 +1,6 @@
 """Proves exports: each one is run and compared with base + adapter as PEFT runs them in float32.
 
-The adapter's own effect (base against base + adapter) stands beside the figures, because a difference means little
+The adapter's own effect (base against base + adapter) stands next to the figures, because a difference means little
 without the size of what was to be kept. A run that trained on a 4-bit base is told how far base + adapter is from the
 model that was really trained (F41), on the 16-bit base and on the one that the 4 bits stand for.
 """
@@ -25,7 +25,7 @@ from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.reporter import Reporter
 
 _FLOAT32_BYTES = 4
-# Beside the weights: the libraries, and the activations of one short row.
+# Besides the weights: the libraries, and the activations of one short row.
 _RUNTIME_BYTES = 1_000_000_000
 
 

@@ -55,7 +55,7 @@ def check_merged_weights(base_dir: Path, adapter_dir: Path, merged_dir: Path) ->
     adapter = AdapterDir(adapter_dir).read_lora()
     base = {canonical_name(name): tensor for name, tensor in stored_tensors(base_dir).items()}
     factors = {canonical_name(f"{module}.weight"): change for module, change in adapter.factors.items()}
-    # What the adapter file carries stands for the base's: tensors trained as a whole, and embeddings saved beside it.
+    # What the adapter file carries stands for the base's: tensors trained as a whole, and embeddings saved next to it.
     carried = {canonical_name(f"{module}.weight"): tensor for module, tensor in adapter.base_copies.items()}
     carried |= {canonical_name(name): tensor for name, tensor in adapter.trained.items()}
     found = {canonical_name(name): tensor for name, tensor in stored_tensors(merged_dir).items()}
