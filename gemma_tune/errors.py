@@ -1,4 +1,4 @@
-"""The errors a user can cause, and how each one is told.
+"""The errors a user can cause, and how each one is reported.
 
 Every error carries a message (what is wrong, where, what was found) and a hint (what is allowed, or the next command).
 The command line prints both and exits with `exit_code`; nothing else in the package calls `sys.exit` or prints.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class GemmaTuneError(Exception):
-    """A problem that the user can mend. `exit_code` is 2 unless a subclass says otherwise."""
+    """A problem that the user can fix. `exit_code` is 2 unless a subclass says otherwise."""
 
     exit_code = 2
 
@@ -49,7 +49,7 @@ class CheckFailed(ExportError):
 
 
 class TrainingStopped(GemmaTuneError):
-    """Training stopped by itself because going on would lose the run (non-finite loss, no supervised token)."""
+    """Training stopped by itself because continuing would lose the run (non-finite loss, no supervised token)."""
 
     exit_code = 3
 

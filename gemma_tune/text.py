@@ -29,7 +29,7 @@ def shorten(text: str, *, num_chars: int) -> str:
     return text if len(text) <= num_chars else text[: num_chars - 1] + "…"
 
 
-# Control characters besides line break and tab, each shown as a sign of its own.
+# Control characters except line break and tab, each shown as a sign of its own.
 _CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
     code: 0xFFFD for code in range(127, 160)
 }

@@ -93,7 +93,7 @@ def _wanted(recipe: Recipe | None, seconds: float) -> dict[str, tuple[float, Map
 def _disks(output_dir: str, *, probed: Mapping[str, Probed], plan: Plan | None) -> list[Finding]:
     facts = probed["places"].facts
     if "token_cache" not in facts:
-        return [Finding("disk", "fail", probed["places"].trouble, "mend what failed above")]
+        return [Finding("disk", "fail", probed["places"].trouble, "fix what failed above")]
     places = used_places(output_dir, hub_cache=Path(facts["hub_cache"]), token_cache=Path(facts["token_cache"]))
     needed = {}
     if plan is not None:

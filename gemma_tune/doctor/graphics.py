@@ -1,4 +1,4 @@
-"""The graphics card, its driver, the PyTorch build beside it, and the precision that a run will use."""
+"""The graphics card, its driver, the PyTorch build next to it, and the precision that a run will use."""
 
 from __future__ import annotations
 

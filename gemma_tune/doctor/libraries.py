@@ -46,7 +46,7 @@ def check_engine(probe: Probed) -> list[Finding]:
         finding = Finding(fastest.name, "warn", found, _install(fastest.packages[0]))
     if probe.outcome != "done":
         return [finding, Finding("trl", "fail", probe.trouble, _install("trl", "transformers", "datasets"))]
-    return [finding, Finding("trl", "ok", f"{installed_version('trl')} imports beside it")]
+    return [finding, Finding("trl", "ok", f"{installed_version('trl')} imports next to it")]
 
 
 def check_hub(probe: Probed) -> Finding:

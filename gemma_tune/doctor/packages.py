@@ -35,7 +35,7 @@ class KnownBad:
 
     Attributes:
         package, versions: what must not be installed; every version of `versions` counts.
-        beside: another package that makes it break; None where it breaks alone.
+        together_with: another package that makes it break; None where it breaks alone.
         on: only on this kind of device; None on both.
         because: what happens, as measured or as published.
     """
@@ -43,7 +43,7 @@ class KnownBad:
     package: str
     versions: str
     because: str
-    beside: str | None = None
+    together_with: str | None = None
     on: Literal["cpu", "cuda"] | None = None
 
 
@@ -52,11 +52,11 @@ KNOWN_BAD = (
         "trl", ">=1.15,<1.17", "its trainer crashes on a CPU ('NoneType' object has no attribute 'apply')", on="cpu"
     ),
     KnownBad("unsloth", "<2026.10.9", "it has no CPU backend: importing it ends with an error", on="cpu"),
-    KnownBad("transformers", ">5.17.0", "Unsloth 2026.10.9 patches it up to 5.17.0", beside="unsloth"),
-    KnownBad("torch", ">=2.15", "Unsloth 2026.10.9 allows it below 2.15", beside="unsloth"),
-    KnownBad("trl", ">1.15.0", "Unsloth 2026.10.9 patches it up to 1.15.0", beside="unsloth"),
-    KnownBad("datasets", ">=5", "Unsloth 2026.10.9 allows it below 5", beside="unsloth"),
-    KnownBad("peft", "<0.18", "Unsloth 2026.10.9 needs 0.18", beside="unsloth"),
+    KnownBad("transformers", ">5.17.0", "Unsloth 2026.10.9 patches it up to 5.17.0", together_with="unsloth"),
+    KnownBad("torch", ">=2.15", "Unsloth 2026.10.9 allows it below 2.15", together_with="unsloth"),
+    KnownBad("trl", ">1.15.0", "Unsloth 2026.10.9 patches it up to 1.15.0", together_with="unsloth"),
+    KnownBad("datasets", ">=5", "Unsloth 2026.10.9 allows it below 5", together_with="unsloth"),
+    KnownBad("peft", "<0.18", "Unsloth 2026.10.9 needs 0.18", together_with="unsloth"),
     KnownBad("transformers", "<5.0", "its Trainer can run code from a checkpoint's rng_state.pth (CVE-2026-1839)"),
     KnownBad("torch", "<2.6", "torch.load can run code from a file even with weights_only=True (CVE-2025-32434)"),
 )
@@ -93,12 +93,12 @@ def check_packages(device: str | None) -> list[Finding]:
     """The findings about versions; `device` is cpu, cuda, or None where it is not known."""
     tested, installed = read_tested_set(), installed_stack()
     bad = list(_known_bad(tested, installed, device))
-    already_told = {finding.name for finding in bad}
+    reported = {finding.name for finding in bad}
     return [
         *bad,
         *_missing(tested, installed),
         *_conflicts(tested, installed),
-        _compare(tested, {name: version for name, version in installed.items() if name not in already_told}),
+        _compare(tested, {name: version for name, version in installed.items() if name not in reported}),
     ]
 
 
@@ -125,7 +125,7 @@ def _known_bad(tested: list[Requirement], installed: Mapping[str, str], device: 
         version = installed.get(row.package)
         if version is None or not _fits(version, SpecifierSet(row.versions)):
             continue
-        if (row.beside is None or row.beside in installed) and row.on in (None, device):
+        if (row.together_with is None or row.together_with in installed) and row.on in (None, device):
             yield Finding(row.package, "fail", f"{version}: {row.because}", install_command(tested, [row.package]))
 
 
@@ -139,22 +139,22 @@ def _missing(tested: list[Requirement], installed: Mapping[str, str]) -> list[Fi
 
 def _conflicts(tested: list[Requirement], installed: Mapping[str, str]) -> list[Finding]:
     """What an installed package of the stack asks of another, and does not get."""
-    told, names = [], []
+    found, names = [], []
     for package in sorted(set(STACK) & set(installed)):
         for requirement in map(Requirement, importlib.metadata.requires(package) or ()):
             name = canonicalize_name(requirement.name)
             applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
             if name in STACK and name in installed and applies and not _fits(installed[name], requirement.specifier):
                 broken = ",".join(str(part) for part in requirement.specifier if not _fits(installed[name], part))
-                told.append(f"{package} asks for {name}{broken}, installed is {installed[name]}")
+                found.append(f"{package} asks for {name}{broken}, installed is {installed[name]}")
                 names.append(name)
-    if not told:
+    if not found:
         return []
-    return [Finding("package conflict", "fail", "; ".join(dict.fromkeys(told)), install_command(tested, names))]
+    return [Finding("package conflict", "fail", "; ".join(dict.fromkeys(found)), install_command(tested, names))]
 
 
 def _compare(tested: list[Requirement], installed: Mapping[str, str]) -> Finding:
-    num_present, told, names = 0, [], []
+    num_present, found, names = 0, [], []
     for requirement in tested:
         name = canonicalize_name(requirement.name)
         version = installed.get(name)
@@ -162,11 +162,11 @@ def _compare(tested: list[Requirement], installed: Mapping[str, str]) -> Finding
             continue
         num_present += 1
         if not _fits(version, requirement.specifier) and name not in names:
-            told.append(f"{name} {version} (tested {requirement.specifier})")
+            found.append(f"{name} {version} (tested {requirement.specifier})")
             names.append(name)
-    if not told:
+    if not found:
         return Finding("packages", "ok", f"{num_present} installed, all in the tested versions")
-    return Finding("packages", "warn", f"not as tested: {', '.join(told)}", install_command(tested, names))
+    return Finding("packages", "warn", f"not as tested: {', '.join(found)}", install_command(tested, names))
 
 
 def _fits(version: str, wanted: BaseSpecifier) -> bool:

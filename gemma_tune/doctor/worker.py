@@ -99,7 +99,7 @@ def probe_places(tell: Send) -> None:
 
 
 def probe_hub(tell: Send) -> None:
-    """The login, and whether the hub answers. The token is never told."""
+    """The login, and whether the hub answers. The token is never sent."""
     tell(step="importing huggingface_hub")
     import httpx
     from huggingface_hub import constants, get_session, get_token

@@ -51,7 +51,7 @@ class ChildEnd:
     Attributes:
         has_result: it returned; `result` is what.
         error: what it raised, in a line, or None. `is_ours`: a GemmaTuneError, whose `hint` this is.
-        code: exit code of a process that told neither result nor error; None of one that was killed.
+        code: exit code of a process that sent neither result nor error; None of one that was killed.
         signal: name of the signal that killed it, or None. Without code, signal, result and error it ran out of time.
         log: the end of what was printed.
     """
@@ -238,7 +238,7 @@ def _serve(function: str, seconds: float) -> None:
     else:
         send(final={"result": result})
     sys.stderr.flush()
-    # No clean-up: a library's exit handler must not decide over a function that has told everything.
+    # No clean-up: a library's exit handler must not decide over a function that has sent everything.
     os._exit(0)
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from typing import Any
 
-from gemma_tune.disk import cannot_write, write_text
+from gemma_tune.disk import cannot_write, sync_file, to_json_lines, write_text
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.secrets import mask_secrets
 
@@ -28,15 +27,14 @@ def append_metrics(run: RunDir, values: dict[str, Any]) -> None:
 def flush_metrics(run: RunDir) -> None:
     """Have every line on the disk, so that a checkpoint never knows a step that metrics.jsonl has lost."""
     if run.metrics.is_file():
-        with run.metrics.open("a", encoding="utf-8") as stream:
-            os.fsync(stream.fileno())
+        sync_file(run.metrics)
 
 
 def keep_metrics_until(run: RunDir, step: int) -> None:
     """Leave out the lines after a step, and one that a crash has cut, before a run resumes from that step."""
     if run.metrics.is_file():
         rows = [row for row in read_metrics(run) if row["step"] <= step]
-        write_text(run.metrics, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        write_text(run.metrics, to_json_lines(rows))
 
 
 def read_metrics(run: RunDir) -> list[dict[str, Any]]:
