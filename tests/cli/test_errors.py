@@ -101,7 +101,7 @@ def test_an_output_folder_that_is_a_file(folder: Path) -> None:
 
 
 def test_a_full_and_a_read_only_disk(folder: Path) -> None:
-    for options, told in (("size=400k", "not enough space"), ("ro", "cannot write to")):
+    for options, told in (("size=400k", "the run needs 2.0 MB, 0.4 MB are free"), ("ro", "cannot write to")):
         disk = folder / "disk"
         disk.mkdir(exist_ok=True)
         if subprocess.run(

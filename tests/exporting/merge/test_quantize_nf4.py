@@ -22,7 +22,7 @@ from gemma_tune.errors import ExportError, ModelError
 from gemma_tune.exporting.merge import quantize_nf4 as four_bit
 from gemma_tune.exporting.merge.quantize_nf4 import FourBitReport, quantize_merged
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TOKEN_IDS = torch.tensor([[2, 5, 17, 40, 63, 95]])
 # Rows of multiples of 64: for its CPU kernel bitsandbytes repacks no others, and fails.
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 32}

@@ -25,7 +25,7 @@ from gemma_tune.exporting.merge import write as merge_module
 from gemma_tune.exporting.merge.write import MergeReport, merge_adapter, require_same_base
 from gemma_tune.models.safetensors import file_hashes, stored_tensors
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 TINY_MODEL = REPOSITORY / "gemma_tune" / "models" / "tiny" / "model"
 
 Logits = Callable[..., torch.Tensor]
