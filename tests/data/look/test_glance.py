@@ -72,7 +72,7 @@ def test_columns_are_guessed_by_name_and_each_once() -> None:
 def test_preference_pairs_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"cannot be trained yet"):
+    with pytest.raises(DataError, match=r"preference pairs .* cannot be trained by method sft"):
         read_columns(str(path))
     assert read_columns("tiny-world#5") == ("instruction", "context", "response", "category")
 
