@@ -7,12 +7,17 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from gemma_tune.engines.engine_facts import ENGINES
+from gemma_tune.exporting.formats.registry import FORMATS
+from gemma_tune.models.families.known import FAMILIES
+from gemma_tune.recipe.methods import METHODS
 from scripts import tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +156,46 @@ def test_only_leafs_are_heavy_at_the_top(module: str) -> None:
         assert heavy, f"{module} says LEAF in its docstring and imports nothing heavy"
     else:
         assert not heavy, f"{module} is not marked LEAF: import these inside the function that needs them: {heavy}"
+
+
+def _parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    arguments = function.args
+    named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+    return len(named) - (named[:1] != [] and named[0].arg in ("self", "cls"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=_module)
+def test_files_and_signatures_are_short(path: Path) -> None:
+    """A command's options are its parameters: `cli` is left out of the second rule."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    if _package(_module(path)) != "cli":
+        nodes = (node for node in ast.walk(_parse(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+        assert not [node.name for node in nodes if _parameters(node) > 8]
+
+
+def test_names_occur_once() -> None:
+    files = Counter(path.name for path in FILES if path.name != "__init__.py" and _package(_module(path)) != "cli")
+    classes = Counter(node.name for path in FILES for node in ast.walk(_parse(path)) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in (files + classes).items() if count > 1] == []
+
+
+def _compared_words(tree: ast.Module) -> Iterator[str]:
+    """Yield the texts that something is compared with, alone or in a tuple, list or set."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            for side in (node.left, *node.comparators):
+                for part in (side, *getattr(side, "elts", ())):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield part.value
+
+
+def test_only_a_member_knows_its_name() -> None:
+    """Other rooms ask a member's facts. `adapter` and `gemma` are words for other things as well."""
+    names = {*ENGINES, *METHODS, *FORMATS, *FAMILIES, "gguf"} - {"adapter", "gemma"}
+    homes = ("engines.", "training.methods.", "exporting.formats.", "models.families.", "models.hub.kaggle")
+    elsewhere = [path for path in FILES if not _module(path).removeprefix("gemma_tune.").startswith(homes)]
+    found = {_module(path): known for path in elsewhere if (known := names.intersection(_compared_words(_parse(path))))}
+    assert not found
 
 
 @pytest.mark.parametrize(

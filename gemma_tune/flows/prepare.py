@@ -20,7 +20,7 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import start_manifest
-from gemma_tune.runs.open import FoundRun
+from gemma_tune.runs.open_run import FoundRun
 from gemma_tune.runs.resume import Resumption, lock_differences, plan_resumption, recipe_differences, rewind_run
 from gemma_tune.training.parts import TrainerParts
 

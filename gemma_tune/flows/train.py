@@ -21,7 +21,13 @@ from gemma_tune.recipe.schema import ExportSection
 from gemma_tune.reporting.write_report import write_report
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.open import FoundRun, discarding_when_refused, find_or_create_run, recording_the_end, working_in
+from gemma_tune.runs.open_run import (
+    FoundRun,
+    discarding_when_refused,
+    find_or_create_run,
+    recording_the_end,
+    working_in,
+)
 from gemma_tune.runs.reporter import Reporter
 
 

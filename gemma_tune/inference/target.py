@@ -82,7 +82,7 @@ def find_target(
         GemmaTuneError: there is no such run or model, the run has no adapter yet, or no template is known.
     """
     named = resolve(name)
-    if named.kind == "gguf":
+    if named.kind == "gguf-file":
         return _from_gguf(named.path, template=template, without_adapter=without_adapter)
     if named.kind == "run":
         return _from_run(open_run(named.path), template=template, without_adapter=without_adapter)

@@ -13,7 +13,7 @@ from gemma_tune.models.catalogue import LIST_HINT, NOT_KNOWN, GemmaModel, look_u
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.directory import check_directory
 
-Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf", "exports"]
+Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf-file", "exports"]
 Wanted = Literal["a model", "a run", "a run or an adapter"]
 
 # huggingface_hub's rule for a repository id: no part starts or ends with - or ., no -- or .., 96 characters in all.
@@ -30,7 +30,7 @@ _MARKS: tuple[tuple[str, Kind], ...] = (
     ("manifest.json", "run"),
     ("adapter_config.json", "adapter"),
     ("config.json", "model"),
-    ("*.gguf", "gguf"),
+    ("*.gguf", "gguf-file"),
     ("*/export.json", "exports"),
 )
 _TITLES: dict[Kind, str] = {
@@ -40,7 +40,7 @@ _TITLES: dict[Kind, str] = {
     "model": "a model",
     "run": "a run",
     "adapter": "a LoRA adapter",
-    "gguf": "a GGUF file",
+    "gguf-file": "a GGUF file",
     "exports": "a directory of exports",
 }
 _WANTED: dict[Wanted, tuple[Kind, ...]] = {
@@ -56,7 +56,10 @@ _USE_ADAPTER = (
 _HINTS: dict[tuple[Kind, Wanted], str] = {
     ("run", "a model"): _USE_ADAPTER,
     ("adapter", "a model"): _USE_ADAPTER,
-    ("gguf", "a model"): "a GGUF file is an export for inference and cannot be trained; give a directory that holds "
+    (
+        "gguf-file",
+        "a model",
+    ): "a GGUF file is an export for inference and cannot be trained; give a directory that holds "
     "config.json, a tokenizer and *.safetensors files",
     ("exports", "a model"): "give one of them: {name}/merged-16bit",
     ("adapter", "a run"): "give the run that it is of, a directory that `gemma-tune train` made",
@@ -133,13 +136,13 @@ def _look_at(name: str, path: Path) -> Resolved:
         if path.suffix.lower() != ".gguf":
             hint = "Give the directory that holds config.json, a tokenizer and *.safetensors files."
             raise ModelError(f"{name}: is a file, a directory is expected", hint=hint)
-        return Resolved(name, "gguf", str(path))
+        return Resolved(name, "gguf-file", str(path))
     for pattern, kind in _MARKS:
         found = sorted(path.glob(pattern))
-        if kind == "gguf" and len(found) > 1:
+        if kind == "gguf-file" and len(found) > 1:
             raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
         if found:
-            place = {"gguf": found[0], "model": path.resolve()}.get(kind, path)
+            place = {"gguf-file": found[0], "model": path.resolve()}.get(kind, path)
             return Resolved(name, kind, str(place))
     raise ModelError(
         f"{path}: has no config.json as a model has it, nor is it a run (manifest.json), an adapter "

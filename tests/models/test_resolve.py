@@ -232,7 +232,13 @@ def test_an_adapter_names_its_base_and_the_commands(run: Path) -> None:
 
 
 def test_what_lies_at_a_path_is_told_by_its_files(run: Path, directory: Path) -> None:
-    kinds = {"": "run", "adapter": "adapter", "export": "exports", "export/adapter": "adapter", "export/gguf": "gguf"}
+    kinds = {
+        "": "run",
+        "adapter": "adapter",
+        "export": "exports",
+        "export/adapter": "adapter",
+        "export/gguf": "gguf-file",
+    }
     assert {place: resolve(str(run / place)).kind for place in kinds} == kinds
     assert resolve(str(run / "export" / "gguf")).path == run / "export" / "gguf" / "model.gguf"
     assert resolve(str(directory)).kind == "model"

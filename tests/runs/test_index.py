@@ -14,7 +14,7 @@ from gemma_tune.errors import RunError
 from gemma_tune.runs.index import find_begun, hold_run, interrupted_run, is_held, state_of
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest, update_manifest
-from gemma_tune.runs.open import create_run
+from gemma_tune.runs.open_run import create_run
 
 
 def test_the_newest_run_of_a_recipe_is_resumed(tmp_path: Path) -> None:

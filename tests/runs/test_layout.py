@@ -9,7 +9,7 @@ import pytest
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import open_run
 from gemma_tune.runs.manifest import start_manifest
-from gemma_tune.runs.open import create_run
+from gemma_tune.runs.open_run import create_run
 
 
 def test_opening(tmp_path: Path) -> None:

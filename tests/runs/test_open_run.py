@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.errors import RunError
-from gemma_tune.runs.open import create_run, discard_run
+from gemma_tune.runs.open_run import create_run, discard_run
 
 
 def test_runs_are_numbered_from_the_highest(tmp_path: Path) -> None:
