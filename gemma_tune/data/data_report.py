@@ -21,57 +21,33 @@ class LengthBin:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source of train rows.
-
-    Attributes:
-        label: the source.
-        template: the data template's name.
-        detected: whether the template was chosen by the columns.
-        rows_read, rows_bad: rows of the source, and those of them that cannot be used.
-        train_rows: rows of it that are trained, repeated ones counted each time (before the length policy).
-        repeats: how many of those are a second or later copy (`#N` above the rows there are).
-    """
+    """One source of train rows."""
 
     label: str
-    template: str
-    detected: bool
+    template: str  # its name
+    detected: bool  # whether the template was chosen by the columns
     rows_read: int
-    rows_bad: int
-    train_rows: int
-    repeats: int
+    rows_bad: int  # those that cannot be used
+    train_rows: int  # that are trained, repeated ones counted each time (before the length policy)
+    repeats: int  # how many of those are a second or later copy (`#N` above the rows there are)
 
 
 @dataclass(frozen=True)
 class ReadReport:
-    """What was read and how it was divided.
+    """What was read and how it was divided."""
 
-    Attributes:
-        sources: where train rows come from.
-        eval_label: where eval rows come from when they have a source of their own.
-        rows_read: rows of all sources.
-        rows_bad: rows left out because a field is missing, is not text, or the chat template refuses them.
-        bad_samples: the first of them, as `where: problem`.
-        num_duplicates: rows whose text equals that of an earlier row, white space at the ends aside; those in train are
-            kept unless data.clean.drop_duplicates says otherwise, in eval not.
-        num_leaked: train rows left out because they are also eval rows.
-        left_out: rows that data.clean and data.control_tokens left out, by reason.
-        num_unused: rows beyond max_train_rows, max_eval_rows, `#N` and the weights.
-        train_rows, eval_rows: what is encoded.
-        notes: what else a person should know, one sentence each.
-    """
-
-    sources: tuple[SourceReport, ...]
-    eval_label: str | None
-    rows_read: int
-    rows_bad: int
-    bad_samples: tuple[str, ...]
-    num_duplicates: int
-    num_leaked: int
-    left_out: dict[str, int]
-    num_unused: int
-    train_rows: int
+    sources: tuple[SourceReport, ...]  # where train rows come from
+    eval_label: str | None  # where eval rows come from when they have a source of their own
+    rows_read: int  # rows of all sources
+    rows_bad: int  # rows left out because a field is missing, is not text, or the chat template refuses them
+    bad_samples: tuple[str, ...]  # the first of them, as `where: problem`
+    num_duplicates: int  # rows whose text equals that of an earlier row, white space at the ends aside
+    num_leaked: int  # train rows left out because they are also eval rows
+    left_out: dict[str, int]  # rows that data.clean and data.control_tokens left out, by reason
+    num_unused: int  # rows beyond max_train_rows, max_eval_rows, `#N` and the weights
+    train_rows: int  # that are encoded
     eval_rows: int
-    notes: tuple[str, ...]
+    notes: tuple[str, ...]  # what else a person should know, one sentence each
 
     @property
     def label(self) -> str:
@@ -82,44 +58,27 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class DataReport(ReadReport):
-    """What is trained, in tokens. Row counts are those behind the length policy.
+    """What is trained, in tokens. Row counts are those behind the length policy."""
 
-    Attributes:
-        max_seq_tokens: the longest row that is allowed.
-        dropped_too_long: rows left out because of it (train and eval).
-        truncated: rows whose prompt was cut to fit.
-        truncated_answers: those of them whose answer was cut, too (`too_long: truncate`); they end in a stop token.
-        length_p50, length_p90, length_p99, length_max: tokens a row before the length policy, train and eval together.
-        longest_row: where the longest row stands.
-        length_bins: rows by their tokens, as the percentiles count them.
-        train_tokens, eval_tokens: tokens of the rows that are kept.
-        train_supervised_tokens, eval_supervised_tokens: those of them in the loss.
-        control_strings: control tokens spelled out in the rows' own text.
-        control_as: `text`, or `control` when they are encoded as the tokens that they name.
-        control_samples: where the first of them stand.
-        dropped_samples: where the first dropped rows stand, with their tokens.
-        sha256: of everything that decides which rows are trained and how they read.
-    """
-
-    max_seq_tokens: int
-    dropped_too_long: int
-    truncated: int
-    truncated_answers: int
-    length_p50: int
+    max_seq_tokens: int  # the longest row that is allowed
+    dropped_too_long: int  # rows left out because of it (train and eval)
+    truncated: int  # rows whose prompt was cut to fit
+    truncated_answers: int  # those of them whose answer was cut, too (`too_long: truncate`); they end in a stop token
+    length_p50: int  # tokens a row before the length policy, train and eval together
     length_p90: int
     length_p99: int
     length_max: int
-    longest_row: str
-    length_bins: tuple[LengthBin, ...]
-    train_tokens: int
+    longest_row: str  # where the longest row stands
+    length_bins: tuple[LengthBin, ...]  # rows by their tokens, as the percentiles count them
+    train_tokens: int  # of the rows that are kept
     eval_tokens: int
-    train_supervised_tokens: int
+    train_supervised_tokens: int  # those in the loss
     eval_supervised_tokens: int
-    control_strings: int
-    control_as: str
-    control_samples: tuple[str, ...]
-    dropped_samples: tuple[str, ...]
-    sha256: str
+    control_strings: int  # control tokens spelled out in the rows' own text
+    control_as: str  # `text`, or `control` when they are encoded as the tokens that they name
+    control_samples: tuple[str, ...]  # where the first of them stand
+    dropped_samples: tuple[str, ...]  # where the first dropped rows stand, with their tokens
+    sha256: str  # of everything that decides which rows are trained and how they read
 
     def lines(self) -> list[str]:
         """The report for a person, a line a fact; what did not happen is not mentioned."""

@@ -19,23 +19,14 @@ _AUTO_CHAT = ("dolly-chat", "alpaca-chat")
 
 @dataclass(frozen=True)
 class Input:
-    """One opened source and how it is read.
-
-    Attributes:
-        source: the rows.
-        template: what renders them.
-        detected: whether the template was chosen by the columns (`template: auto`).
-        columns: template field → column of the rows.
-        num_rows: train rows to take (`#N`); None takes all.
-        weight: share of the mix, relative to the other weights.
-    """
+    """One opened source and how it is read."""
 
     source: Source
     template: DataTemplate
-    detected: bool
-    columns: Mapping[str, str]
-    num_rows: int | None = None
-    weight: float | None = None
+    detected: bool  # whether the template was chosen by the columns (`template: auto`)
+    columns: Mapping[str, str]  # template field → column of the rows
+    num_rows: int | None = None  # train rows to take (`#N`); None takes all
+    weight: float | None = None  # share of the mix, relative to the other weights
 
     def texts(self, fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         """Column and text of every text of a row that the template reads, messages one by one."""

@@ -16,32 +16,20 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class EncodedRow:
-    """One row as the model gets it.
+    """One row as the model gets it."""
 
-    Attributes:
-        input_ids: the BOS, then the row, which ends with a stop token.
-        labels: of the same length; the token's own id where it is in the loss, -100 elsewhere (not shifted).
-    """
-
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: list[int]  # the BOS, then the row, which ends with a stop token
+    labels: list[int]  # of the same length; the token's own id where it is in the loss, -100 elsewhere (not shifted)
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedRows(Sequence[EncodedRow]):
-    """Many rows over two flat arrays. Row `i` is `[starts[i] : starts[i] + lengths[i]]` of both; rows may share tokens.
+    """Rows over two flat arrays; row `i` is `[starts[i] : starts[i] + lengths[i]]` of both. Rows may share tokens."""
 
-    Attributes:
-        token_ids: int32 [num_tokens]; possibly a read-only memory map.
-        supervised: bool [num_tokens]; whether a token is in the loss.
-        starts: int64 [num_rows].
-        lengths: int64 [num_rows], in tokens.
-    """
-
-    token_ids: npt.NDArray[np.int32]
-    supervised: npt.NDArray[np.bool_]
-    starts: Ints
-    lengths: Ints
+    token_ids: npt.NDArray[np.int32]  # int32 [num_tokens]; possibly a read-only memory map
+    supervised: npt.NDArray[np.bool_]  # bool [num_tokens]; whether a token is in the loss
+    starts: Ints  # int64 [num_rows]
+    lengths: Ints  # int64 [num_rows], in tokens
 
     @classmethod
     def from_rows(cls, rows: Iterable[EncodedRow]) -> EncodedRows:

@@ -24,22 +24,14 @@ Side = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class Datasets:
-    """Encoded rows; their tokens, places and examples lie on disk and are mapped.
-
-    Attributes:
-        train, eval: token ids and what of them is in the loss.
-        train_places: where each train row stands in its source, such as `rows.jsonl:12`.
-        eval_examples: `eval_examples[i]` is what `eval[i]` was made of.
-        report: counts.
-        cached: whether they were read from the token cache.
-    """
+    """Encoded rows; their tokens, places and examples lie on disk and are mapped."""
 
     train: EncodedRows
     eval: EncodedRows
-    train_places: Sequence[str]
-    eval_examples: Sequence[Example]
+    train_places: Sequence[str]  # where each train row stands in its source, such as `rows.jsonl:12`
+    eval_examples: Sequence[Example]  # `eval_examples[i]` is what `eval[i]` was made of
     report: DataReport
-    cached: bool = False
+    cached: bool = False  # whether they were read from the token cache
 
     @property
     def sha256(self) -> str:
@@ -120,24 +112,17 @@ class _Counts:
 
 @dataclass
 class _Encoded:
-    """What both sides come to.
+    """What both sides come to."""
 
-    Attributes:
-        lengths: tokens of every row before the length policy.
-        num_too_long, too_long: rows beyond the limit; place and tokens of the first of them.
-        dropped: place and tokens of the first that are dropped for it.
-        controls: where row text spells control tokens, and how many (S8).
-    """
-
-    lengths: array[int] = field(default_factory=lambda: array("q"))
+    lengths: array[int] = field(default_factory=lambda: array("q"))  # tokens of every row before the length policy
     longest: int = 0
     longest_row: str = ""
     num_too_long: int = 0
-    too_long: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
+    too_long: list[str] = field(default_factory=list)  # place and tokens of the first of them
+    dropped: list[str] = field(default_factory=list)  # place and tokens of the first that are dropped for it
     truncated: int = 0
     truncated_answers: int = 0
-    controls: dict[str, int] = field(default_factory=dict)
+    controls: dict[str, int] = field(default_factory=dict)  # where row text spells control tokens, and how many (S8)
 
 
 def _encode_side(

@@ -21,39 +21,25 @@ from gemma_tune.data.text.duplicates import NearDuplicates
 
 @dataclass(frozen=True, slots=True)
 class AuditReport:
-    """All that an audit found; `dataclasses.asdict` of it is JSON.
+    """All that an audit found; `dataclasses.asdict` of it is JSON."""
 
-    Attributes:
-        rows, train_rows, eval_rows: that could be read and rendered.
-        bad_rows: that could not.
-        tokens, supervised_tokens: over all rows.
-        supervised_share: of the tokens, 0 to 1.
-        max_seq_tokens: the recipe's limit.
-        length_bins: rows by length in tokens.
-        length_p50, length_p90, length_p99, length_max: tokens.
-        categories: name and rows, most frequent first; empty where rows have none.
-        languages: ISO 639-1 code and rows of the sample, most frequent first; `?` is too short or unclear.
-        language_rows: size of that sample.
-        findings: errors first, then by count.
-    """
-
-    rows: int
+    rows: int  # that could be read and rendered
     train_rows: int
     eval_rows: int
-    bad_rows: int
+    bad_rows: int  # that could not
     tokens: int
     supervised_tokens: int
-    supervised_share: float
+    supervised_share: float  # of the tokens, 0 to 1
     max_seq_tokens: int
-    length_bins: tuple[LengthBin, ...]
-    length_p50: int
+    length_bins: tuple[LengthBin, ...]  # rows by length in tokens
+    length_p50: int  # tokens
     length_p90: int
     length_p99: int
     length_max: int
-    categories: tuple[tuple[str, int], ...]
-    languages: tuple[tuple[str, int], ...]
-    language_rows: int
-    findings: tuple[AuditFinding, ...]
+    categories: tuple[tuple[str, int], ...]  # name and rows, most frequent first; empty where rows have none
+    languages: tuple[tuple[str, int], ...]  # ISO 639-1 code (`?`: too short or unclear) and rows of the sample
+    language_rows: int  # size of that sample
+    findings: tuple[AuditFinding, ...]  # errors first, then by count
 
 
 def audit_rows(

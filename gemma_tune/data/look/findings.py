@@ -37,25 +37,15 @@ FINDING_KINDS: tuple[str, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class AuditFinding:
-    """One kind of thing that was found.
+    """One kind of thing that was found."""
 
-    Attributes:
-        kind: a short name, for `--fail-on KIND=N`.
-        severity: error, warning or info.
-        count: rows (or problems) concerned.
-        summary: a sentence.
-        samples: place and detail of the first 20; personal values are masked.
-        places: every place, compactly: `rows.jsonl: 3-5, 9`.
-        option: the recipe line that would act on it, where there is one.
-    """
-
-    kind: str
+    kind: str  # a short name, for `--fail-on KIND=N`
     severity: Severity
-    count: int
-    summary: str
-    samples: tuple[tuple[str, str], ...]
-    places: str
-    option: str | None = None
+    count: int  # rows (or problems) concerned
+    summary: str  # a sentence
+    samples: tuple[tuple[str, str], ...]  # place and detail of the first 20; personal values are masked
+    places: str  # every place, compactly: `rows.jsonl: 3-5, 9`
+    option: str | None = None  # the recipe line that would act on it, where there is one
 
 
 class Hits:

@@ -27,17 +27,11 @@ MAX_MEASURED_ROWS = 20_000
 
 @dataclass(frozen=True)
 class GoalFacts:
-    """What a goal means for the rows.
+    """What a goal means for the rows."""
 
-    Attributes:
-        about: a line for a question.
-        templates: those that serve it; of the first of them come the fields of rows that fit none.
-        fields: those that rows with other columns must be mapped to, each with names that such a column often has.
-    """
-
-    about: str
-    templates: tuple[str, ...]
-    fields: Mapping[str, tuple[str, ...]]
+    about: str  # a line for a question
+    templates: tuple[str, ...]  # those that serve it; of the first of them come the fields of rows that fit none
+    fields: Mapping[str, tuple[str, ...]]  # to map other columns to, each with names that such a column often has
 
 
 _ASKED = ("question", "query", "prompt", "input", "user", "ask", "problem", "title")
@@ -54,15 +48,10 @@ GOALS: dict[Goal, GoalFacts] = {
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long the rows of a source are.
+    """How long the rows of a source are."""
 
-    Attributes:
-        tokens: of each row that was measured, sorted; a template's own words are allowed for.
-        num_rows: of the source; MAX_MEASURED_ROWS where there are more. With `#N` that number.
-    """
-
-    tokens: tuple[int, ...]
-    num_rows: int
+    tokens: tuple[int, ...]  # of each row that was measured, sorted; a template's own words are allowed for
+    num_rows: int  # of the source; MAX_MEASURED_ROWS where there are more. With `#N` that number
 
 
 def read_columns(source: str) -> tuple[str, ...]:

@@ -14,37 +14,23 @@ from gemma_tune.text import did_you_mean
 
 @dataclass(frozen=True, slots=True)
 class PreviewToken:
-    """One token.
+    """One token."""
 
-    Attributes:
-        id: in the model's vocabulary.
-        piece: as it stands in the vocabulary, such as `▁Paris` or `<0xF0>`.
-        trained: whether it is in the loss.
-        control: whether it is a control token, such as `<end_of_turn>`.
-    """
-
-    id: int
-    piece: str
-    trained: bool
-    control: bool
+    id: int  # in the model's vocabulary
+    piece: str  # as it stands in the vocabulary, such as `▁Paris` or `<0xF0>`
+    trained: bool  # whether it is in the loss
+    control: bool  # whether it is a control token, such as `<end_of_turn>`
 
 
 @dataclass(frozen=True)
 class PreviewRow:
-    """One row as the model gets it.
+    """One row as the model gets it."""
 
-    Attributes:
-        where: its place in its source.
-        num_tokens, num_supervised: tokens, and those in the loss.
-        tokens: in order, the BOS first.
-        text: runs of tokens that are trained alike, decoded: (text, trained, control).
-    """
-
-    where: str
+    where: str  # its place in its source
     num_tokens: int
-    num_supervised: int
-    tokens: tuple[PreviewToken, ...]
-    text: tuple[tuple[str, bool, bool], ...]
+    num_supervised: int  # in the loss
+    tokens: tuple[PreviewToken, ...]  # in order, the BOS first
+    text: tuple[tuple[str, bool, bool], ...]  # runs of tokens that are trained alike, decoded: (text, trained, control)
 
     def styled(self, *, colours: bool) -> Iterator[tuple[str, str]]:
         """Pieces of text with a rich style: every second token underlined; without colours trained text in ⟦ ⟧."""

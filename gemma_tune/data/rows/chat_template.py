@@ -53,15 +53,10 @@ def control_strings(tokenizer: ChatTokenizer) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Skeleton:
-    """The template's own text around the messages.
+    """The template's own text around the messages."""
 
-    Attributes:
-        literals: one more than there are messages; literals[i] stands before message i, the last one behind the last.
-        strips: for each message, whether the template removes white space on its left and on its right.
-    """
-
-    literals: tuple[str, ...]
-    strips: tuple[tuple[bool, bool], ...]
+    literals: tuple[str, ...]  # [num_messages + 1]; literals[i] stands before message i
+    strips: tuple[tuple[bool, bool], ...]  # [num_messages]; is white space removed on its left, and on its right?
 
     def content(self, index: int, text: str) -> str:
         left, right = self.strips[index]

@@ -20,15 +20,10 @@ KEY_BYTES = 16
 
 @dataclass(frozen=True, eq=False)
 class RowKeys:
-    """What the keys of rows say.
+    """What the keys of rows say."""
 
-    Attributes:
-        numbers: [num_rows]; equal where the rows are equal.
-        places: [num_rows], in [0, 1); where the seed puts a row and its equals.
-    """
-
-    numbers: Ints
-    places: npt.NDArray[np.float64]
+    numbers: Ints  # [num_rows]; equal where the rows are equal
+    places: npt.NDArray[np.float64]  # [num_rows], in [0, 1); where the seed puts a row and its equals
 
     @classmethod
     def of(cls, keys: bytes | bytearray, *, seed: int) -> RowKeys:

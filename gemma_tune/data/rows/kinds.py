@@ -13,23 +13,14 @@ KindName = Literal["text", "chat", "preference"]
 
 @dataclass(frozen=True)
 class TemplateKind:
-    """What a kind of template decides.
+    """What a kind of template decides."""
 
-    Attributes:
-        name: what a template file calls it.
-        rows: what a row of it holds, as training methods call it.
-        needs_chat: whether rows are rendered with the model's chat template.
-        answers: columns that hold whole answers; they may bring the conversation before them along.
-        keys: which of prompt, response, messages and conversation a file has together.
-        shape: the same in words.
-    """
-
-    name: KindName
-    rows: RowKind
-    needs_chat: bool
-    answers: tuple[str, ...]
-    keys: tuple[frozenset[str], ...]
-    shape: str
+    name: KindName  # what a template file calls it
+    rows: RowKind  # what a row of it holds, as training methods call it
+    needs_chat: bool  # whether rows are rendered with the model's chat template
+    answers: tuple[str, ...]  # columns that hold whole answers; they may bring the conversation before them along
+    keys: tuple[frozenset[str], ...]  # which of prompt, response, messages and conversation a file has together
+    shape: str  # the same in words
 
 
 _MESSAGES, _CONVERSATION = frozenset({"messages"}), frozenset({"conversation"})

@@ -37,18 +37,12 @@ _MARKER_LAST_CHARACTERS = "#>]|"
 
 @dataclass(frozen=True)
 class Examples:
-    """Rendered rows, divided and in the order of training.
+    """Rendered rows, divided and in the order of training."""
 
-    Attributes:
-        train, eval: no row of one has the text of a row of the other. Read from disk one by one.
-        report: counts.
-        sha256: of the sources, templates, mappings and settings that decide which rows these are and how they read.
-    """
-
-    train: Sequence[Example]
-    eval: Sequence[Example]
+    train: Sequence[Example]  # read from disk one by one, as `eval`
+    eval: Sequence[Example]  # without a row whose text is in `train`
     report: ReadReport
-    sha256: str
+    sha256: str  # of the sources, templates, mappings and settings that decide which rows these are and how they read
 
 
 @dataclass

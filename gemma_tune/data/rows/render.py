@@ -27,24 +27,14 @@ END_OF_TEXT = Segment("", supervised=True, control=True, stop=True)
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One rendered row.
+    """One rendered row."""
 
-    Attributes:
-        where: the row's place in its source.
-        segments: in order; the last one is a supervised stop token. The encoder puts the BOS before them.
-        question: what the row asks: the question field, or the last message of the user.
-        response: the last answer, without the stop token; what a model's answer is compared with.
-        category: the row's category, where it has one.
-        key: a hash of the fields or messages that the template reads, white space at their ends aside; equal rows have
-            equal keys wherever they stand, and templates that read the same fields give the same key.
-    """
-
-    where: str
-    segments: tuple[Segment, ...]
-    question: str
-    response: str
-    category: str | None
-    key: bytes
+    where: str  # the row's place in its source
+    segments: tuple[Segment, ...]  # the last one is a supervised stop token; the encoder puts the BOS before them
+    question: str  # what the row asks: the question field, or the last message of the user
+    response: str  # the last answer, without the stop token; what a model's answer is compared with
+    category: str | None  # the row's category, where it has one
+    key: bytes  # a hash of the fields or messages that the template reads, white space at their ends aside
 
     @property
     def prompt_segments(self) -> tuple[Segment, ...]:

@@ -9,20 +9,12 @@ from gemma_tune.errors import DataError
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A piece of a rendered row.
+    """A piece of a rendered row."""
 
-    Attributes:
-        text: the piece; empty when `stop`.
-        supervised: whether its tokens are in the loss.
-        control: True for template text, in which control tokens are meant; False for a row's own text, which is encoded
-            as plain text whatever it holds.
-        stop: the tokenizer's end-of-text token, whatever its name.
-    """
-
-    text: str
-    supervised: bool
-    control: bool
-    stop: bool = False
+    text: str  # empty when `stop`
+    supervised: bool  # whether its tokens are in the loss
+    control: bool  # template text, in which control tokens are meant; a row's own text is always encoded as plain text
+    stop: bool = False  # the tokenizer's end-of-text token, whatever its name
 
     @property
     def is_row_prompt(self) -> bool:

@@ -65,44 +65,30 @@ class MessageTemplate:
 
 @dataclass(frozen=True)
 class DataTemplate:
-    """How one row becomes a prompt and a response.
+    """How one row becomes a prompt and a response."""
 
-    Attributes:
-        name: what the recipe calls it.
-        kind: `text` joins prompt and response as plain text and ends with the tokenizer's eos; `chat` renders messages
-            with the model's own chat template and ends with its turn end; `preference` reads a conversation with a
-            chosen and a rejected answer, both in chat turns.
-        about: one line for lists.
-        required: fields that every row must have as text.
-        optional: fields that are empty text where a row has none.
-        question: the field a user's question goes to when the model is asked; None where rows hold whole conversations.
-        category: the field whose value groups rows in reports.
-        prompt: Jinja of a text template.
-        response: Jinja of a text template.
-        strip_response: whether white space around the response is removed.
-        messages: of a chat template whose rows hold single fields; the last one is the assistant's.
-        conversation: of a chat template whose rows hold whole conversations: the columns that may hold the list of
-            {role, content} or {from, value}, or a single question as text; the first one that a row has is taken.
-        example: a row of the right form, shown when rows are not.
-        sha256: of `source_text` in UTF-8.
-        source_text: the file as it was read; `load_template` reads it back from a run.
-    """
-
-    name: str
+    name: str  # what the recipe calls it
+    # `text` joins prompt and response as plain text and ends with the tokenizer's eos; `chat` renders messages with the
+    # model's own chat template and ends with its turn end; `preference` reads a conversation with a chosen and a
+    # rejected answer, both in chat turns
     kind: KindName
-    about: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
+    about: str  # one line for lists
+    required: tuple[str, ...]  # fields that every row must have as text
+    optional: tuple[str, ...]  # fields that are empty text where a row has none
+    # the field a user's question goes to when the model is asked; None where rows hold whole conversations
     question: str | None
-    category: str | None
-    prompt: str
-    response: str
-    strip_response: bool
+    category: str | None  # the field whose value groups rows in reports
+    prompt: str  # Jinja of a text template
+    response: str  # Jinja of a text template
+    strip_response: bool  # whether white space around the response is removed
+    # of a chat template whose rows hold single fields; the last one is the assistant's
     messages: tuple[MessageTemplate, ...]
+    # of a chat template whose rows hold whole conversations: the columns that may hold the list of {role, content} or
+    # {from, value}, or a single question as text; the first one that a row has is taken
     conversation: tuple[str, ...]
-    example: Mapping[str, object] = field(compare=False, repr=False)
-    sha256: str
-    source_text: str = field(repr=False)
+    example: Mapping[str, object] = field(compare=False, repr=False)  # a row of the right form, shown when rows are not
+    sha256: str  # of `source_text` in UTF-8
+    source_text: str = field(repr=False)  # the file as it was read; `load_template` reads it back from a run
 
     @property
     def rows(self) -> RowKind:

@@ -17,31 +17,19 @@ STOPPED = "reading stopped here"
 
 @dataclass(frozen=True, slots=True)
 class SourceRow:
-    """One row as it was found.
+    """One row as it was found."""
 
-    Attributes:
-        fields: column → value, unchecked.
-        where: `rows.jsonl:12` (file and 1-based line), `rows.parquet[3]` or `owner/name[train]:3` (0-based index).
-    """
-
-    fields: dict[str, object]
-    where: str
+    fields: dict[str, object]  # column → value, unchecked
+    where: str  # `rows.jsonl:12` (file and 1-based line), `rows.parquet[3]` or `owner/name[train]:3` (0-based index)
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenLine:
-    """A piece of a source that is no row.
+    """A piece of a source that is no row."""
 
-    Attributes:
-        where: as in a row; with the 1-based column behind the line where it is known (`rows.jsonl:12:7`).
-        problem: what is wrong with it, such as `a list, not an object`.
-        ends_reading: nothing behind it could be read (a .json list or a CSV file whose structure is broken), so rows
-            are missing without a `BrokenLine` of their own.
-    """
-
-    where: str
-    problem: str
-    ends_reading: bool = False
+    where: str  # as in a row; with the 1-based column behind the line where it is known (`rows.jsonl:12:7`)
+    problem: str  # what is wrong with it, such as `a list, not an object`
+    ends_reading: bool = False  # nothing behind it could be read: the structure of a .json list or a CSV file is broken
 
 
 SourceItem = SourceRow | BrokenLine
@@ -49,19 +37,12 @@ SourceItem = SourceRow | BrokenLine
 
 @dataclass(frozen=True, slots=True)
 class RowFile:
-    """A file of rows that was found and hashed.
-
-    Attributes:
-        path: where it lies.
-        name: as messages call it.
-        sha256: of its bytes on disk.
-        stamp: size and modification time when it was hashed.
-    """
+    """A file of rows that was found and hashed."""
 
     path: Path
-    name: str
-    sha256: str
-    stamp: tuple[int, int]
+    name: str  # as messages call it
+    sha256: str  # of its bytes on disk
+    stamp: tuple[int, int]  # size and modification time when it was hashed
 
 
 def shown(names: Iterable[str]) -> str:

@@ -27,18 +27,11 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 @dataclass(frozen=True)
 class Source:
-    """A source of rows that was found and holds something.
+    """A source of rows that was found and holds something."""
 
-    Attributes:
-        label: the source as messages call it: `rows.jsonl`, `rows-*.jsonl (3 files)`, `owner/name[train]`.
-        sha256: of the file's bytes as they lie on disk; of the names and hashes of several files, in their order; of
-            the rows as JSON for a hub dataset.
-        columns: those of the first 1,000 rows, in the order of first appearance; none where every piece is broken.
-    """
-
-    label: str
-    sha256: str
-    columns: tuple[str, ...]
+    label: str  # the source as messages call it: `rows.jsonl`, `rows-*.jsonl (3 files)`, `owner/name[train]`
+    sha256: str  # of the file's bytes; of several files' names and hashes; of a hub dataset's rows as JSON
+    columns: tuple[str, ...]  # of the first 1,000 rows, in the order of first appearance
     _read: Callable[[], Iterator[SourceItem]] = field(repr=False, compare=False)
 
     def rows(self) -> Iterator[SourceRow | BrokenLine]:
