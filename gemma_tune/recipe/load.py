@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import YAMLError
+from pydantic import ValidationError
 
 from gemma_tune.errors import RecipeError
 from gemma_tune.paths import RECIPES_DIR
+from gemma_tune.recipe.keys import refuse_foreign
 from gemma_tune.recipe.problems import Problem, problem_of, raise_problems
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.secrets import find_secrets
 from gemma_tune.text import did_you_mean
-from gemma_tune.yaml_io import dump_yaml, read_yaml_tree, yaml_errors
+from gemma_tune.yaml_io import dump_yaml, read_yaml, read_yaml_text
 
 MAX_RECIPE_BYTES = 256 * 1024
+_ROWS_SUFFIXES = frozenset({".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".xlsx", ".xls"})
 # For a look at rows without a recipe.
 ROWS_MAX_SEQ_TOKENS = 2048
 # Keys that hold a credential elsewhere. A recipe is copied into runs, reports and model cards, so it never holds one.
@@ -55,7 +55,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
         RecipeError: the file cannot be read, is not YAML, or holds mistakes; all mistakes are in the one message.
     """
     path = find_recipe(path)
-    text = _read_text(path)
+    text = read_yaml_text(path, max_bytes=MAX_RECIPE_BYTES, what="a recipe", error=RecipeError)
     values, lines = parse_yaml(text, label=str(path))
     for override in overrides:
         _apply_override(values, lines, override)
@@ -83,7 +83,13 @@ def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedReci
 def find_recipe(path: Path) -> Path:
     """Return the recipe file that `path` names: a file, or a shipped recipe by name or as `recipes/<name>.yaml`."""
     if path.is_file():
+        if _ROWS_SUFFIXES.intersection(suffix.lower() for suffix in path.suffixes[-2:]):
+            raise RecipeError(
+                f"{path} holds rows, and a recipe is expected", hint=f"gemma-tune init {path} writes a recipe for them"
+            )
         return path
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"{path} is a pipe or a device, and a recipe is a file", hint="write it to a .yaml file")
     if path.is_dir():
         raise RecipeError(
             f"{path} is a directory, not a recipe", hint="give a .yaml file; shipped ones: gemma-tune recipes list"
@@ -97,61 +103,15 @@ def find_recipe(path: Path) -> Path:
     )
 
 
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES // 1024} KiB, which no recipe is")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise RecipeError(
-            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8"
-        ) from None
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from None
-
-
 def parse_yaml(text: str, *, label: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Parse YAML 1.2 into plain values, and the line of every path.
-
-    YAML 1.2 reads `2e-4` as a number and `no` as text; duplicate keys, anchors and aliases are refused.
-
-    Returns:
-        The values, and a map from `section.field` to its 1-based line.
-    """
-    with yaml_errors(label, error=RecipeError):
-        tree = read_yaml_tree(text)
-    if not isinstance(tree, CommentedMap):
-        raise RecipeError(
-            f"{label}: a recipe is a mapping of sections, found {_kind(tree)}",
-            hint="see gemma-tune recipes show quickstart",
-        )
-    lines: dict[str, int] = {}
-    return _plain(tree, path="", label=label, lines=lines), lines
-
-
-def _kind(value: object) -> str:
-    return {type(None): "nothing", CommentedSeq: "a list"}.get(type(value), f"'{value}'")
-
-
-def _plain(node: Any, *, path: str, label: str, lines: dict[str, int]) -> Any:
-    """Ruamel's round-trip tree as dict, list and scalars; records the line of each path."""
-    anchor = getattr(getattr(node, "anchor", None), "value", None)
-    if anchor:
-        raise RecipeError(
-            f"{label}: {path}: anchors (&{anchor}) are not allowed in a recipe", hint="write the value out"
-        )
-    if isinstance(node, CommentedMap):
-        plain = {}
-        for key, value in node.items():
-            name = f"{path}.{key}" if path else str(key)
-            lines[name] = node.lc.key(key)[0] + 1
-            plain[str(key)] = _plain(value, path=name, label=label, lines=lines)
-        return plain
-    if isinstance(node, CommentedSeq):
-        return [_plain(value, path=f"{path}.{index}", label=label, lines=lines) for index, value in enumerate(node)]
-    kind = next((scalar for scalar in (bool, int, float, str) if isinstance(node, scalar)), None)
-    return node if kind is None else kind(node)
+    """Parse the text of a recipe into its sections, and the 1-based line of every path."""
+    tree, lines = read_yaml(text, label=label, error=RecipeError)
+    if isinstance(tree, dict):
+        return tree, lines
+    found = {type(None): "nothing", list: "a list", str: "text"}.get(type(tree), "a number")
+    raise RecipeError(
+        f"{label}: a recipe is a mapping of sections, found {found}", hint="see gemma-tune recipes show quickstart"
+    )
 
 
 def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str) -> None:
@@ -164,20 +124,29 @@ def _apply_override(values: dict[str, Any], lines: dict[str, int], override: str
             hint="write section.field=value, for example training.max_steps=20",
         )
     try:
-        value = _plain(read_yaml_tree(text), path=path, label="command line", lines={})
-    except YAMLError:
-        value = text  # a Windows path or a lone colon: plain text, as the shell gave it
+        value, _ = read_yaml(text, label="command line", error=RecipeError)
+    except RecipeError:
+        value = text  # a Windows path, *.jsonl or a lone colon: plain text, as the shell gave it
     section: Any = values
     if isinstance(word := values.get("method"), str) and len(parts) > 1:
         values["method"] = {"name": word}
-    for part in parts[:-1]:
-        if section.get(part) is None:
-            section[part] = {}
-        section = section[part]
-        if not isinstance(section, dict):
-            raise RecipeError(f"the override {override!r} goes into {part!r}, which is not a section")
-    section[parts[-1]] = value
+    *sections, last = parts
+    for part in sections:
+        key = _key_in(section, part, path=path)
+        if isinstance(section, dict) and section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+    section[_key_in(section, last, path=path)] = value
     lines[path.strip()] = 0
+
+
+def _key_in(section: Any, part: str, *, path: str) -> Any:
+    """The key or the index that a part of an override's path means."""
+    if isinstance(section, dict):
+        return part
+    if isinstance(section, list) and part.isdecimal() and len(part) < 9 and int(part) < len(section):
+        return int(part)
+    raise RecipeError(f"the override of {path} looks for {part!r} in a value which is not a section")
 
 
 def _validate(values: dict[str, Any], *, label: str, lines: dict[str, int]) -> Recipe:
@@ -188,7 +157,8 @@ def _validate(values: dict[str, Any], *, label: str, lines: dict[str, int]) -> R
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        found = [problem_of(item, _names_at(item["loc"])) for item in error.errors(include_url=False)]
+        found = [problem_of(item, Recipe) for item in error.errors(include_url=False)]
+        refuse_foreign(values, label=label)
         raise_problems(found + missing, label=label, lines=lines)
         raise
     raise_problems(missing + check_rules(recipe), label=label, lines=lines)
@@ -210,31 +180,23 @@ def _secrets(values: Mapping[str, Any]) -> list[Problem]:
     """Keys and values that would hold a credential (S5)."""
     return [
         Problem(
-            f"{section}.{key}",
+            path,
             "a recipe never holds a credential: it is copied into runs and model cards",
             fix="hf auth login, or set HF_TOKEN",
         )
-        for section, fields in values.items()
-        if isinstance(fields, Mapping)
-        for key, value in fields.items()
-        if isinstance(value, str)
-        and (
-            any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS)
-            or value.startswith("hf_")
-            or any(find_secrets(value))
-        )
+        for path, key, value in _texts_in("", values)
+        if any(word == key or key.endswith(f"_{word}") for word in SECRET_WORDS)
+        or value.startswith("hf_")
+        or any(find_secrets(value))
     ]
 
 
-def _names_at(location: tuple[int | str, ...]) -> list[str]:
-    """The keys that are allowed in the section where an unknown key was found."""
-    model: type[BaseModel] = Recipe
-    for part in location[:-1]:
-        annotation = model.model_fields[str(part)].annotation if str(part) in model.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            return []
-        model = annotation
-    return list(model.model_fields)
+def _texts_in(path: str, value: Any, key: str = "") -> Iterator[tuple[str, str, str]]:
+    """Path, last key and value of every text of a recipe."""
+    if isinstance(value, str):
+        yield path, key, value
+    for name, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
+        yield from _texts_in(f"{path}.{name}" if path else str(name), item, str(name))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from gemma_tune.errors import RecipeError
+from gemma_tune.recipe.keys import bounds_of, field_at, hint_for, in_words, is_like_a_key
 from gemma_tune.text import did_you_mean
 
 
@@ -20,69 +24,72 @@ class Problem:
         path: YAML path such as `training.learning_rate`.
         message: what was found and what is allowed.
         fix: the change that corrects it, when there is an obvious one.
+        shown_path: the path in messages, where the key is not to be repeated.
     """
 
     path: str
     message: str
     fix: str | None = None
+    shown_path: str | None = None
 
 
 _PLAIN = {
-    "missing": "is required",
-    "int_type": "must be a whole number",
-    "int_from_float": "must be a whole number",
-    "float_type": "must be a number",
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping of names to names",
     "model_type": "must be a section with settings of its own",
     "model_attributes_type": "must be a section with settings of its own",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-'",
+    "too_short": "must name at least one",
 }
-
-
+_WHOLE_NUMBER = ("int_type", "int_from_float", "int_parsing", "int_parsing_size")
+_OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 # Values that went, and what serves in their place.
 _SERVED_BY = {"training.data_parallel='zero2'": "training.data_parallel=fsdp"}
+_MAX_WORD_CHARS = 60
 
 
 def _found(value: object) -> str:
-    """The value as YAML would show it, shortened."""
-    text = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
-    text = text or (f"'{value}'" if isinstance(value, str) else str(value))
-    return text if len(text) <= 60 else text[:57] + "..."
+    """The value as YAML would show it; of what may be a row's only the kind."""
+    if isinstance(value, str):
+        is_word = len(value) <= _MAX_WORD_CHARS and not any(map(str.isspace, value))
+        return f"'{value}'" if is_word else f"text of {len(value)} characters"
+    if isinstance(value, bool | None):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return ".nan" if math.isnan(value) else ".inf" if value > 0 else "-.inf"
+    return (
+        str(value) if isinstance(value, int | float) else "a list" if isinstance(value, list | tuple) else "a mapping"
+    )
 
 
-def _allowed(error: ErrorDetails) -> str:
+def _allowed(error: ErrorDetails, field: FieldInfo | None) -> str:
     """The rule that a value broke, in words."""
-    kind, context = error["type"], error.get("ctx", {})
-    bounds = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
-    bounds |= {"less_than_equal": "at most {le}"}
-    if kind in bounds:
-        return "must be " + bounds[kind].format(**context)
+    kind = error["type"]
+    if kind in (*_WHOLE_NUMBER, *_OUT_OF_BOUNDS, "float_type", "float_parsing"):
+        is_whole = kind in _WHOLE_NUMBER or (kind != "float_type" and isinstance(error["input"], int))
+        bounds = bounds_of(field) if field else in_words(error.get("ctx", {}))
+        return f"must be a {'whole ' if is_whole else ''}number {bounds}".rstrip()
     if kind == "literal_error":
-        return "must be one of " + str(context["expected"]).replace(" or ", ", ")
-    if kind == "string_too_short":
-        return "must not be empty"
-    if kind == "string_pattern_mismatch":
-        return "must be 1 to 64 letters, digits, '.', '_' or '-', not starting with '.' or '-'"
-    if kind == "too_short":
-        return "must name at least one"
+        return "must be one of " + str(error["ctx"]["expected"]).replace(" or ", ", ")
     return _PLAIN.get(kind, error["msg"])
 
 
-def problem_of(error: ErrorDetails, names_of_section: Sequence[str]) -> Problem:
-    """Translate one pydantic error; `names_of_section` are the keys allowed where it happened."""
+def problem_of(error: ErrorDetails, root: type[BaseModel]) -> Problem:
+    """Translate one pydantic error; `root` is the model that was read."""
     path = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        key = str(error["loc"][-1])
-        where = "section" if len(error["loc"]) == 1 else "key"
-        hint = did_you_mean(key, names_of_section) or "allowed: " + ", ".join(names_of_section)
-        return Problem(path, f"unknown {where}; {hint}")
+        where, shown = "section" if len(error["loc"]) == 1 else "key", None
+        if not is_like_a_key(str(error["loc"][-1])):
+            shown = ".".join([*map(str, error["loc"][:-1]), "…"])
+        return Problem(path, f"unknown {where}; {hint_for(root, error['loc'])}", shown_path=shown)
     if error["type"] == "missing":
         return Problem(path, "is required and missing")
     found = _found(error["input"])
     near = did_you_mean(found, re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))))
-    message = f"{_allowed(error)}, found {found}" + (f"; {near}" if near else "")
+    message = f"{_allowed(error, field_at(root, error['loc']))}, found {found}" + (f"; {near}" if near else "")
     return Problem(path, message, fix=_SERVED_BY.get(f"{path}={found}"))
 
 
@@ -93,9 +100,8 @@ def raise_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, 
     told = []
     for problem in problems:
         where = _where(problem.path, label=label, lines=lines)
-        told.append(
-            f"{where}: {problem.path}: {problem.message}" + (f"\n    fix: {problem.fix}" if problem.fix else "")
-        )
+        fix = f"\n    fix: {problem.fix}" if problem.fix else ""
+        told.append(f"{where}: {problem.shown_path or problem.path}: {problem.message}{fix}")
     count = "1 problem" if len(told) == 1 else f"{len(told)} problems"
     raise RecipeError(
         f"{count} in the recipe\n" + "\n".join(f"  {line}" for line in told),

@@ -13,13 +13,14 @@ from pydantic import Field, StringConstraints
 from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.recipe.choices import OneOf
 from gemma_tune.recipe.methods import METHODS, AnyMethod, MethodFacts, MethodSection
-from gemma_tune.recipe.section import Fraction, Names, NonEmpty, PositiveFloat, PositiveInt, Section
+from gemma_tune.recipe.section import Fraction, Names, NonEmpty, PositiveFloat, PositiveInt, Section, Seed, TokenCount
 
 EngineName = Annotated[str, OneOf(lambda: ("auto", *ENGINES))]
 CheckpointingName = Annotated[
     str,
     OneOf(lambda: ("off", "on", *(each.own_checkpointing for each in ENGINES.values() if each.own_checkpointing))),
 ]
+BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
 LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RUN_NAME_PATTERN = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,63}$"
@@ -183,7 +184,7 @@ class DataSection(Section):
     )
     max_train_rows: PositiveInt | None = Field(None, description="Train on the first N rows after shuffling.")
     max_eval_rows: PositiveInt | None = Field(200, description="Evaluate on at most N rows.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of the split and of the order.")
+    seed: Seed = Field(0, description="Seed of the split and of the order.")
     cache: bool = Field(
         True, description="Keep the encoded rows, so that the same data is ready at once the next time."
     )
@@ -194,8 +195,8 @@ class TrainingSection(Section):
 
     epochs: PositiveFloat = Field(1.0, description="Passes over the training rows; not used when max_steps is given.")
     max_steps: PositiveInt | None = Field(None, description="Optimizer steps; replaces epochs.")
-    batch_size: PositiveInt = Field(4, description="Rows per device and forward pass.")
-    gradient_accumulation: PositiveInt = Field(
+    batch_size: BatchSize = Field(4, description="Rows per device and forward pass.")
+    gradient_accumulation: BatchSize = Field(
         1, description="Forward passes per optimizer step; the loss is weighted by token."
     )
     data_parallel: Literal["ddp", "fsdp"] = Field(
@@ -219,7 +220,9 @@ class TrainingSection(Section):
     ] = Field("adamw", description="8-bit and paged optimizers are bitsandbytes' and save memory on a GPU.")
     adam_beta1: Fraction = Field(0.9, description="AdamW's first-moment decay.")
     adam_beta2: Fraction = Field(0.999, description="AdamW's second-moment decay.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Gradient norm clipping; 0 switches it off.")
+    max_grad_norm: Annotated[float, Field(ge=0, le=1_000_000)] = Field(
+        1.0, description="Gradient norm clipping; 0 switches it off."
+    )
     neftune_alpha: PositiveFloat | None = Field(
         None, description="Noise on the embeddings while training (arXiv:2310.05914)."
     )
@@ -236,7 +239,7 @@ class TrainingSection(Section):
         description="Join rows into sequences of pack_tokens, each row seeing only itself: no padding, so more real "
         "tokens a second; batch_size then counts packs.",
     )
-    pack_tokens: PositiveInt | None = Field(
+    pack_tokens: TokenCount | None = Field(
         None, description="Length of a pack in tokens; null takes data.max_seq_tokens."
     )
     save_every_steps: PositiveInt | None = Field(
@@ -246,7 +249,7 @@ class TrainingSection(Section):
         None,
         description="Longest time without a checkpoint, whatever save_every_steps is; null saves on steps alone.",
     )
-    keep_checkpoints: Annotated[int, Field(ge=2)] = Field(
+    keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         2, description="Newest checkpoints kept; at least 2. The best one and the one resumed from stay besides."
     )
     max_minutes: PositiveFloat | None = Field(
@@ -257,7 +260,7 @@ class TrainingSection(Section):
     early_stop_patience: PositiveInt | None = Field(
         None, description="Stop after N evaluations without a lower eval loss and keep the best adapter."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Seed of adapter initialisation, dropout and batch order.")
+    seed: Seed = Field(0, description="Seed of adapter initialisation, dropout and batch order.")
 
 
 class EvaluationSection(Section):
@@ -266,12 +269,12 @@ class EvaluationSection(Section):
     every_steps: PositiveInt | None = Field(
         None, description="Steps between eval losses while training; null evaluates at the end only."
     )
-    batch_size: PositiveInt | None = Field(None, description="Rows per forward pass; null takes training.batch_size.")
+    batch_size: BatchSize | None = Field(None, description="Rows per forward pass; null takes training.batch_size.")
     exact_match: bool = Field(
         True, description="Answer the eval rows greedily before and after training and compare the strings."
     )
     max_exact_match_rows: PositiveInt = Field(100, description="Eval rows answered for the exact match.")
-    max_new_tokens: PositiveInt = Field(128, description="Longest answer in tokens.")
+    max_new_tokens: TokenCount = Field(128, description="Longest answer in tokens.")
     num_questions: Annotated[int, Field(ge=0, le=20)] = Field(
         3, description="Eval rows whose answers are printed before and after."
     )
@@ -289,7 +292,9 @@ class ExportSection(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Precision of the merged weights; auto keeps the base's."
     )
-    max_shard_gb: PositiveFloat = Field(5.0, description="Largest safetensors file of a merged model, in 10^9 bytes.")
+    max_shard_gb: Annotated[float, Field(ge=0.001, le=1_000_000)] = Field(
+        5.0, description="Largest safetensors file of a merged model, in 10^9 bytes."
+    )
 
 
 class LoggingSection(Section):

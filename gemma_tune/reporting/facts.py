@@ -16,7 +16,7 @@ from gemma_tune.runs.manifest import Manifest, read_manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
 from gemma_tune.text import counted, format_bytes, format_seconds
-from gemma_tune.yaml_io import read_plain_yaml
+from gemma_tune.yaml_io import read_yaml
 
 # Settings in which two runs differ without learning otherwise.
 _NOT_COMPARED = ("run.name", "run.output_dir")
@@ -88,7 +88,7 @@ def gather_facts(run: RunDir) -> RunFacts:
         evaluation=read_evaluation(run),
         metrics=read_metrics(run),
         recipe=recipe,
-        settings=_flat(read_plain_yaml(recipe, label=str(run.resolved_recipe), error=RunError) or {}),
+        settings=_flat(read_yaml(recipe, label=str(run.resolved_recipe), error=RunError)[0] or {}),
     )
 
 

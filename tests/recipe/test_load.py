@@ -46,11 +46,11 @@ def test_every_problem_comes_in_one_message_with_its_line(tmp_path: Path) -> Non
     path = tmp_path / "mine.yaml"
     assert message.startswith("6 problems")
     assert f"{path}:2: model.nmae: unknown key; did you mean 'name'?" in message
-    assert f"{path}:4: training.learning_rate: must be a number, found 'fast'" in message
-    assert f"{path}:5: training.batch_size: must be at least 1, found 0" in message
+    assert f"{path}:4: training.learning_rate: must be a number above 0 and below 1, found 'fast'" in message
+    assert f"{path}:5: training.batch_size: must be a whole number from 1 to 65536, found 0" in message
     assert f"{path}:6: training.optimizer: must be one of 'adamw'" in message
     assert f"{path}:7: data.source: is required and missing" in message
-    assert f"{path}:8: data.max_seq_tokens: must be a whole number, found 1.5" in message
+    assert f"{path}:8: data.max_seq_tokens: must be a whole number from 8 to 1048576, found 1.5" in message
 
 
 def test_unknown_section_and_nested_unknown_key(tmp_path: Path) -> None:
@@ -74,7 +74,9 @@ def test_yaml_1_2_words(tmp_path: Path) -> None:
     assert recipe.training.gradient_checkpointing == "off"
     assert recipe.training.seed == 123
     assert "must be true or false, found 'no'" in refusal(tmp_path, MINIMAL + "model: {load_in_4bit: no}\n")
-    assert "must be a number, found '2e-4'" in refusal(tmp_path, MINIMAL + "training: {learning_rate: '2e-4'}\n")
+    assert "must be a number above 0 and below 1, found '2e-4'" in refusal(
+        tmp_path, MINIMAL + "training: {learning_rate: '2e-4'}\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +88,7 @@ def test_yaml_1_2_words(tmp_path: Path) -> None:
         ("- data\n", "found a list"),
         ("", "found nothing"),
         ("data: &a {source: x}\nmodel: *a\n", "anchors"),
-        ("data: !!python/object/apply:os.system [id]\n", "must be a section"),
+        ("data: !!python/object/apply:os.system [id]\n", ":1: tags (!name) are not allowed"),
         ("data: {source: x, max_seq_tokens: 64, hf_token: abc}\n", "never holds a credential"),
         ("data: {source: hf_abcdefghij, max_seq_tokens: 64}\n", "never holds a credential"),
     ],
@@ -131,14 +133,56 @@ def test_overrides(tmp_path: Path) -> None:
     ("override", "told"),
     [
         ("training.max_stpes=3", "command line: training.max_stpes: unknown key; did you mean 'max_steps'?"),
-        ("training.max_steps=many", "command line: training.max_steps: must be a whole number, found 'many'"),
+        (
+            "training.max_steps=many",
+            "command line: training.max_steps: must be a whole number from 1 to 1000000000, found 'many'",
+        ),
         ("max_steps=3", "cannot read the override"),
         ("training.max_steps", "cannot read the override"),
         ("data.source.path=3", "which is not a section"),
+        ("data.source.0=1", "looks for '0' in a value which is not a section"),
+        ("lora.learning_rate=1e-3", "lora.learning_rate: unknown key; write it as training.learning_rate"),
+        ("lora.batch_size=2", "write it as training.batch_size or evaluation.batch_size"),
+        ("training.num_train_epochs=2", "unknown key; here it is training.epochs"),
+        ("data.mix=[{source: a, wieght: 1}]", "data.mix.0.wieght: unknown key; did you mean 'weight'?"),
+        ("data.mix=[{source: a, weight: .inf}]", "data.mix.0.weight: must be a number above 0 and at most 1000000"),
+        (
+            "data.mix=[{source: 'https://ada:s3cretPassw0rd@x'}]",
+            "data.mix.0.source: a recipe never holds a credential",
+        ),
+        ("training.seed=4294967296", "must be a whole number from 0 to 4294967295, found 4294967296"),
+        ("training.epochs=.inf", "training.epochs: must be a number above 0 and at most 1000000, found .inf"),
     ],
 )
 def test_wrong_overrides(tmp_path: Path, override: str, told: str) -> None:
     assert told in refusal(tmp_path, MINIMAL, override)
+
+
+def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
+    path = write(tmp_path, "data:\n  mix: [{source: a, weight: 1}, {source: b, weight: 1}]\n  max_seq_tokens: 64\n")
+    assert load_recipe(path, ["data.mix.1.weight=3"]).recipe.data.mix[1].weight == 3
+
+
+def test_flat_keys_and_the_recipes_of_others(tmp_path: Path) -> None:
+    assert "learning_rate: unknown section; write it as training.learning_rate" in refusal(
+        tmp_path, MINIMAL + "learning_rate: 1e-3\n"
+    )
+    for trainer, text in {
+        "Axolotl": "base_model: x\nmicro_batch_size: 2\ndatasets: [{path: a}]\n",
+        "LLaMA-Factory": "model_name_or_path: x\nstage: sft\ncutoff_len: 9\n",
+    }.items():
+        assert f"is a configuration of {trainer}, not a recipe" in refusal(tmp_path, text)
+
+
+def test_rows_are_not_a_recipe_and_are_not_repeated(tmp_path: Path) -> None:
+    rows = tmp_path / "tickets.csv"
+    rows.write_text("name,phone\nAda Lovelace,0171 555\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="holds rows, and a recipe is expected") as caught:
+        load_recipe(rows)
+    assert caught.value.hint == f"gemma-tune init {rows} writes a recipe for them"
+    for text in ("name,phone\nAda Lovelace,0171 555\n", "Ada Lovelace: 0171 555\n", "data: Ada Lovelace, 0171 555\n"):
+        told = refusal(tmp_path, text)
+        assert "Ada" not in told and "555" not in told
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from gemma_tune.recipe.problems import problem_of
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.recipe.section import Names, NonEmpty, Section
 from gemma_tune.text import did_you_mean
-from gemma_tune.yaml_io import read_plain_yaml
+from gemma_tune.yaml_io import read_yaml, read_yaml_text
 
 MAX_TEMPLATE_BYTES = 64 * 1024
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
@@ -145,20 +145,8 @@ def load_template(name_or_path: str | Path) -> DataTemplate:
         DataError: there is no such template, or its file is wrong; the message names the file and the key.
     """
     path = _find(str(name_or_path))
-    try:
-        if path.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise DataError(f"{path} is larger than {MAX_TEMPLATE_BYTES // 1024} KiB, which no data template is")
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x})", hint="save the file as UTF-8"
-        ) from None
-    return parse_template(text.replace("\r\n", "\n"), label=path.name)
+    text = read_yaml_text(path, max_bytes=MAX_TEMPLATE_BYTES, what="a data template", error=DataError)
+    return parse_template(text, label=path.name)
 
 
 def check_named(section: DataSection) -> None:
@@ -194,11 +182,11 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
     Raises:
         DataError: not YAML, an unknown key, a Jinja mistake, a field that is declared but not used.
     """
-    values = read_plain_yaml(text, label=label, error=DataError)
+    values, _ = read_yaml(text, label=label, error=DataError)
     try:
         file = _TemplateFile.model_validate(values)
     except ValidationError as error:
-        problems = [problem_of(item, _keys_at(item["loc"])) for item in error.errors(include_url=False)]
+        problems = [problem_of(item, _TemplateFile) for item in error.errors(include_url=False)]
         # The words are a recipe's, whose top-level keys are sections.
         told = "\n".join(
             f"  {problem.path}: {problem.message}".replace("unknown section", "unknown key") for problem in problems
@@ -239,10 +227,6 @@ _SHAPE_HINT = (
     "kind: text has `prompt` and `response`; kind: chat has `messages` (role and content each) or `conversation` "
     "(columns that hold a list of messages)"
 )
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    return list((_MessageFile if location[:1] == ("messages",) and len(location) > 1 else _TemplateFile).model_fields)
 
 
 def _check_shape(file: _TemplateFile, *, label: str) -> None:

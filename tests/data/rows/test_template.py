@@ -61,7 +61,7 @@ def test_unknown_template_names_the_nearest() -> None:
         ("just text", "not a data template"),
         ("a: &x [1]\nb: *x\n", "aliases"),
         ("name: a\nname: b\n", "mine.yaml:2: 'name' is given twice"),
-        ("name: !!python/object/apply:os.system [id]\n", "not YAML"),
+        ("name: !!python/object/apply:os.system [id]\n", "mine.yaml:1: tags"),
         (TEXT + "respone: x\n", "respone: unknown key; did you mean 'response'"),
         (TEXT.replace("text", "tekst"), "kind: must be one of"),
         (TEXT + "optional: [context]\n", "the field 'context' is declared but"),
