@@ -23,7 +23,7 @@ _PRINTABLE = re.compile("[\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff
 _WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n", "~"}
 
 
-class _Reader:
+class _YamlReader:
     """Makes plain values of ruamel's events, and keeps the line of every path.
 
     Of YAML 1.2 it takes mappings, lists and scalars of the core schema; a date is text. Tags, anchors and aliases are
@@ -122,7 +122,7 @@ def read_yaml(text: str, *, label: str, error: ErrorClass) -> tuple[Any, dict[st
     from ruamel.yaml.error import MarkedYAMLError
     from ruamel.yaml.reader import ReaderError
 
-    reader = _Reader(text, label=label, error=error)
+    reader = _YamlReader(text, label=label, error=error)
     try:
         return reader.document(), reader.lines
     except GemmaTuneError:
