@@ -120,8 +120,9 @@ def ours(rows: Path, cache: Path, *, cached: bool = False) -> Measurement:
         made = build_datasets(
             section,
             open_inputs(section, prefers_chat=False),
+            encoder,
+            chat=None,
             tokenizer_files=tokenizer_hashes(TINY_MODEL_DIR),
-            load=lambda: (encoder, None),
         )
         return made, pack_rows(made.train.lengths, capacity=MAX_SEQ_TOKENS, seed=0, epoch=0)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from gemma_tune.data.data_report import DataReport
-from gemma_tune.data.encode.cache import Entry, cache_key, keep_entry, new_entry, read_entry
+from gemma_tune.data.encode.cache import cache_key, keep_entry, new_entry, read_entry
 from gemma_tune.data.encode.encode_rows import Datasets, encode_examples
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import Inputs, open_inputs
@@ -20,36 +19,27 @@ from gemma_tune.recipe.schema import DataSection, Recipe
 def build_datasets(
     section: DataSection,
     inputs: Inputs,
+    encoder: Encoder,
     *,
+    chat: ChatRenderer | None,
     tokenizer_files: Mapping[str, str],
-    load: Callable[[], tuple[Encoder, ChatRenderer | None]],
 ) -> Datasets:
-    """The rows of a recipe, encoded; from the token cache where nothing that decides them has changed.
+    """Encode the rows of a recipe; read them from the token cache where nothing that decides them has changed.
 
-    Args:
-        section: the recipe's data section.
-        inputs: its opened sources.
-        tokenizer_files: file name → SHA-256 of the files that make the tokenizer.
-        load: the encoder and, where a template needs it, the chat renderer; called when the rows must be encoded.
+    `tokenizer_files`: file name → SHA-256 of the files that make the tokenizer.
 
     Raises:
         DataError: see `read_examples` and `encode_examples`.
     """
     key = cache_key(section, inputs, tokenizer_files=tokenizer_files)
     if section.cache and (found := read_entry(key)) is not None:
-        return _datasets(*found, cached=True)
-    encoder, chat = load()
+        return found
     with new_entry(cached=section.cache) as writer:
         examples = read_examples(section, inputs, chat=chat, scratch=writer.directory)
-        report = encode_examples(examples, encoder, section, into=writer)
-        entry = writer.finish()
+        made = writer.finish(encode_examples(examples, encoder, section, add=writer.add))
         if section.cache:
-            keep_entry(key, writer, report)
-    return _datasets(entry, report, cached=False)
-
-
-def _datasets(entry: Entry, report: DataReport, *, cached: bool) -> Datasets:
-    return Datasets(entry.train, entry.eval, entry.train_places, entry.eval_examples, report, cached)
+            keep_entry(key, writer, made.report)
+    return made
 
 
 def open_data(recipe: Recipe) -> tuple[LocalModel, Inputs]:
@@ -61,10 +51,8 @@ def open_data(recipe: Recipe) -> tuple[LocalModel, Inputs]:
 def load_data(recipe: Recipe, *, base: LocalModel, inputs: Inputs) -> tuple[Any, Encoder, Datasets]:
     """The tokenizer of the base, and the recipe's rows as token ids and labels."""
     tokenizer, encoder, chat = load_encoder(base, inputs=inputs)
-    datasets = build_datasets(
-        recipe.data, inputs, tokenizer_files=tokenizer_hashes(base.directory), load=lambda: (encoder, chat)
-    )
-    return tokenizer, encoder, datasets
+    files = tokenizer_hashes(base.directory)
+    return tokenizer, encoder, build_datasets(recipe.data, inputs, encoder, chat=chat, tokenizer_files=files)
 
 
 def load_encoder(base: LocalModel, *, inputs: Inputs) -> tuple[Any, Encoder, ChatRenderer | None]:

@@ -67,7 +67,7 @@ def held_out_rows(section: DataSection, *, base: LocalModel, trained_sha256: str
 
     def load(tokenizer: Any, encoder: Encoder) -> EvalRows:
         chat = ChatRenderer.from_tokenizer(tokenizer) if inputs.needs_chat else None
-        datasets = build_datasets(section, inputs, tokenizer_files=tokenizer_files, load=lambda: (encoder, chat))
+        datasets = build_datasets(section, inputs, encoder, chat=chat, tokenizer_files=tokenizer_files)
         if datasets.sha256 != trained_sha256:
             raise DataError(
                 "the rows of this run have changed since it was trained, so that held-out rows may be trained ones",

@@ -49,8 +49,9 @@ def build(tokenizer: Any, chosen: DataSection, *, chat: ChatRenderer | None = No
     return build_datasets(
         chosen.model_copy(update={"cache": False}),
         open_inputs(chosen, prefers_chat=chat is not None),
+        Encoder(tokenizer),
+        chat=chat,
         tokenizer_files={},
-        load=lambda: (Encoder(tokenizer), chat),
     )
 
 

@@ -144,7 +144,7 @@ def encode(rows: Sequence[Row], tokenizer: Any, folder: Path, **settings: Any) -
     inputs = open_inputs(section, prefers_chat=settings.get("template") == "dolly-chat")
     needs_chat = inputs.template.kind != "text"
     chat_renderer = ChatRenderer.from_tokenizer(tokenizer) if needs_chat else None
-    return build_datasets(section, inputs, tokenizer_files={}, load=lambda: (Encoder(tokenizer), chat_renderer))
+    return build_datasets(section, inputs, Encoder(tokenizer), chat=chat_renderer, tokenizer_files={})
 
 
 @pytest.mark.parametrize("generation", ["tokenizer", "gemma3_tokenizer"])  # Gemma 2 has the template of 1

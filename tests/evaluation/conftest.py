@@ -59,7 +59,7 @@ def drawn_run(tmp_path_factory: pytest.TempPathFactory) -> DrawnRun:
     base = fetch_model("gemma-tiny")
     inputs = open_inputs(recipe.data, prefers_chat=False)
     datasets = build_datasets(
-        recipe.data, inputs, tokenizer_files=tokenizer_hashes(base.directory), load=lambda: (Encoder(tokenizer), None)
+        recipe.data, inputs, Encoder(tokenizer), chat=None, tokenizer_files=tokenizer_hashes(base.directory)
     )
     write_json(
         run.lock,

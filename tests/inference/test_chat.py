@@ -124,8 +124,9 @@ def test_saved_talks_are_rows_that_can_be_trained(tiny_chat: LoadedTarget, tmp_p
     datasets = build_datasets(
         section,
         open_inputs(section, prefers_chat=True),
+        tiny_chat.encoder,
+        chat=tiny_chat.chat,
         tokenizer_files={},
-        load=lambda: (tiny_chat.encoder, tiny_chat.chat),
     )
     assert len(datasets.train) == 3
     with pytest.raises(DataError, match=r"talks.txt is not a .jsonl file"):

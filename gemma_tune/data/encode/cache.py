@@ -13,16 +13,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
+from gemma_tune.data.data_report import DataReport
 from gemma_tune.data.encode.arrays import EncodedRows, Ints, starts_of
-from gemma_tune.data.encode.encode_rows import Side
+from gemma_tune.data.encode.encode_rows import Datasets, Side
 from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.rows.read import examples_sha256
 from gemma_tune.data.rows.render import Example
@@ -33,7 +34,6 @@ from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.recipe.schema import DataSection
 
 CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
-# A file whose presence is an entry's last word: it is written before the rename, after all others.
 _FACTS = "facts.json"
 _TOKEN_IDS, _SUPERVISED, _ROWS = "token_ids.int32", "supervised.bool", "rows.npz"
 _LINES: Mapping[Side, str] = {"train": "train_places.jsonl", "eval": "eval_examples.jsonl"}
@@ -58,10 +58,7 @@ def cache_dir() -> Path:
 def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[str, str]) -> str:
     """Hash what decides the encoded rows: rows, templates, settings, tokenizer, libraries, and ENCODING_FORMAT.
 
-    Args:
-        section: every setting of it counts but where the rows lie, so that a new one cannot be forgotten here.
-        inputs: the opened sources.
-        tokenizer_files: file name → SHA-256 of the files of the tokenizer and its chat template.
+    `tokenizer_files`: file name → SHA-256 of the files of the tokenizer and its chat template.
     """
     packages = (
         *_PACKAGES,
@@ -79,25 +76,15 @@ def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[
     return json_sha256(decided)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Encoded rows on disk. Token ids, places and examples are mapped from their files, not kept in memory."""
-
-    train: EncodedRows
-    eval: EncodedRows
-    train_places: Lines[str]
-    eval_examples: Lines[Example]
-
-
-def read_entry(key: str) -> tuple[Entry, DataReport] | None:
-    """The rows and the report of an entry, or None where there is none or a byte of it has changed."""
-    path = _entry(key)
+def read_entry(key: str) -> Datasets | None:
+    """Read an entry; None where there is none or a byte of it has changed."""
+    path = _entries() / key
     try:
         facts: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
         if facts["sha256"] != _hashes(path):
             shutil.rmtree(path, ignore_errors=True)
             return None
-        return _map_entry(path), report_from(facts["report"])
+        return _map_entry(path, TypeAdapter(DataReport).validate_python(facts["report"]), cached=True)
     except FileNotFoundError:
         if path.exists():  # a file of it is gone
             shutil.rmtree(path, ignore_errors=True)
@@ -126,14 +113,14 @@ class EntryWriter:
         for example in examples:
             self._lines[side].append(example.where if side == "train" else example_to_json(example))
 
-    def finish(self) -> Entry:
+    def finish(self, report: DataReport) -> Datasets:
         """Write what is left, and map it all."""
         arrays = {f"{side}_lengths": np.concatenate([_NO_ROWS, *parts]) for side, parts in self._lengths.items()}
         arrays |= {f"{side}_line_starts": lines.starts for side, lines in self._lines.items()}
         np.savez(self.directory / _ROWS, allow_pickle=False, **arrays)
         for file in self._opened:
             file.flush()
-        return _map_entry(self.directory)
+        return _map_entry(self.directory, report, cached=False)
 
 
 @contextmanager
@@ -162,7 +149,7 @@ def new_entry(*, cached: bool) -> Iterator[EntryWriter]:
 
 def keep_entry(key: str, writer: EntryWriter, report: DataReport) -> None:
     """Give a finished entry its name. A cache that cannot be written is none: nothing is raised."""
-    path = _entry(key)
+    path = _entries() / key
     try:
         text = json.dumps({"report": asdict(report), "sha256": _hashes(writer.directory)}, ensure_ascii=False)
         (writer.directory / _FACTS).write_text(text, encoding="utf-8")
@@ -173,9 +160,8 @@ def keep_entry(key: str, writer: EntryWriter, report: DataReport) -> None:
 
 
 def _new_directory(*, cached: bool) -> Path:
-    """Readable by the user alone (S9)."""
     if cached:
-        parent = cache_dir() / "tokens"
+        parent = _entries()
         try:
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             return Path(tempfile.mkdtemp(prefix=".", dir=parent))
@@ -184,7 +170,7 @@ def _new_directory(*, cached: bool) -> Path:
     return Path(tempfile.mkdtemp(prefix="gemma-tune-"))
 
 
-def _map_entry(path: Path) -> Entry:
+def _map_entry(path: Path, report: DataReport, *, cached: bool) -> Datasets:
     with np.load(path / _ROWS, allow_pickle=False) as rows:
         lengths = [rows["train_lengths"], rows["eval_lengths"]]
         line_starts: dict[Side, Ints] = {"train": rows["train_line_starts"], "eval": rows["eval_line_starts"]}
@@ -193,17 +179,14 @@ def _map_entry(path: Path) -> Entry:
     starts = np.split(starts_of(np.concatenate(lengths)), [len(lengths[0])])
     train, held_out = (EncodedRows(token_ids, supervised, *rows) for rows in zip(starts, lengths, strict=True))
     with (path / _LINES["train"]).open("rb") as places, (path / _LINES["eval"]).open("rb") as examples:
-        return Entry(
-            train,
-            held_out,
-            Lines(places, line_starts["train"], decode=str),
-            Lines(examples, line_starts["eval"], decode=example_from_json),
-        )
+        train_places = Lines(places, line_starts["train"], decode=str)
+        eval_examples = Lines(examples, line_starts["eval"], decode=example_from_json)
+    return Datasets(train, held_out, train_places, eval_examples, report, cached)
 
 
 def clear_cache() -> tuple[int, int]:
     """Remove every entry; returns how many there were and their bytes."""
-    root = cache_dir() / "tokens"
+    root = _entries()
     entries = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     num_bytes = sum(map(directory_bytes, entries))
     for path in entries:
@@ -215,13 +198,5 @@ def _hashes(directory: Path) -> dict[str, str]:
     return files_sha256([directory / name for name in _FILES])
 
 
-def _entry(key: str) -> Path:
-    return cache_dir() / "tokens" / key
-
-
-def report_from(values: Mapping[str, Any]) -> DataReport:
-    """A report from its `asdict`, as JSON gives it back."""
-    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-    sources = tuple(SourceReport(**source) for source in values["sources"])
-    bins = tuple(LengthBin(**one) for one in values["length_bins"])
-    return DataReport(**{**values, **lists, "sources": sources, "length_bins": bins})
+def _entries() -> Path:
+    return cache_dir() / "tokens"

@@ -10,8 +10,9 @@ import json
 import os
 import tempfile
 import weakref
+from abc import abstractmethod
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Generic, TypeVar, overload
 
@@ -25,7 +26,7 @@ Value = TypeVar("Value")
 
 
 class LineWriter:
-    """Appends values to a binary file and remembers where each one starts (8 bytes of memory a value)."""
+    """Appends values to a binary file; keeps 8 bytes of memory a value."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -45,7 +46,23 @@ class LineWriter:
         self._starts.append(self._starts[-1] + len(line))
 
 
-class Lines(Sequence[Value], Generic[Value]):
+class LazySequence(Sequence[Value], Generic[Value]):
+    """Values that are read when they are asked for; a slice is a list of them."""
+
+    @abstractmethod
+    def read(self, index: int) -> Value:
+        """Read the value at `index`, which is from 0 to below the length."""
+
+    @overload
+    def __getitem__(self, index: int) -> Value: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Value]: ...
+    def __getitem__(self, index: int | slice) -> Value | list[Value]:
+        at = range(len(self))[index]
+        return self.read(at) if isinstance(at, int) else list(map(self.read, at))
+
+
+class Lines(LazySequence[Value]):
     """The values of such a file, decoded when they are asked for."""
 
     def __init__(self, file: IO[bytes], starts: Ints, *, decode: Callable[[Any], Value]) -> None:
@@ -58,19 +75,9 @@ class Lines(Sequence[Value], Generic[Value]):
     def __len__(self) -> int:
         return len(self._starts) - 1
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Value]: ...
-    def __getitem__(self, index: int | slice) -> Value | list[Value]:
-        if isinstance(index, slice):
-            return [self[at] for at in range(*index.indices(len(self)))]
-        at = range(len(self))[index]
-        start = int(self._starts[at])
-        return self._decode(json.loads(os.pread(self._file, int(self._starts[at + 1]) - start, start)))
-
-    def __iter__(self) -> Iterator[Value]:
-        return (self[index] for index in range(len(self)))
+    def read(self, index: int) -> Value:
+        start, end = self._starts[index : index + 2].tolist()
+        return self._decode(json.loads(os.pread(self._file, end - start, start)))
 
 
 def example_to_json(example: Example) -> list[Any]:
@@ -88,7 +95,7 @@ def example_from_json(values: Sequence[Any]) -> Example:
     )
 
 
-class Spool(Sequence[Value], Generic[Value]):
+class Spool(LazySequence[Value]):
     """Values that grow in number, in a file without a name, which is gone with the process."""
 
     def __init__(
@@ -113,15 +120,11 @@ class Spool(Sequence[Value], Generic[Value]):
     def __len__(self) -> int:
         return len(self._writer)
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Value]: ...
-    def __getitem__(self, index: int | slice) -> Value | list[Value]:
+    def read(self, index: int) -> Value:
         if self._lines is None:
             self._file.flush()
             self._lines = Lines(self._file, self._writer.starts, decode=self._decode)
-        return self._lines[index]
+        return self._lines.read(index)
 
 
 class ExampleSpool(Spool[Example]):
@@ -137,7 +140,7 @@ class ExampleSpool(Spool[Example]):
         self.keys += value.key
 
 
-class Chosen(Sequence[Value], Generic[Value]):
+class Chosen(LazySequence[Value]):
     """Values of a sequence in an order of their own, read one by one."""
 
     def __init__(self, values: Sequence[Value], indices: Ints) -> None:
@@ -147,11 +150,5 @@ class Chosen(Sequence[Value], Generic[Value]):
     def __len__(self) -> int:
         return len(self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> Value: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Value]: ...
-    def __getitem__(self, index: int | slice) -> Value | list[Value]:
-        if isinstance(index, slice):
-            return [self._values[at] for at in self._indices[index].tolist()]
+    def read(self, index: int) -> Value:
         return self._values[int(self._indices[index])]

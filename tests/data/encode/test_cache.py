@@ -38,12 +38,9 @@ def save(path: Path, count: int, *, answer: str = "It is") -> Path:
 
 def build(path: Path, tokenizer: Any, *, files: dict[str, str] | None = None, **settings: Any) -> Datasets:
     section = DataSection(**{"source": str(path), "max_seq_tokens": 256, "eval_fraction": 0.2} | settings)
-    return build_datasets(
-        section,
-        open_inputs(section, prefers_chat=False),
-        tokenizer_files=files or {"tokenizer.json": "1"},
-        load=lambda: (Encoder(tokenizer), None),
-    )
+    inputs = open_inputs(section, prefers_chat=False)
+    files = files or {"tokenizer.json": "1"}
+    return build_datasets(section, inputs, Encoder(tokenizer), chat=None, tokenizer_files=files)
 
 
 def test_a_hit_is_equal_in_everything(tmp_path: Path, tokenizer: Any) -> None:

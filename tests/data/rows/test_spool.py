@@ -63,12 +63,8 @@ def test_examples_come_back_equal_and_in_any_order(tmp_path: Path) -> None:
 
 def build(path: Path, tokenizer: Any, **settings: Any) -> Any:
     section = DataSection(**{"source": str(path), "template": "dolly", "max_seq_tokens": 1_000_000} | settings)
-    return build_datasets(
-        section,
-        open_inputs(section, prefers_chat=False),
-        tokenizer_files={},
-        load=lambda: (Encoder(tokenizer), None),
-    )
+    inputs = open_inputs(section, prefers_chat=False)
+    return build_datasets(section, inputs, Encoder(tokenizer), chat=None, tokenizer_files={})
 
 
 def write_rows(path: Path, *, count: int, characters: int) -> None:
