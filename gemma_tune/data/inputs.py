@@ -82,10 +82,10 @@ def require_rows(inputs: Inputs, method: MethodFacts) -> None:
         DataError: naming the source, what its rows hold, and the methods that train them.
     """
     for item in inputs.all:
-        if item.template.rows != method.rows:
-            others = [facts.name for facts in METHODS.values() if facts.rows == item.template.rows]
+        if item.template.facts.rows != method.rows:
+            others = [facts.name for facts in METHODS.values() if facts.rows == item.template.facts.rows]
             raise DataError(
-                f"{item.source.label} holds {ROW_KINDS[item.template.rows]}, which cannot be trained by method "
+                f"{item.source.label} holds {ROW_KINDS[item.template.facts.rows]}, which cannot be trained by method "
                 f"{method.name}; it takes {ROW_KINDS[method.rows]}",
                 hint=f"set method={others[0]}"
                 if others

@@ -69,7 +69,7 @@ def describe_prompt(run: RunDir) -> CardPrompt:
     from gemma_tune.models.tokenizer import load_tokenizer
 
     template = load_template(run.template)
-    chat = None if template.kind == "text" else ChatRenderer.from_tokenizer(load_tokenizer(run.adapter))
+    chat = ChatRenderer.from_tokenizer(load_tokenizer(run.adapter)) if template.needs_chat else None
     example = _example(template, chat)
     return CardPrompt(
         template=_template_yaml(template),
@@ -84,7 +84,7 @@ def _example(template: DataTemplate, chat: ChatRenderer | None) -> Example:
     question, answer = {"role": "user", "content": "(question)"}, {"role": "assistant", "content": "(answer)"}
     named: dict[str, object] = {name: f"({name})" for name in template.fields}
     named |= {column: [question, answer] for column in template.conversation[:1]}
-    if template.kind == "preference":
+    if template.facts.answers:
         named |= {template.conversation[0]: [question], "chosen": "(answer)", "rejected": "(other answer)"}
     try:
         return render_example(template, SourceRow(dict(template.example), "the example"), columns={}, chat=chat)
@@ -95,7 +95,7 @@ def _example(template: DataTemplate, chat: ChatRenderer | None) -> Example:
 def _template_yaml(template: DataTemplate) -> str:
     """Return what decides the prompt: neither the comments of the file nor its example, which may be anybody's."""
     values: dict[str, object] = {"kind": template.kind}
-    if template.kind == "text":
+    if not template.needs_chat:
         values |= {"prompt": _block(template.prompt), "response": _block(template.response)}
     elif template.conversation:
         values["conversation"] = list(template.conversation)

@@ -21,9 +21,10 @@ from jinja2 import nodes
 
 from gemma_tune.data.encode.encoder import Encoder, FastTokenizer
 from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.jinja_text import render_text
 from gemma_tune.data.rows.render import render_prompt
 from gemma_tune.data.rows.segments import RowError, Segment
-from gemma_tune.data.rows.template import DataTemplate, render_text
+from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.errors import ExportError
 
 _LAST_QUESTION = (
@@ -122,7 +123,7 @@ def translate_template(template: DataTemplate, *, tokenizer: FastTokenizer) -> P
         DataError: a chat data template with a tokenizer that has no chat template.
     """
     encoder = Encoder(tokenizer)
-    chat = None if template.kind == "text" else ChatRenderer.from_tokenizer(tokenizer)
+    chat = ChatRenderer.from_tokenizer(tokenizer) if template.needs_chat else None
     shape = _text_shape(template) if chat is None else _turns_shape(template, chat, encoder)
     texts = (shape.before_question, shape.after_question, shape.after_answer, *(shape.around_system or ()))
     if any(str(tokenizer.bos_token) in text for text in texts):

@@ -29,7 +29,7 @@ def require_turns(template: DataTemplate, *, target: str) -> None:
     Raises:
         DataError: the template is not one of chat turns.
     """
-    if template.kind == "text":
+    if not template.needs_chat:
         raise DataError(
             f"{target} is asked with the data template {template.name}, which has no turns of a talk",
             hint=f'ask single questions: gemma-tune generate {target} --prompt "…"; for a talk, train on chat rows '

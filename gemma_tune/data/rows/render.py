@@ -1,17 +1,22 @@
-"""From a row and a data template to segments, for training and for asking."""
+"""From a row and a data template to segments, for training and for asking; the kinds of template."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.jinja_text import render_pieces, render_text
 from gemma_tune.data.rows.segments import RowError, Segment
-from gemma_tune.data.rows.template import DataTemplate, MessageTemplate, render_pieces, render_text
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError
+from gemma_tune.members import Members
+from gemma_tune.recipe.methods import RowKind
+
+if TYPE_CHECKING:
+    from gemma_tune.data.rows.template import DataTemplate, MessageTemplate
 
 # The names under which the three roles are known: OpenAI's messages, ShareGPT's conversations, Gemma's own turns.
 ROLES: Mapping[str, str] = {
@@ -69,80 +74,7 @@ def render_example(
         RowError: the row lacks a field, a field is not text, the answer is empty, or the chat template refuses the row.
         DataError: a chat template without `chat`.
     """
-    rendered = _RENDER[template.kind](template, row, columns=columns, chat=chat)
-    _check_encodable(rendered.segments, where=row.where)
-    category = row.fields.get(columns.get(template.category, template.category)) if template.category else None
-    return Example(
-        where=row.where,
-        segments=rendered.segments,
-        question=rendered.question,
-        response=rendered.response,
-        category=category if isinstance(category, str) and category else None,
-        key=_key(rendered.key_parts),
-    )
-
-
-class _Rendered(NamedTuple):
-    """What a kind of template makes of a row; `key_parts` are the names and texts that decide the key."""
-
-    segments: tuple[Segment, ...]
-    question: str
-    response: str
-    key_parts: Iterable[tuple[str, str]]
-
-
-def _render_text(
-    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
-) -> _Rendered:
-    values = _row_values(template, row, columns=columns)
-    response = render_text(template.response, values)
-    response = response.strip() if template.strip_response else response
-    if not response.strip():
-        raise RowError(row.where, "the response is empty")
-    segments = (*_text_prompt(template, values), Segment(response, supervised=True, control=False), END_OF_TEXT)
-    return _Rendered(segments, values.get(template.question or "", ""), response, sorted(values.items()))
-
-
-def _render_chat(
-    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
-) -> _Rendered:
-    if template.conversation:
-        messages = _conversation(template, row.fields, columns=columns, where=row.where)
-        return _render_messages(messages, _parts_of(messages), chat=chat, where=row.where)
-    values = _row_values(template, row, columns=columns)
-    return _render_messages(_messages(template.messages, values), sorted(values.items()), chat=chat, where=row.where)
-
-
-def _render_preference(
-    template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str], chat: ChatRenderer | None
-) -> _Rendered:
-    messages = _preference(template, row.fields, columns=columns, chat=chat, where=row.where)
-    return _render_messages(messages, _parts_of(messages), chat=chat, where=row.where)
-
-
-def _render_messages(
-    messages: Sequence[dict[str, str]],
-    key_parts: Iterable[tuple[str, str]],
-    *,
-    chat: ChatRenderer | None,
-    where: str,
-) -> _Rendered:
-    segments = _renderer(chat).row(messages, where=where)
-    question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-    # The renderer has checked that the last message is an answer; its text is the last but one segment.
-    return _Rendered(segments, question, segments[-2].text, key_parts)
-
-
-def _parts_of(messages: Iterable[Mapping[str, str]]) -> list[tuple[str, str]]:
-    return [(message["role"], message["content"]) for message in messages]
-
-
-# Kind of template → what renders a row with it.
-_RENDER: Mapping[str, Callable[..., _Rendered]] = {
-    "text": _render_text,
-    "chat": _render_chat,
-    "preference": _render_preference,
-}
+    return template.facts.render(_Row(template, row.fields, columns, chat, row.where))
 
 
 def render_prompt(
@@ -156,16 +88,15 @@ def render_prompt(
     Raises:
         RowError, DataError: as `render_example`.
     """
-    where = "the question"
+    row = _Row(template, fields, {}, chat, "the question")
     if not template.needs_chat:
-        return _text_prompt(template, _values(template, fields, where=where, answered=False))
+        return _text_prompt(template, row.values(answered=False))
     if template.conversation:
-        messages = _conversation(template, fields, columns={}, where=where)
+        messages = row.conversation()
     else:
-        values = _values(template, fields, where=where, answered=False)
-        messages = _messages(template.messages[:-1], values)
-    segments = _renderer(chat).prompt(messages, where=where)
-    _check_encodable(segments, where=where)
+        messages = _messages(template.messages[:-1], row.values(answered=False))
+    segments = row.renderer.prompt(messages, where=row.where)
+    _check_encodable(segments, where=row.where)
     return segments
 
 
@@ -185,12 +116,156 @@ def question_fields(template: DataTemplate, question: str) -> dict[str, object]:
     return {template.question: question}
 
 
-def _renderer(chat: ChatRenderer | None) -> ChatRenderer:
-    if chat is None:
-        raise DataError(
-            "a chat data template needs the model's chat template", hint="take a plain data template such as dolly"
-        )
-    return chat
+@dataclass(frozen=True)
+class _Row:
+    """A row, and what it is rendered with."""
+
+    template: DataTemplate
+    fields: Mapping[str, object]
+    columns: Mapping[str, str]  # template field → column of the row
+    chat: ChatRenderer | None
+    where: str
+
+    def column(self, name: str) -> str:
+        return self.columns.get(name, name)
+
+    @property
+    def renderer(self) -> ChatRenderer:
+        if self.chat is None:
+            raise DataError(
+                "a chat data template needs the model's chat template", hint="take a plain data template such as dolly"
+            )
+        return self.chat
+
+    def values(self, *, answered: bool = True) -> dict[str, str]:
+        """The template's fields as text. Not `answered`: a missing field is empty, as the response is not there yet."""
+        values: dict[str, str] = {}
+        for name in self.template.fields:
+            value = self.fields.get(self.column(name))
+            if value is None and (not answered or name in self.template.optional):
+                value = ""
+            if not isinstance(value, str):
+                found = "is missing" if value is None else f"is {type(value).__name__}, not text"
+                raise RowError(self.where, f"{name} {found}")
+            values[name] = value
+        return values
+
+    def conversation(self) -> list[dict[str, str]]:
+        """The messages of the first conversation column that the row has."""
+        names = [self.column(name) for name in self.template.conversation]
+        column = next((name for name in names if self.fields.get(name) is not None), None)
+        if column is None:
+            raise RowError(self.where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
+        value = self.fields[column]
+        if isinstance(value, str) and value.strip() and self.template.facts.answers:
+            return [{"role": "user", "content": value}]
+        if not isinstance(value, list) or not value:
+            found = "an empty list" if value == [] else type(value).__name__
+            raise RowError(self.where, f"{column} is {found}, not a list of messages")
+        return [_message(item, where=f"{column}[{index}]", row=self.where) for index, item in enumerate(value)]
+
+    def answer(self, messages: Sequence[dict[str, str]], key_parts: Iterable[tuple[str, str]] | None = None) -> Example:
+        """Render messages, the last of which is the answer."""
+        segments = self.renderer.row(messages, where=self.where)
+        question = next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+        if key_parts is None:
+            key_parts = [(message["role"], message["content"]) for message in messages]
+        # The renderer has checked that the last message is an answer; its text is the last but one segment.
+        return self.example(segments, question, segments[-2].text, key_parts)
+
+    def example(
+        self, segments: tuple[Segment, ...], question: str, response: str, key_parts: Iterable[tuple[str, str]]
+    ) -> Example:
+        """`key_parts`: the names and texts that decide the key."""
+        _check_encodable(segments, where=self.where)
+        category = self.fields.get(self.column(self.template.category)) if self.template.category else None
+        if not isinstance(category, str) or not category:
+            category = None
+        return Example(self.where, segments, question, response, category, _key(key_parts))
+
+
+def _render_text(row: _Row) -> Example:
+    values = row.values()
+    response = render_text(row.template.response, values)
+    response = response.strip() if row.template.strip_response else response
+    if not response.strip():
+        raise RowError(row.where, "the response is empty")
+    segments = (*_text_prompt(row.template, values), Segment(response, supervised=True, control=False), END_OF_TEXT)
+    return row.example(segments, values.get(row.template.question or "", ""), response, sorted(values.items()))
+
+
+def _render_chat(row: _Row) -> Example:
+    if row.template.conversation:
+        return row.answer(row.conversation())
+    values = row.values()
+    return row.answer(_messages(row.template.messages, values), sorted(values.items()))
+
+
+def _render_preference(row: _Row) -> Example:
+    """The conversation with its chosen answer; the rejected one is rendered as well, so that its faults are told.
+
+    An answer is text, a message, or a list of messages: the last one of it counts, and without a conversation column
+    those before it are the conversation.
+    """
+    names = [row.column(name) for name in row.template.conversation]
+    prompt = row.conversation() if any(row.fields.get(name) is not None for name in names) else None
+    answered = []
+    for side in row.template.facts.answers:
+        column = row.column(side)
+        value = row.fields.get(column)
+        if isinstance(value, str):
+            messages = [{"role": "assistant", "content": value}]
+        else:
+            items = value if isinstance(value, list) else [value]
+            messages = [_message(item, where=column, row=row.where) for item in items]
+        if prompt is None and len(messages) < 2:
+            raise RowError(
+                row.where, f"{' and '.join(names)} are missing, and {column} holds no question before its answer"
+            )
+        conversation = [*(messages[:-1] if prompt is None else prompt), messages[-1]]
+        row.renderer.row(conversation, where=f"{row.where}: {side}")
+        answered.append(conversation)
+    if answered[0] == answered[1]:
+        raise RowError(row.where, "chosen and rejected are the same")
+    if answered[0][:-1] != answered[1][:-1]:
+        raise RowError(row.where, "chosen and rejected answer different conversations")
+    return row.answer(answered[0])
+
+
+@dataclass(frozen=True)
+class TemplateKind:
+    """What a kind of template decides."""
+
+    name: str
+    rows: RowKind  # what a row of it holds, as training methods call it
+    render: Callable[[_Row], Example]
+    keys: tuple[frozenset[str], ...]  # which of prompt, response, messages and conversation a file has together
+    shape: str  # the same in words
+    needs_chat: bool = True  # whether rows are rendered with the model's chat template
+    answers: tuple[str, ...] = ()  # columns that hold whole answers; they may bring the conversation before them along
+
+
+_TEXT, _MESSAGES, _CONVERSATION = map(frozenset, ({"prompt", "response"}, {"messages"}, {"conversation"}))
+TEMPLATE_KINDS = Members(
+    "kind of data template",
+    (
+        # Prompt and response joined as plain text, which ends with the tokenizer's eos.
+        TemplateKind("text", "response", _render_text, (_TEXT,), "`prompt` and `response`", needs_chat=False),
+        # Messages in the model's own chat template, which end with its turn end.
+        TemplateKind(
+            "chat", "response", _render_chat, (_MESSAGES, _CONVERSATION), "either `messages` or `conversation`"
+        ),
+        # A conversation with a chosen and a rejected answer, both in chat turns.
+        TemplateKind(
+            "preference",
+            "pair",
+            _render_preference,
+            (_CONVERSATION,),
+            "`conversation` (with chosen and rejected)",
+            answers=("chosen", "rejected"),
+        ),
+    ),
+)
 
 
 def _check_encodable(segments: tuple[Segment, ...], *, where: str) -> None:
@@ -200,27 +275,6 @@ def _check_encodable(segments: tuple[Segment, ...], *, where: str) -> None:
             segment.text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RowError(where, f"holds half a character (\\u{ord(segment.text[error.start]):04x})") from None
-
-
-def _values(
-    template: DataTemplate, fields: Mapping[str, object], *, where: str, answered: bool = True
-) -> dict[str, str]:
-    """The template's fields as text. With `answered` off a missing field is empty: the response is not there yet."""
-    values: dict[str, str] = {}
-    for name in template.fields:
-        value = fields.get(name)
-        if value is None and (not answered or name in template.optional):
-            value = ""
-        if not isinstance(value, str):
-            found = "is missing" if name not in fields or value is None else f"is {type(value).__name__}, not text"
-            raise RowError(where, f"{name} {found}")
-        values[name] = value
-    return values
-
-
-def _row_values(template: DataTemplate, row: SourceRow, *, columns: Mapping[str, str]) -> dict[str, str]:
-    named = {columns.get(name, name): name for name in template.fields}
-    return _values(template, {name: row.fields.get(column) for column, name in named.items()}, where=row.where)
 
 
 def _text_prompt(template: DataTemplate, values: Mapping[str, str]) -> tuple[Segment, ...]:
@@ -240,62 +294,6 @@ def _key(parts: Iterable[tuple[str, str]]) -> bytes:
         stripped = text.strip()
         digest.update(f"{name}:{len(stripped)}:{stripped};".encode(errors="surrogatepass"))
     return digest.digest()
-
-
-def _conversation(
-    template: DataTemplate, row: Mapping[str, object], *, columns: Mapping[str, str], where: str
-) -> list[dict[str, str]]:
-    names = [columns.get(name, name) for name in template.conversation]
-    column = next((name for name in names if row.get(name) is not None), None)
-    if column is None:
-        raise RowError(where, f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing")
-    value = row[column]
-    if isinstance(value, str) and value.strip() and template.facts.answers:
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise RowError(
-            where, f"{column} is {'an empty list' if value == [] else type(value).__name__}, not a list of messages"
-        )
-    return [_message(item, where=f"{column}[{index}]", row=where) for index, item in enumerate(value)]
-
-
-def _preference(
-    template: DataTemplate,
-    row: Mapping[str, object],
-    *,
-    columns: Mapping[str, str],
-    chat: ChatRenderer | None,
-    where: str,
-) -> list[dict[str, str]]:
-    """The conversation with its chosen answer; the rejected one is rendered as well, so that its faults are told.
-
-    An answer is text, a message, or a list of messages: the last one of it counts, and without a conversation column
-    those before it are the conversation.
-    """
-    names = [columns.get(name, name) for name in template.conversation]
-    has_prompt = any(row.get(name) is not None for name in names)
-    prompt = _conversation(template, row, columns=columns, where=where) if has_prompt else None
-    answered = []
-    for side in template.facts.answers:
-        column = columns.get(side, side)
-        value = row.get(column)
-        if isinstance(value, str):
-            messages = [{"role": "assistant", "content": value}]
-        else:
-            items = value if isinstance(value, list) else [value]
-            messages = [_message(item, where=column, row=where) for item in items]
-        if prompt is None and len(messages) < 2:
-            raise RowError(
-                where, f"{' and '.join(names)} are missing, and {column} holds no question before its answer"
-            )
-        conversation = [*(messages[:-1] if prompt is None else prompt), messages[-1]]
-        _renderer(chat).row(conversation, where=f"{where}: {side}")
-        answered.append(conversation)
-    if answered[0] == answered[1]:
-        raise RowError(where, "chosen and rejected are the same")
-    if answered[0][:-1] != answered[1][:-1]:
-        raise RowError(where, "chosen and rejected answer different conversations")
-    return answered[0]
 
 
 def _message(item: object, *, where: str, row: str) -> dict[str, str]:

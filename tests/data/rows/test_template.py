@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tune.data.rows import template as template_module
-from gemma_tune.data.rows.template import list_templates, load_template, parse_template, render_pieces, render_text
+from gemma_tune.data.rows import jinja_text
+from gemma_tune.data.rows.jinja_text import render_pieces, render_text
+from gemma_tune.data.rows.template import MAX_TEMPLATE_BYTES, list_templates, load_template, parse_template
 from gemma_tune.errors import DataError
 
 TEXT = 'name: mine\nkind: text\nprompt: "{{ question }}"\nresponse: "{{ answer }}"\n'
@@ -115,13 +116,13 @@ def _yaml(prompt: str) -> str:
 
 def test_a_huge_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(TEXT + "# " + "x" * template_module.MAX_TEMPLATE_BYTES, encoding="utf-8")
+    path.write_text(TEXT + "# " + "x" * MAX_TEMPLATE_BYTES, encoding="utf-8")
     with pytest.raises(DataError, match="which no data template is"):
         load_template(path)
 
 
 def test_a_huge_row_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_module, "MAX_RENDERED_CHARS", 1000)
+    monkeypatch.setattr(jinja_text, "MAX_RENDERED_CHARS", 1000)
     with pytest.raises(DataError, match="longer than 1,000 characters"):
         render_text("{{ a }}{{ a }}", {"a": "x" * 600})
 
