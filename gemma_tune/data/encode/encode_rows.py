@@ -56,7 +56,7 @@ def encode_examples(
         DataError: no train row is short enough, a row is too long and the policy is to refuse, or a row does not have
             exactly one BOS and at least one supervised token.
     """
-    done = _Encoding(encoder, section)
+    done = _SectionEncoder(encoder, section)
     train = done.encode_side(examples.train, add=partial(add, "train"))
     done.stop_if_none_is_left(train)
     held_out = done.encode_side(examples.eval, add=partial(add, "eval"))
@@ -108,8 +108,8 @@ class _Counts:
 
 
 @dataclass
-class _Encoding:
-    """What both sides come to."""
+class _SectionEncoder:
+    """Encodes both sides as a section says, and counts what they come to."""
 
     encoder: Encoder
     section: DataSection
