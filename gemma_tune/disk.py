@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -53,13 +54,21 @@ def write_json(path: Path, value: object, *, error: ErrorClass = RunError) -> No
 
 
 def to_json(value: object) -> str:
-    """Return the one form in which JSON files are written."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """Return the one form in which JSON files are written; JSON has no NaN and no infinity, they become null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def to_json_lines(rows: Iterable[object]) -> str:
     """Return one JSON value a line."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_json(path: Path, *, error: ErrorClass = RunError, hint: str | None = None) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from gemma_tune.disk import to_json, to_json_lines
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.runs.reporter import StepProgress
 from gemma_tune.secrets import mask_secrets
@@ -44,10 +44,10 @@ class Terminal:
         self.out.print(Text(without_controls(text) if self.out.is_terminal else text), end=end, soft_wrap=True)
 
     def json(self, value: object) -> None:
-        self.plain(json.dumps(value, indent=2, ensure_ascii=False))
+        self.plain(to_json(value), end="")
 
     def json_line(self, value: object) -> None:
-        self.plain(json.dumps(value, ensure_ascii=False))
+        self.plain(to_json_lines([value]), end="")
 
     def result_inline(self, text: Text) -> None:
         text.plain = _safe(text.plain)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import to_json_lines
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.comparison import JudgeFacts, Pair, Scores
 from gemma_tune.evaluation.intervals import share_estimate
@@ -45,9 +46,7 @@ def judge_answers(
         for turn, ruling in _rulings(open_turns, duels, judge):
             found[turn] = ruling
             row = dict(zip(("prompt", "first", "second"), turn, strict=True))
-            lines.write(
-                json.dumps({**row, "verdict": ruling.verdict, "reply": ruling.reply}, ensure_ascii=False) + "\n"
-            )
+            lines.write(to_json_lines([{**row, "verdict": ruling.verdict, "reply": ruling.reply}]))
             lines.flush()
             if judge.asks_both_orders:  # a person sees the progress in front of each pair
                 reporter.progress("duels judged", len(found), len(turns))

@@ -20,6 +20,7 @@ from gemma_tune.exporting.export_record import (
     finish_record,
     list_files,
     read_record,
+    require_unchanged,
     stored_result,
 )
 from gemma_tune.exporting.export_settings import ExportSettings
@@ -162,9 +163,10 @@ def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settin
             chosen = {name: getattr(settings, name) for name in each.settings}
             fingerprint = json_sha256({**inputs, **chosen, "format": each.name, "made_from": parent})
             final, part = output / each.name, output / PARTS_DIR / f"{each.name}-{fingerprint[:12]}"
-            is_part = each not in asked and not _is_finished(final, fingerprint)
+            is_measured = settings.verify and each in asked
+            is_part = each not in asked and not _is_finished(final, fingerprint, is_measured=is_measured)
             place = part if is_part else final
-            kept = _is_finished(place, fingerprint)
+            kept = _is_finished(place, fingerprint, is_measured=is_measured)
             if not kept and not is_part:
                 _refuse_other(final)
             made_from = source.adapter if kept or parent is None else add(FORMATS[parent])
@@ -176,12 +178,21 @@ def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settin
     return steps
 
 
-def _is_finished(directory: Path, fingerprint: str) -> bool:
-    """Whether a complete export of the same files and settings lies there."""
+def _is_finished(directory: Path, fingerprint: str, *, is_measured: bool) -> bool:
+    """Whether a complete export of the same files and settings lies there.
+
+    Raises:
+        ExportError: it was changed since. One without a verdict that `is_measured` next is judged by that.
+    """
     if not (directory / RECORD_FILE).is_file():
         return False
     record = read_record(directory)
-    return record.fingerprint == fingerprint and (record.files is None or record.files == list_files(directory))
+    if record.fingerprint != fingerprint or record.files is None:
+        return record.fingerprint == fingerprint
+    if is_measured and not record.passed:
+        return record.files == list_files(directory)
+    require_unchanged(directory, record)
+    return True
 
 
 def _finish_if_killed(directory: Path) -> None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.disk import read_json, to_json, write_json
-from gemma_tune.errors import RunError
+from gemma_tune.errors import ExportError, RunError
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
-from gemma_tune.identity import installed_version
+from gemma_tune.identity import files_sha256, installed_version
 from gemma_tune.reporting.card import CARD_FILE
 from gemma_tune.runs.lock import RECORDED_PACKAGES
-from gemma_tune.text import utc_now
+from gemma_tune.text import listed, utc_now
 
 RECORD_FILE = "export.json"
 _CHANGING = (RECORD_FILE, CARD_FILE)
@@ -29,7 +29,8 @@ class ExportRecord:
     Attributes:
         fingerprint: SHA-256 of everything that decides the files.
         base: name, revision and file hashes; adapter: file hashes.
-        files: name -> bytes; null while the export is being written.
+        files: name -> bytes, of all but the record and the card, which may change later; null while it is written.
+        sha256: name -> hash of the same files.
         facts: what the writer reports, such as bits per weight.
         verification: figures and verdict, with their date; null when the export was not checked.
     """
@@ -39,6 +40,7 @@ class ExportRecord:
     base: dict[str, Any]
     adapter: dict[str, str]
     files: dict[str, int] | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     verification: dict[str, Any] | None = None
     schema: int = SCHEMA
@@ -69,7 +71,9 @@ def read_record(directory: Path) -> ExportRecord:
 
 def finish_record(directory: Path, record: ExportRecord, facts: Mapping[str, Any]) -> ExportRecord:
     """Add what was written and store it."""
-    finished = replace(record, files=list_files(directory), facts=dict(facts))
+    files = list_files(directory)
+    hashes = files_sha256([directory / name for name in files])
+    finished = replace(record, files=files, sha256=hashes, facts=dict(facts))
     write_json(directory / RECORD_FILE, asdict(finished))
     return finished
 
@@ -77,6 +81,19 @@ def finish_record(directory: Path, record: ExportRecord, facts: Mapping[str, Any
 def list_files(directory: Path) -> dict[str, int]:
     """Name -> bytes of the files of an export, its record and its model card aside, which may change later."""
     return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name not in _CHANGING}
+
+
+def require_unchanged(directory: Path, record: ExportRecord) -> None:
+    """Refuse a finished export of which a file is gone or does not hold the bytes that were written."""
+    wanted, sizes = record.files or {}, list_files(directory)
+    hashes = files_sha256([directory / name for name, size in wanted.items() if sizes.get(name) == size])
+    same = {name for name, found in hashes.items() if record.sha256.get(name, found) == found}
+    differ = [name for name in wanted if name not in same]
+    if differ:
+        raise ExportError(
+            f"{directory} is not as it was exported: {listed(differ)} changed or missing",
+            hint="remove it and run the same export again, or give another --output; nothing is ever overwritten",
+        )
 
 
 def add_verification(directory: Path, report: ParityReport, result: FormReport) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, HubError
-from gemma_tune.exporting.export_record import RECORD_FILE, read_record
+from gemma_tune.exporting.export_record import RECORD_FILE, read_record, require_unchanged
 from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.exporting.text_files import portable_settings
 from gemma_tune.models.safetensors import (
@@ -168,19 +168,9 @@ def _check_record(directory: Path, *, force: bool) -> None:
     if not (directory / RECORD_FILE).is_file():
         return
     record = read_record(directory)
-    files = record.files
-    if files is None:
+    if record.files is None:
         raise ExportError(f"{directory} was not finished", hint="run the same export again")
-    changed = [
-        name
-        for name, num_bytes in files.items()
-        if not (directory / name).is_file() or (directory / name).stat().st_size != num_bytes
-    ]
-    if changed:
-        raise ExportError(
-            f"{directory} is not as it was exported: {', '.join(changed[:4])} changed or missing",
-            hint="export again to another directory",
-        )
+    require_unchanged(directory, record)
     if record.passed is False and not force:
         raise ExportError(
             f"{directory} did not pass its check, so others would get another model than the trained one",

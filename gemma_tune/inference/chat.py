@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate
+from gemma_tune.disk import to_json_lines
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
@@ -113,7 +113,7 @@ class Talk:
             self._chat.row(self.messages, where="the talk")
         except RowError as error:
             raise DataError(f"the talk cannot be trained on: {error.problem}", hint="/undo takes a turn back") from None
-        line = json.dumps({"messages": self.messages}, ensure_ascii=False) + "\n"
+        line = to_json_lines([{"messages": self.messages}])
         try:
             before = path.read_text(encoding="utf-8") if path.is_file() else ""
             with path.open("a", encoding="utf-8", newline="\n") as file:

@@ -29,3 +29,11 @@ def load_tokenizer(directory: Path) -> Any:
             hint="Gemma's is <pad>, id 0; restore the model's own tokenizer_config.json",
         )
     return tokenizer
+
+
+def with_one_bos(tokenizer: Any, text: str) -> list[int]:
+    """Return a text's token ids, control tokens read, behind the one <bos> that training puts there.
+
+    What the tokenizer's own post-processor adds does not count: some have none.
+    """
+    return [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False).input_ids]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from gemma_tune.disk import cannot_write, sync_file, to_json_lines, write_text
@@ -13,13 +12,10 @@ from gemma_tune.secrets import mask_secrets
 
 def append_metrics(run: RunDir, values: dict[str, Any]) -> None:
     """Append one line to metrics.jsonl; non-finite numbers are written as null, as JSON has none."""
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
-    }
-    line = json.dumps(finite, ensure_ascii=False, allow_nan=False)
+    line = to_json_lines([values])
     try:
         with run.metrics.open("a", encoding="utf-8", newline="\n") as stream:
-            stream.write(mask_secrets(line) + "\n")
+            stream.write(mask_secrets(line))
     except OSError as error:
         raise cannot_write(run.metrics, error) from None
 

@@ -43,12 +43,11 @@ def rehearse(trainer: Loop, *, parts: TrainerParts) -> float | None:
     require_free(folder, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
     _rehearse_saving(trainer.model, folder=folder / ".rehearsal", tokenizer=parts.tokenizer)
     with _explaining_memory(trainer):
-        eval_loss = trainer.mean_eval_loss() if trainer.eval_rows else None
         if parts.shards_model:
             trainer.add_callback(_RehearseStep(trainer, precision=precision))
         else:
             _rehearse_step(trainer, precision=precision)
-    return eval_loss
+        return trainer.mean_eval_loss() if trainer.eval_rows else None
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma_tune.errors import TrainingStopped
+from gemma_tune.machine.world import World
 from gemma_tune.runs.context import RunContext
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.sharding import is_sharded, local_part
@@ -96,6 +98,23 @@ def require_finite_adapter(weights: Mapping[str, torch.Tensor], *, step: int) ->
             f"after step {step} the adapter's weight {bad} holds NaN or infinity; it is not saved",
             hint="start again with a smaller training.learning_rate; model.adapter=RUN/checkpoints/checkpoint-N starts "
             "from what was good",
+        )
+
+
+def weights_sha256(model: Any) -> str:
+    """Return the hash of this process's part of the trained weights."""
+    digest = hashlib.sha256()
+    for weight in trained_weights(model).values():
+        digest.update(local_part(weight.detach()).contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def require_changed_adapter(model: Any, *, before: str, step: int, world: World) -> None:
+    """Raise when no step has moved a bit of the adapter in any process; `before`: `weights_sha256` at its start."""
+    if not any(world.all_gather(weights_sha256(model) != before)):
+        raise TrainingStopped(
+            f"after step {step} the adapter is as it began, so nothing was learned; it is not saved",
+            hint="raise training.learning_rate; with float16 every step may have overflowed: model.dtype=float32",
         )
 
 

@@ -5,6 +5,7 @@ Import it after the engine has started: Unsloth replaces `trl.SFTTrainer` when i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,8 +17,10 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from gemma_tune.data.encode.arrays import EncodedRows
+from gemma_tune.errors import TrainingStopped
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.callbacks import EarlyStopCallback
+from gemma_tune.training.guards import likely_cause
 from gemma_tune.training.layouts import JoinRows, PadRight, RowGroups, join_rows_for, pad_right_for
 from gemma_tune.training.methods.method import LossSums, Method
 from gemma_tune.training.parts import TrainerParts
@@ -124,6 +127,13 @@ class Loop(OwnCheckpoints, SFTTrainer):
         self._step_loss = self._step_loss + loss.detach()
         return loss
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        # A share of the steps is rounded up, and in the last step of a warm-up the rate is not yet what was asked for:
+        # of one step nothing would be left.
+        if self.args.get_warmup_steps(num_training_steps) >= num_training_steps:
+            self.args.warmup_steps = num_training_steps - 1
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def take_step_loss(self) -> torch.Tensor:
         """The loss of this process's forward passes since the last call, a scalar in nats a supervised token."""
         loss, self._step_loss = self._step_loss, torch.zeros_like(self._step_loss)
@@ -171,7 +181,11 @@ class Loop(OwnCheckpoints, SFTTrainer):
         return metrics
 
     def mean_eval_loss(self) -> float:
-        """Return the method's loss over all eval rows, such as nats a supervised token; a collective call."""
+        """Return the method's loss over all eval rows, such as nats a supervised token; a collective call.
+
+        Raises:
+            TrainingStopped: it is not finite.
+        """
         was_training = self.model.training
         self.model.eval()
         total, count = 0.0, 0
@@ -184,6 +198,11 @@ class Loop(OwnCheckpoints, SFTTrainer):
                     total, count = total + float(sums.total), count + sums.count
         self.model.train(was_training)
         total, all_counted = self.world.all_reduce(total, count)
+        if not math.isfinite(total):
+            raise TrainingStopped(
+                f"after step {self.state.global_step} the loss of the eval rows is {total / all_counted:g}",
+                hint=likely_cause(self.model, float16=self.args.fp16, learning_rate=self.args.learning_rate),
+            )
         return total / all_counted
 
     def _eval_batches(self) -> Iterator[tuple[dict[str, torch.Tensor], bool]]:

@@ -20,7 +20,7 @@ from gemma_tune.runs.manifest import read_manifest, update_manifest
 from gemma_tune.training.adapter_weights import write_adapter
 from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback
 from gemma_tune.training.dry_run import rehearse
-from gemma_tune.training.guards import GuardCallback, require_finite_adapter
+from gemma_tune.training.guards import GuardCallback, require_changed_adapter, require_finite_adapter, weights_sha256
 from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.loop import Loop
 from gemma_tune.training.methods.method import start_method
@@ -117,6 +117,7 @@ def _train(trainer: Loop, parts: TrainerParts, *, resume_from: Path | None) -> N
         trainer.add_callback(callback)
     set_seed(section.seed + context.world.rank)  # else the processes would drop out the same
     folder = _position_here(resume_from, context) if resume_from is not None else None
+    before = weights_sha256(trainer.model)
     with interrupt.listening():
         trainer.train(resume_from_checkpoint=str(folder) if folder is not None else None)
     trainer.stop_clock()
@@ -126,6 +127,8 @@ def _train(trainer: Loop, parts: TrainerParts, *, resume_from: Path | None) -> N
             f"everything is saved",
             hint=None,
         )
+    if resume_from is None:  # one last step may be too small to move anything
+        require_changed_adapter(trainer.model, before=before, step=trainer.state.global_step, world=context.world)
 
 
 def _position_here(checkpoint: Path, context: RunContext) -> Path:

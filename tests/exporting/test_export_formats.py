@@ -166,6 +166,20 @@ def test_an_export_of_something_else_is_not_overwritten(
     assert {path for path in tmp_path.rglob("*")} == set(before)
 
 
+def test_a_finished_export_whose_bytes_changed_is_not_called_finished(exporter: Exporter, tmp_path: Path) -> None:
+    (written,) = exporter("merged-16bit").exports
+    assert written.result is not None and written.result.passed
+    weights = written.path / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-4001] ^= 0x40
+    for content in (whole, whole[:-1]):
+        weights.write_bytes(content)
+        for formats in (["merged-16bit"], ["gguf-f16"]):  # asked for, or taken for what is made from it
+            with pytest.raises(ExportError, match=r"not as it was exported: model\.safetensors changed or missing"):
+                exporter(*formats)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["merged-16bit"]
+
+
 def test_a_foreign_directory_is_left_alone(exporter: Exporter, tmp_path: Path) -> None:
     (tmp_path / "out" / "merged-16bit").mkdir(parents=True)
     (tmp_path / "out" / "merged-16bit" / "mine.txt").write_text("mine", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert record.passed is True and stored_result(record) == RESULT
     assert record.verification is not None
     assert record.verification["effect"] == asdict(NEAR) and record.verification["notes"] == ["a note"]
+
+
+def test_json_holds_no_nan(tmp_path: Path) -> None:
+    distance = Distance(max_abs=math.inf, top1_agreement=1.0, clear_top1=math.nan, mean_kl=0.0, rms=0.5)
+    finish_record(tmp_path, ExportRecord("adapter", "f00d", {}, {}), {"distance": asdict(distance), "list": [math.nan]})
+    text = (tmp_path / RECORD_FILE).read_text(encoding="utf-8")
+    facts = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["facts"]
+    assert facts == {"distance": {**asdict(distance), "max_abs": None, "clear_top1": None}, "list": [None]}
 
 
 def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:

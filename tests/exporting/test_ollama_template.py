@@ -290,6 +290,22 @@ def test_the_modelfile_of_a_run(run: RunDir, tmp_path: Path) -> None:
         write_modelfile(run, folder / "model.Q8_0.gguf")
 
 
+def test_numbers_of_a_modelfile_are_written_out() -> None:
+    """Ollama reads a whole number with strconv.ParseInt, which takes neither an exponent nor a decimal point."""
+    shape = PromptShape(single=True, before_question="", after_question="")
+    parameters = {
+        "num_ctx": 1_048_576,
+        "num_predict": 10.0,
+        "seed": 2**31 - 1,
+        "temperature": 0.1,
+        "min_p": 0.00001234567,
+    }
+    lines = format_modelfile("x.gguf", shape, stops=[], parameters=parameters).splitlines()
+    written = dict(line.split()[1:] for line in lines if line.startswith("PARAMETER"))
+    assert [written[name] for name in ("num_ctx", "num_predict", "seed")] == ["1048576", "10", "2147483647"]
+    assert [float(written[name]) for name in ("temperature", "min_p")] == [0.1, 0.00001234567]
+
+
 @pytest.mark.parametrize("name", ["dolly", "dolly-chat"])
 def test_llama_cpp_reads_the_ids_of_training(name: str, make_gguf_source: Callable[..., Path], tmp_path: Path) -> None:
     """The engine under Ollama: it adds the BOS itself, as the file tells it to."""

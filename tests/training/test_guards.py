@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import TrainingStopped
@@ -54,6 +55,34 @@ def test_a_base_that_is_not_finite_is_stopped_before_the_first_step(
         train(base, tmp_path / "r", rows=ROWS, recipe=recipe)
     assert "layers.1.mlp.gate_proj" in (told.value.hint or "")
     assert not (tmp_path / "r" / "adapter").exists()
+
+
+def test_a_nan_that_only_eval_rows_reach_is_stopped_before_the_first_step(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    only_eval = min(set(ROWS.eval.token_ids.tolist()) - set(ROWS.train.token_ids.tolist()))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[only_eval] = math.nan
+    model.save_pretrained(base)
+    with pytest.raises(TrainingStopped, match=r"after step 0 the loss of the eval rows is nan") as told:
+        train(base, tmp_path / "r", rows=ROWS, recipe=recipe_of())
+    assert "embed_tokens.weight holds NaN" in (told.value.hint or "")
+
+
+def test_one_step_trains(base: Path, tmp_path: Path) -> None:
+    run, result = train(base, tmp_path / "r", rows=ROWS, recipe=recipe_of(max_steps=1))
+    assert result.steps == 1 and [row["learning_rate"] for row in read_metrics(run)] == [1e-2]
+    assert max(float(weight.abs().max()) for name, weight in weights(run).items() if "lora_B" in name) > 0
+
+
+def test_an_adapter_that_no_step_moved_is_not_called_finished(base: Path, tmp_path: Path) -> None:
+    # Without momentum a step is rate times gradient, here below the smallest number that float32 holds.
+    recipe = recipe_of(max_steps=2, learning_rate=1e-60, optimizer="sgd")
+    with pytest.raises(TrainingStopped, match=r"after step 2 the adapter is as it began"):
+        train(base, tmp_path / "r", rows=ROWS, recipe=recipe)
+    assert not RunDir(tmp_path / "r").adapter.exists()
 
 
 @pytest.mark.parametrize("learning_rate", [1e3, 1e30])

@@ -16,8 +16,10 @@ from gemma_tune.errors import TrainingStopped
 from gemma_tune.runs.checkpoints import last_complete_checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.layouts import PadRight
+from gemma_tune.training.loop import build_loop
+from gemma_tune.training.methods.method import start_method
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import attach, losses, recipe_of, train, weights
+from tests.training.small_runs import attach, losses, parts_of, recipe_of, train, weights
 
 
 def reference_loss(model: torch.nn.Module, rows: Sequence[EncodedRow]) -> float:
@@ -106,6 +108,23 @@ def test_a_non_finite_gradient_stops_before_it_reaches_the_weights(base: Path, t
     assert "training.learning_rate=" in (caught.value.hint or "")
     assert all(bool(torch.isfinite(weight).all()) for weight in loaded.model.parameters())
     assert last_complete_checkpoint(RunDir(tmp_path / "r"))[0].name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.999])
+def test_a_warm_up_never_takes_every_step(base: Path, tmp_path: Path, share: float) -> None:
+    recipe = recipe_of(warmup_fraction=share)
+    parts = parts_of(RunDir(tmp_path), attach(base, recipe), rows=Rows(make_rows(4, seed=1)), recipe=recipe)
+    for num_steps in range(1, 41):
+        trainer = build_loop(parts, start_method(recipe))
+        scheduler = trainer.create_scheduler(num_steps, torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+        rates = []
+        for _ in range(num_steps):
+            rates += scheduler.get_last_lr()
+            scheduler.optimizer.step()
+            scheduler.step()
+        warm_up = min(math.ceil(share * num_steps), num_steps - 1)
+        assert rates[:warm_up] == pytest.approx([step / warm_up for step in range(warm_up)])
+        assert rates[warm_up] == pytest.approx(1.0), (num_steps, rates)
 
 
 def test_a_nan_in_the_base_is_named(base: Path, tmp_path: Path) -> None:

@@ -101,10 +101,15 @@ def format_modelfile(
     if shape.system:
         lines.append(f'SYSTEM """{plain_value(shape.system, what="the system text of the training template")}"""')
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
-    lines += [f"PARAMETER {key} {value:g}" for key, value in parameters.items()]
+    lines += [f"PARAMETER {key} {_number(value)}" for key, value in parameters.items()]
     if licence:
         lines.append(f'LICENSE """{plain_value(licence.strip(), what="the licence")}"""')
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """Return a number as Ollama reads it: strconv.ParseInt takes no exponent and no decimal point."""
+    return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
 # --- the member -------------------------------------------------------------------------------------------------------

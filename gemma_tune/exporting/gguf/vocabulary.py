@@ -41,7 +41,6 @@ class GgufVocabulary:
     """One entry for each row of the embedding; rows without a token are UNUSED.
 
     Attributes:
-        adds_bos, adds_eos: what the tokenizer puts around plain text.
         chat_template: the Jinja source, or None.
     """
 
@@ -54,8 +53,6 @@ class GgufVocabulary:
     pad_id: int | None
     mask_id: int | None
     end_of_turn_id: int | None
-    adds_bos: bool
-    adds_eos: bool
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -99,7 +96,7 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
         raise ExportError(f"{path}: a token is named [PADn], which is the name of an unused row", hint=_KEEP_HINT)
 
     special = _special_ids(config, id_of, directory)
-    adds_bos, adds_eos = _adds(tokenizer.get("post_processor"), config, path)
+    _refuse_other_ends(tokenizer.get("post_processor"), config, path)
     return GgufVocabulary(
         tokens=tuple(tokens),
         scores=tuple(scores),
@@ -110,8 +107,6 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
         pad_id=special.get("pad_token"),
         mask_id=special.get("mask_token"),
         end_of_turn_id=id_of.get("<end_of_turn>"),
-        adds_bos=adds_bos,
-        adds_eos=adds_eos,
         chat_template=_chat_template(directory, config),
         notes=tuple(_stop_notes(directory, {special["eos_token"], id_of.get("<end_of_turn>")})),
     )
@@ -133,8 +128,9 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_mask_token_id(vocabulary.mask_id)
     if vocabulary.end_of_turn_id is not None:
         writer.add_eot_token_id(vocabulary.end_of_turn_id)
-    writer.add_add_bos_token(vocabulary.adds_bos)
-    writer.add_add_eos_token(vocabulary.adds_eos)
+    # What the tokenizer itself adds does not count: training puts one <bos> before every row, and asks with no <eos>.
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
     # llama.cpp's default for this kind of tokenizer is true, which Gemma never is.
     writer.add_add_space_prefix(False)
     if vocabulary.chat_template is not None:
@@ -276,11 +272,10 @@ def _special_ids(config: Mapping[str, Any], id_of: Mapping[str, int], directory:
     return ids
 
 
-def _adds(post_processor: Any, config: Mapping[str, Any], path: Path) -> tuple[bool, bool]:
-    """Whether the tokenizer puts <bos> before and <eos> after a text: what the post-processor does, since transformers
-    does not heed add_bos_token of a tokenizer_config.json that lies next to a tokenizer.json."""
+def _refuse_other_ends(post_processor: Any, config: Mapping[str, Any], path: Path) -> None:
+    """Refuse a tokenizer that puts more around a text than <bos> and <eos>."""
     if post_processor is None:
-        return False, False
+        return
     names = {_text(config.get("bos_token")): "bos", _text(config.get("eos_token")): "eos"}
     parts = [
         names.get(part["SpecialToken"]["id"], "other") if "SpecialToken" in part else "text"
@@ -291,7 +286,6 @@ def _adds(post_processor: Any, config: Mapping[str, Any], path: Path) -> tuple[b
             f"{path}: the post-processor does not put <bos> before or <eos> after a text, but {', '.join(parts)}",
             hint=_KEEP_HINT,
         )
-    return "bos" in parts, "eos" in parts
 
 
 def _text(token: Any) -> Any:

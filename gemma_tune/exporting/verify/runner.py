@@ -65,8 +65,8 @@ def transformers_runner(
 
 
 def tokenize_by(directory: Path, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of texts by the tokenizer of a directory, BOS and control tokens included."""
-    from gemma_tune.models.tokenizer import load_tokenizer
+    """Token ids of texts by the tokenizer of a directory, as training has them."""
+    from gemma_tune.models.tokenizer import load_tokenizer, with_one_bos
 
     tokenizer = load_tokenizer(directory)
-    return [tokenizer(text).input_ids for text in texts]
+    return [with_one_bos(tokenizer, text) for text in texts]

@@ -20,7 +20,7 @@ from gemma_tune.engines.quantized import keep_trainable_layout
 from gemma_tune.engines.transformers import to_quantization_config
 from gemma_tune.exporting.verify.forms import Form
 from gemma_tune.exporting.verify.parity import Logits
-from gemma_tune.models.tokenizer import load_tokenizer
+from gemma_tune.models.tokenizer import load_tokenizer, with_one_bos
 from gemma_tune.recipe.schema import ModelSection
 
 
@@ -37,8 +37,7 @@ class TransformersForm:
         return logits
 
     def tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text).input_ids
-        return ids
+        return with_one_bos(self.tokenizer, text)
 
     @torch.no_grad()
     def answer(self, prompt: Sequence[int], *, max_new_tokens: int, stop_token_ids: Sequence[int]) -> list[int]:

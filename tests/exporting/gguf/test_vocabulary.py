@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.data.rows.segments import Segment
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.gguf.vocabulary import TokenType, read_vocabulary
+from gemma_tune.exporting.gguf.vocabulary import TokenType, add_vocabulary, read_vocabulary
+from gemma_tune.models.tokenizer import with_one_bos
 from gemma_tune.paths import TINY_MODEL_DIR
 
 NUM_ROWS = 2304
@@ -75,9 +78,21 @@ def test_merges_as_texts_are_merges(edited: Edited) -> None:
     assert found.scores == read_vocabulary(TINY_MODEL_DIR, num_rows=NUM_ROWS).scores
 
 
+class RecordingWriter:
+    """Keeps what a `gguf.GGUFWriter` is given, by the method's name."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda value: self.written.__setitem__(name, value)
+
+
 @pytest.mark.parametrize("said", [None, True, False])
 @pytest.mark.parametrize("does", ["bos", "bos and eos", "eos", "nothing", "no processor"])
-def test_bos_is_added_where_the_tokenizer_adds_it(edited: Edited, said: bool | None, does: str) -> None:
+def test_a_prompt_has_the_one_bos_of_training_whatever_the_tokenizer_adds(
+    edited: Edited, said: bool | None, does: str
+) -> None:
     def change(tokenizer: dict[str, Any], config: dict[str, Any]) -> None:
         del config["add_bos_token"], config["add_eos_token"]
         if said is not None:
@@ -91,9 +106,12 @@ def test_bos_is_added_where_the_tokenizer_adds_it(edited: Edited, said: bool | N
             tokenizer["post_processor"] = None
 
     directory = edited(change)
-    vocabulary = read_vocabulary(directory, num_rows=NUM_ROWS)
-    ids = AutoTokenizer.from_pretrained(directory)("duck").input_ids
-    assert (vocabulary.adds_bos, vocabulary.adds_eos) == (ids[0] == 2, ids[-1] == 1)
+    fields = RecordingWriter()
+    add_vocabulary(fields, read_vocabulary(directory, num_rows=NUM_ROWS))
+    assert fields.written["add_add_bos_token"] is True and fields.written["add_add_eos_token"] is False
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    trained = Encoder(tokenizer).encode_prompt([Segment("duck", supervised=False, control=False)])
+    assert with_one_bos(tokenizer, "duck") == trained
 
 
 def test_turn_markers_and_unused_tokens_are_control_whatever_the_file_says(edited: Edited) -> None:
