@@ -198,7 +198,8 @@ def require_free_disk(
     free = free_bytes(path) + _allocated_bytes(_partial_path(path))
     if free < needed_bytes + spare_bytes:
         raise error(
-            f"{path}: {what} needs {format_bytes(needed_bytes, digits=2)}, {format_bytes(free, digits=2)} are free",
+            f"{path}: {what} needs {format_bytes(needed_bytes, digits=2)}, {format_bytes(free, digits=2)} are free"
+            + (f", and {format_bytes(spare_bytes)} have to stay free" if spare_bytes else ""),
             hint=hint,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +26,11 @@ _PIPE_INTERVAL_SECONDS = 10.0
 
 
 def _console(stream: Any) -> Console:
+    if stream is None:  # closed by the shell (`>&-`)
+        return Console(file=io.StringIO())
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        # A pipe on Windows is cp1252, in a cron job ASCII: what cannot be written is replaced, after the work was done.
+        stream.reconfigure(errors="replace")
     # A pipe has no width: 80 columns would cut tables and paths that a program reads.
     return Console(file=stream, highlight=False, soft_wrap=not stream.isatty(), width=None if stream.isatty() else 200)
 
@@ -44,10 +51,18 @@ class Terminal:
         self.out.print(Text(without_controls(text) if self.out.is_terminal else text), end=end, soft_wrap=True)
 
     def json(self, value: object) -> None:
-        self.plain(to_json(value), end="")
+        self._json(to_json(value), indent=2)
 
     def json_line(self, value: object) -> None:
-        self.plain(to_json_lines([value]), end="")
+        self._json(to_json_lines([value]), indent=None)
+
+    def _json(self, text: str, *, indent: int | None) -> None:
+        """Escape what the stream cannot write: in JSON nothing is lost, whatever the encoding."""
+        try:
+            text.encode(self.out.encoding)
+        except UnicodeEncodeError:
+            text = json.dumps(json.loads(text), indent=indent) + "\n"
+        self.plain(text, end="")
 
     def result_inline(self, text: Text) -> None:
         text.plain = _safe(text.plain)

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+import os
+import subprocess
+import sys
 
+import pytest
 from rich.console import Console
 from rich.text import Text
 
@@ -35,3 +40,30 @@ def test_text_of_rows_and_models_gives_a_terminal_no_orders() -> None:
 
 def test_a_pipe_gets_the_text_as_it_is() -> None:
     assert printed(Terminal(), as_terminal=False).startswith("a\x1b]0;title")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "cp437", "koi8-r", "shift_jis", "utf-8", "utf-16"])
+def test_what_an_encoding_lacks_is_replaced_and_json_stays_whole(encoding: str) -> None:
+    """Eight encodings of stdout; a lone surrogate, too, which no encoding has."""
+    value = {"text": "“Größe” ✓ 火 \ud83d"}
+    program = (
+        "from gemma_tune.terminal import Terminal, make_table\n"
+        f"terminal, value = Terminal(), {value!a}\n"
+        "terminal.result('[bold]✓ Größe[/]'); terminal.result(make_table(('a │',), [('✓ 火',)]))\n"
+        "terminal.plain(value['text']); terminal.note('✓ 火'); terminal.json_line(value)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode(encoding).splitlines()
+    assert len(lines) == 5 and lines[3] == value["text"].encode(encoding, "replace").decode(encoding)
+    assert json.loads(lines[4]) == value
+
+
+def test_a_closed_stdout_is_not_a_fault() -> None:
+    program = "from gemma_tune.terminal import Terminal; Terminal().result('x')"
+    assert subprocess.run(f'{sys.executable} -c "{program}" >&- 2>&-', shell=True, check=False).returncode == 0

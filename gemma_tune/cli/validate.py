@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
+
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
 from gemma_tune.terminal import Terminal
 
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
-    """Check a recipe without loading a model: keys, values, model name and data template."""
+    """Check a recipe without loading a model: keys, values, model, data template, export formats."""
     from gemma_tune.data.rows.template import check_named
+    from gemma_tune.flows.check_base import check_base
     from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
 
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
-    resolve_model(loaded.recipe.model.name)
+    named = resolve_model(loaded.recipe.model.name)
     check_named(loaded.recipe.data)
+    is_here = named.kind != "hub" and named.path.is_dir()
+    notes = check_base(loaded.recipe, named.config, named.path if is_here else None) if named.config else ()
     if as_json:
         terminal.json(loaded.recipe.model_dump(mode="json"))
         return
     terminal.plain(dump_recipe(loaded.recipe), end="")
+    for note in notes:
+        terminal.note(f"[yellow]![/] {escape(note)}")
     terminal.note(f"[green]✓[/] {loaded.path} is valid; above, every setting with its value")

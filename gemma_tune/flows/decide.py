@@ -11,6 +11,7 @@ from gemma_tune.data.open import open_data
 from gemma_tune.disk import write_json
 from gemma_tune.engines.choose import EngineDecision, decide_engine
 from gemma_tune.exporting.formats.registry import find_formats
+from gemma_tune.flows.check_base import check_base
 from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.device import detect_device
 from gemma_tune.machine.world import World
@@ -33,6 +34,7 @@ class Decisions:
     Attributes:
         engine: the engine, the precision and the device, and why.
         adapter: the adapter that the training starts from; None for a fresh one.
+        notes: what is to be said of the base before it is trained.
         started: when the run was started, by the monotonic clock in seconds.
     """
 
@@ -41,6 +43,7 @@ class Decisions:
     inputs: Inputs
     engine: EngineDecision
     adapter: StartAdapter | None
+    notes: tuple[str, ...] = ()
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -69,6 +72,7 @@ def decide(loaded: LoadedRecipe) -> Decisions:
         base=base,
         inputs=inputs,
         engine=decide_engine(recipe, device=detect_device()),
+        notes=check_base(recipe, base.config, base.directory),
         adapter=find_adapter(recipe.model.adapter, lora=recipe.lora) if recipe.model.adapter else None,
         started=started,
     )

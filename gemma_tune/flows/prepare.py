@@ -54,6 +54,8 @@ def prepare(context: RunContext, decisions: Decisions, *, resumption: Resumption
     reporter.stage("engine")
     reporter.detail(f"{choice.name}: {choice.reason}")
     reporter.detail(f"{precision.compute} on {device.name}: {precision.reason}")
+    for note in decisions.notes:
+        reporter.warn(note)
     if device.kind == "cuda":
         report_plan(context, decisions)
     engine = start_engine(choice.name)

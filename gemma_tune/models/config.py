@@ -352,11 +352,19 @@ class _Reader:
         return theta, self.number("rope_local_base_freq", local), _describe_rope(full)
 
     def quantization(self) -> str | None:
-        """`bitsandbytes 4-bit`, `gptq`… as the file says it, or None for plain weights."""
+        """`bitsandbytes 4-bit` or `bitsandbytes 8-bit`, or None for plain weights; other methods are refused."""
         given = self.outer.get("quantization_config", self.text.get("quantization_config"))
-        if not isinstance(given, Mapping):
+        if not given:
             return None
-        method = str(given.get("quant_method", "unknown"))
+        if not isinstance(given, Mapping):
+            raise self.wrong("quantization_config", given, "an object")
+        method = str(given.get("quant_method", "bitsandbytes"))
+        if method != "bitsandbytes":
+            raise ModelError(
+                f"{self.where}: quantization_config: the weights are quantised by {method}, and only those of "
+                "bitsandbytes can be read",
+                hint="give the model in 16 bits that they were made of; model.load_in_4bit quantises it when it loads",
+            )
         for key, bits in (("load_in_4bit", " 4-bit"), ("load_in_8bit", " 8-bit")):
             if given.get(key):
                 method += bits

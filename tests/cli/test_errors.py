@@ -54,7 +54,7 @@ def refused(folder: Path, *arguments: str) -> str:
     ("override", "told"),
     [
         ("training.lerning_rate=1e-3", "training.lerning_rate: unknown key; did you mean 'learning_rate'?"),
-        ("training.batch_size=none", "training.batch_size: must be a whole number, found 'none'"),
+        ("training.batch_size=none", "training.batch_size: must be a whole number from 1 to 65536, found 'none'"),
         ("model.name=gemma-7x", "no Gemma is known by the name 'gemma-7x'"),
         ("model.name=./nowhere", "no such directory"),
         ("data.source=missing.jsonl", "missing.jsonl"),

@@ -129,5 +129,6 @@ FORMAT = Format(
     estimate_bytes=lambda source, dtype: directory_bytes(source.adapter),
     write=_write,
     runner=_runner,
+    check_base=lambda config, directory: None,
     settings=(),
 )

@@ -10,10 +10,12 @@ from re import Pattern
 from typing import Any
 
 from gemma_tune.disk import output_directory, write_text
+from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings, MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.required_packages import RequiredPackage
 from gemma_tune.exporting.verify.runner import Runner
+from gemma_tune.models.config import TextConfig
 from gemma_tune.reporting.card import CardFormat
 from gemma_tune.runs.reporter import Reporter
 
@@ -55,6 +57,15 @@ def made_from_adapter(source: ExportSource, asked: Sequence[Format], dtype: Merg
     """The parent of a format that is made from base and adapter."""
 
 
+def refuse_quantised(config: TextConfig, directory: Path | None) -> None:
+    """Refuse a base that is stored in 4 or 8 bits: merging would round away part of what was trained."""
+    if config.quantization:
+        raise ExportError(
+            f"the base is quantised ({config.quantization}), and no adapter can be merged into it",
+            hint="name the model in 16 bits as model.name, or leave export.formats out",
+        )
+
+
 @dataclass(frozen=True)
 class Format:
     """One export format.
@@ -68,6 +79,8 @@ class Format:
         runner: (directory, source, siblings) -> how an exported directory is run and compared; `siblings` are the
             directories of other formats of the same source by name.
         parent: (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter.
+        check_base: (facts of config.json, directory where the base is here) -> None; it refuses a base of which there
+            is no such export.
         packages: what it needs and a user may lack.
         settings: names of the `ExportSettings` that decide its files.
     """
@@ -80,5 +93,6 @@ class Format:
     write: Callable[[ExportTask], Facts]
     runner: Callable[[Path, ExportSource, Mapping[str, Path]], Runner]
     parent: Callable[[ExportSource, Sequence[Format], MergeDtype], str | None] = made_from_adapter
+    check_base: Callable[[TextConfig, Path | None], None] = refuse_quantised
     packages: tuple[RequiredPackage, ...] = ()
     settings: tuple[str, ...] = ("dtype",)

@@ -14,16 +14,19 @@ from gemma_tune.exporting.export_settings import MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.formats import merged
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
+from gemma_tune.exporting.gguf.architecture import check_config, read_architecture
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, gguf_bytes, lossless_dtype
 from gemma_tune.exporting.gguf.header import GgufReport
 from gemma_tune.exporting.gguf.quantize import CONVERTED, QUANTIZATIONS, packages_of, quantize_gguf, refuse_unknown
 from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
+from gemma_tune.exporting.gguf.vocabulary import read_vocabulary
 from gemma_tune.exporting.merge.merge_plan import STORED_DTYPE_OF
 from gemma_tune.exporting.verify.forms import Form
 from gemma_tune.exporting.verify.parity import LIMITS
 from gemma_tune.exporting.verify.runner import Runner
 from gemma_tune.exporting.verify.weight_check import check_gguf_weights
 from gemma_tune.models.catalogue import LICENCE_IDS
+from gemma_tune.models.config import TextConfig
 from gemma_tune.reporting.card import CardFormat
 
 GGUF_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.gguf", re.ASCII)
@@ -126,6 +129,15 @@ def _facts(report: GgufReport) -> Facts:
     }
 
 
+def check_base(config: TextConfig, directory: Path | None) -> None:
+    """Refuse a base that llama.cpp computes or tokenizes otherwise."""
+    if directory is None:
+        check_config(config, "config.json")
+    else:
+        read_architecture(directory)
+        read_vocabulary(directory, num_rows=config.vocab_size)
+
+
 def _member(quantization: str) -> Format:
     name, is_converted = _PREFIX + quantization, quantization in CONVERTED
     about = "for llama.cpp and LM Studio" + (", 8 bits" if quantization == "q8_0" else "")
@@ -138,6 +150,7 @@ def _member(quantization: str) -> Format:
         write=partial(_convert if is_converted else _quantize, quantization),
         runner=partial(run_directory, name),
         parent=(lambda source, asked, dtype: merged.FORMAT.name) if is_converted else _name_lossless,
+        check_base=check_base,
         packages=packages_of(quantization),
     )
 

@@ -143,6 +143,7 @@ FORMAT = Format(
     name="ollama",
     about="a GGUF with its Modelfile",
     card=gguf.CARD,
+    check_base=gguf.check_base,
     files=(gguf.GGUF_FILE, re.compile(MODELFILE)),
     estimate_bytes=lambda source, dtype: 0,  # a link
     write=_write,

@@ -15,18 +15,24 @@ FORMATS: Members[Format] = Members(
 )
 
 
+def name_formats(names: Sequence[str]) -> tuple[Format, ...]:
+    """Return the named formats, each once, in the order given. Raises ExportError when a name is unknown."""
+    return tuple(map(_find_format, dict.fromkeys(name.strip().lower() for name in names)))
+
+
 def find_formats(names: Sequence[str]) -> tuple[Format, ...]:
     """Return the named formats, each once, in the order given.
 
     Raises:
         ExportError: a name is unknown, or a package that a format needs is not installed.
     """
-    return tuple(map(_find_format, dict.fromkeys(name.strip().lower() for name in names)))
+    found = name_formats(names)
+    for each in found:
+        require_packages(each.name, each.packages)
+    return found
 
 
 def _find_format(name: str) -> Format:
     if name not in FORMATS:
         gguf.refuse_unknown_quantization(name)
-    found = FORMATS.find(name, error=ExportError)
-    require_packages(name, found.packages)
-    return found
+    return FORMATS.find(name, error=ExportError)

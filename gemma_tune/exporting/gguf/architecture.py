@@ -39,20 +39,26 @@ def read_architecture(directory: Path) -> GgufArchitecture:
     """Read config.json; ExportError names the first setting that a GGUF file cannot carry."""
     config = read_config(directory)
     where = f"{directory / files.CONFIG_FILE}"
+    facts = check_config(config, where)
+    rope_factor = _rope_factor(files.read_config(directory), config, facts, where)
+    notes = []
+    if config.activation == "gelu":
+        notes.append("the config says `gelu`; llama.cpp computes Gemma's own form of it, gelu_pytorch_tanh")
+    return GgufArchitecture(config, facts, rope_factor, tuple(notes))
+
+
+def check_config(config: TextConfig, where: str) -> GgufFacts:
+    """Return what llama.cpp takes for granted in this family; ExportError names the first setting that differs."""
     facts = config.facts.gguf
     if facts is None:
         able = ", ".join(family.title for family in FAMILIES.values() if family.gguf is not None)
         raise ExportError(
             f"{where}: model_type is {config.model_type}: only {able} can be written as GGUF", hint=_KEEP_HINT
         )
-    rope_factor = _rope_factor(files.read_config(directory), config, facts, where)
     reason = _unsupported(config, facts)
     if reason:
         raise ExportError(f"{where}: {reason}", hint=_KEEP_HINT)
-    notes = []
-    if config.activation == "gelu":
-        notes.append("the config says `gelu`; llama.cpp computes Gemma's own form of it, gelu_pytorch_tanh")
-    return GgufArchitecture(config, facts, rope_factor, tuple(notes))
+    return facts
 
 
 def _unsupported(config: TextConfig, facts: GgufFacts) -> str | None:

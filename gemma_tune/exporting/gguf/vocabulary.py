@@ -18,6 +18,7 @@ from typing import Any
 from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ExportError, ModelError
 from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
+from gemma_tune.models.token_ids import ids_beyond
 
 _SPACE = "▁"
 _TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>")
@@ -68,7 +69,11 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
         raise ExportError(f"{directory}: no tokenizer.json", hint="copy the tokenizer of the model there")
     tokenizer = read_json_object(path, error=ModelError)
     config = read_json_object(directory / "tokenizer_config.json", error=ModelError)
-    added: list[dict[str, Any]] = tokenizer.get("added_tokens") or []
+    added: list[dict[str, Any]] = [
+        token
+        for token in tokenizer.get("added_tokens") or []
+        if token["id"] < num_rows or ids_beyond([(token["content"], token["id"])], num_rows=num_rows)
+    ]
     _refuse_other_forms(tokenizer, added, path)
     pieces: dict[str, int] = tokenizer["model"]["vocab"]
     id_of = _ids(pieces, added, num_rows, path)

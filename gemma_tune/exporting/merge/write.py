@@ -7,7 +7,6 @@ written next to the output directory and renamed when it is complete: a director
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import deque
@@ -57,6 +56,7 @@ from gemma_tune.models.safetensors import (
     read_config,
     stored_tensors,
 )
+from gemma_tune.models.token_ids import ids_beyond, read_added_tokens
 from gemma_tune.runs.adapter_dir import AdapterDir, LoraAdapter, LoraFactors
 
 # A block takes a quarter of a millisecond. Handed out one by one, the caller's thread would take a tenth of the cores.
@@ -147,17 +147,10 @@ def _check_vocabulary(texts: Mapping[str, Path], plan: MergePlan) -> None:
     rows = text_config.get("vocab_size") if isinstance(text_config, dict) else None
     if path is None or not isinstance(rows, int):
         return
-    text = path.read_text(encoding="utf-8")
-    start = text.find('"added_tokens":')
-    if start < 0:
-        return
-    # Only this list is decoded: the whole of Gemma's file (34 MB) would take 0.3 GB as Python objects.
-    begin = text.index("[", start)
-    added, _ = json.JSONDecoder().raw_decode(text, begin)
-    beyond = [token for token in added if token["id"] >= rows]
-    if beyond:
+    added = [(token["content"], token["id"]) for token in read_added_tokens(path)]
+    for token, index in ids_beyond(added, num_rows=rows).items():
         raise ExportError(
-            f"{path}: token {beyond[0]['content']!r} has id {beyond[0]['id']}, the embedding has {rows} rows",
+            f"{path}: token {token!r} has id {index}, the embedding has {rows} rows",
             hint="the tokenizer was extended: save the resized embedding with the adapter (save_embedding_layers=True)",
         )
 
