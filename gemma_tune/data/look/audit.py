@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gemma_tune.data.data_report import LengthBin
 from gemma_tune.data.encode.lengths import length_bins, percentile
-from gemma_tune.data.look.audit_row import AuditRow
 from gemma_tune.data.look.faults import PROGRESS_ROWS, Progress, find_faults, find_unusable
-from gemma_tune.data.look.findings import SEVERITIES, AuditFinding
-from gemma_tune.data.look.languages import language_findings, language_mix
+from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, AuditRow, Finds
 from gemma_tune.data.look.repeats import find_repeats
 from gemma_tune.data.text.duplicates import NearDuplicates
+
+# Languages are guessed on so many rows, evenly spaced, from the first characters of each.
+LANGUAGE_ROWS = 400
+_LANGUAGE_CHARS = 400
+# Shorter texts are mostly guessed wrong.
+_LANGUAGE_MIN_WORDS = 8
+_LANGUAGE_MIN_CONFIDENCE = 0.5
+# Below this share of the guessed rows a second language is a misguess more often than a language.
+_LANGUAGE_MIN_SHARE = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +76,14 @@ def audit_rows(
         near.add(text for _, text in row.texts)
         if (index + 1) % PROGRESS_ROWS == 0 or index + 1 == len(rows):
             tell("rows compared", index + 1, len(rows))
-    languages, language_rows = language_mix(rows)
-    findings = chain(
-        find_repeats(rows, near, keys=keys, is_eval=is_eval),
-        find_unusable(bad),
-        find_faults(rows, max_seq_tokens=max_seq_tokens, tell=tell),
-        language_findings(languages, language_rows),
-    )
+    found = Finds()
+    find_repeats(rows, near, found, keys=keys, is_eval=is_eval)
+    find_unusable(bad, found)
+    cited_answers = find_faults(rows, found, max_seq_tokens=max_seq_tokens, tell=tell)
+    findings = found.findings(limit=max_seq_tokens, longest=percentile(tokens, 100))
+    findings = [_weigh_citations(finding, cited_answers) for finding in findings]
+    languages, language_rows = _language_mix(rows)
+    findings += _language_findings(languages, language_rows)
     num_tokens, num_supervised = int(tokens.sum()), int(supervised.sum())
     return AuditReport(
         rows=len(rows),
@@ -101,3 +108,44 @@ def audit_rows(
 
 def _rank(found: AuditFinding) -> tuple[int, int, str]:
     return SEVERITIES.index(found.severity), -found.count, found.kind
+
+
+def _weigh_citations(finding: AuditFinding, cited_answers: int) -> AuditFinding:
+    """Citation marks are learned where they stand in an answer."""
+    if finding.kind != "citation_marks" or not cited_answers:
+        return finding
+    summary = f"{finding.summary}, {cited_answers:,} of them in an answer"
+    return replace(finding, severity="warning", summary=summary)
+
+
+def _language_mix(rows: Sequence[AuditRow]) -> tuple[tuple[tuple[str, int], ...], int]:
+    """Language code and rows of an evenly spaced sample, most frequent first, and the size of the sample."""
+    if not rows:
+        return (), 0
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    identifier = LanguageIdentifier.from_model_file(
+        MODEL_FILE, norm_probs=True, min_confidence=_LANGUAGE_MIN_CONFIDENCE
+    )
+    size = min(LANGUAGE_ROWS, len(rows))
+    sample = [rows[index * len(rows) // size] for index in range(size)]
+    return tuple(Counter(_language(row, identifier) for row in sample).most_common()), size
+
+
+def _language(row: AuditRow, identifier: object) -> str:
+    text = " ".join(text for _, text in row.texts)[:_LANGUAGE_CHARS]
+    # A language without blanks has long words.
+    if len(text.split()) < _LANGUAGE_MIN_WORDS and text.isascii():
+        return "?"
+    code: str = identifier.classify(text)[0]  # type: ignore[attr-defined]
+    # `und` is unsure, `zxx` no language, such as a list of figures.
+    return "?" if code in ("und", "zxx") else code
+
+
+def _language_findings(languages: Sequence[tuple[str, int]], size: int) -> list[AuditFinding]:
+    known = [(code, count) for code, count in languages if code != "?" and count >= max(2, _LANGUAGE_MIN_SHARE * size)]
+    if len(known) < 2:
+        return []
+    shares = ", ".join(f"{code} {count / size:.0%}" for code, count in known)
+    count = sum(count for _, count in known[1:])
+    return [FINDING_KINDS["languages"].finding(count, found=len(known), size=size, shares=shares)]

@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from gemma_tune.data.data_report import MAX_SAMPLES
+from gemma_tune.data.encode.encode_rows import Side
+from gemma_tune.data.text.duplicates import NEAR_THRESHOLD
 from gemma_tune.data.text.pii import PII_KINDS
+from gemma_tune.members import Members
 from gemma_tune.text import counted
 
 Severity = Literal["error", "warning", "info"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
-# What `--fail-on KIND=N` may name.
-FINDING_KINDS: tuple[str, ...] = (
-    "leak_exact",
-    "leak_near",
-    "duplicate_exact",
-    "duplicate_near",
-    "empty_answer",
-    "blank_answer",
-    "one_word_answer",
-    "role_order",
-    "unusable",
-    "too_long",
-    "control_tokens",
-    "encoding",
-    "citation_marks",
-    "languages",
-    *(f"pii_{kind}" for kind in PII_KINDS),
-)
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRow:
+    """One rendered row."""
+
+    where: str  # its place, such as `rows.jsonl:12`
+    side: Side
+    response: str  # as rendered
+    key: bytes  # 16 bytes; equal rows have equal keys
+    texts: tuple[tuple[str, str], ...]  # name and text of the row's own values, before templating
+    category: str | None
+    num_tokens: int
+    num_supervised: int  # tokens in the loss
+    control_strings: int  # control tokens spelled out in the row's text
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,31 +49,118 @@ class AuditFinding:
     option: str | None = None  # the recipe line that would act on it, where there is one
 
 
-class Hits:
-    """Rows of one kind while they are collected: how many, the first of them, and 8 bytes for the place of each."""
+@dataclass(frozen=True, slots=True)
+class FindingKind:
+    """A kind of thing that an audit finds in rows."""
+
+    name: str  # what `--fail-on KIND=N` names
+    severity: Severity
+    summary: str  # may hold `{count}`, such as `3 rows`, `{verb}` (have), `{be}` (are) and facts of the audit
+    option: str | None = None
+
+    def finding(
+        self, count: int, samples: tuple[tuple[str, str], ...] = (), places: str = "", **facts: object
+    ) -> AuditFinding:
+        """The finding in `count` rows; `facts` are those that the summary and the option name."""
+        verb, be = ("has", "is") if count == 1 else ("have", "are")
+        summary = self.summary.format(count=counted(count, "row"), verb=verb, be=be, **facts)
+        option = self.option and self.option.format(**facts)
+        return AuditFinding(self.name, self.severity, count, summary, samples, places, option)
+
+
+_NEAR, _EXACT = "data.clean.drop_duplicates=near", "data.clean.drop_duplicates=exact"
+FINDING_KINDS = Members(
+    "kind of finding",
+    (
+        FindingKind("leak_exact", "error", "{count} of the eval side {be} trained on: the score would measure memory"),
+        FindingKind("leak_near", "error", "{count} of the eval side {be} nearly the same as a training row", _NEAR),
+        FindingKind("duplicate_exact", "warning", "{count} {verb} occurred before, word for word", _EXACT),
+        FindingKind(
+            "duplicate_near",
+            "warning",
+            f"{{count}} {{be}} nearly the same as an earlier one (at least {NEAR_THRESHOLD:.0%} of the word 3-grams)",
+            _NEAR,
+        ),
+        FindingKind("empty_answer", "warning", "{count} {verb} an empty answer and cannot be used"),
+        FindingKind(
+            "blank_answer",
+            "warning",
+            "{count} {verb} an answer of nothing but white space",
+            "data.clean.min_response_words=1",
+        ),
+        FindingKind(
+            "one_word_answer", "info", "{count} {verb} an answer of one word", "data.clean.min_response_words=2"
+        ),
+        FindingKind(
+            "role_order", "warning", "{count} {verb} roles that the chat template does not take, and cannot be used"
+        ),
+        FindingKind("unusable", "warning", "{count} cannot be used"),
+        FindingKind(
+            "too_long",
+            "warning",
+            "{count} {be} longer than data.max_seq_tokens {limit:,}; data.too_long decides what happens",
+            "data.max_seq_tokens={longest}",
+        ),
+        FindingKind(
+            "control_tokens",
+            "warning",
+            "{count} {verb} control tokens such as <end_of_turn> spelled out; see data.control_tokens",
+            "data.control_tokens=refuse",
+        ),
+        FindingKind(
+            "encoding", "warning", "{count} {verb} text that was decoded wrongly", "data.clean.fix_encoding=true"
+        ),
+        FindingKind(
+            "citation_marks", "info", "{count} {verb} citation marks such as [1]", "data.clean.strip_citations=true"
+        ),
+        FindingKind("languages", "info", "the rows are in {found} languages, guessed from {size:,} of them: {shares}"),
+        *(
+            FindingKind(
+                f"pii_{kind.name}",
+                "error" if kind.name == "secret" else "warning",
+                f"{{count}} {{verb}} something that looks like {kind.title}",
+                "data.clean.pii=mask",
+            )
+            for kind in PII_KINDS.values()
+        ),
+    ),
+)
+
+
+class _Hits:
+    """Rows with one kind of finding: how many, the first of them, and 8 bytes for the place of each."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
         self._last: str | None = None
-        self._samples: list[tuple[str, str]] = []
-        self._places = Places()
+        self.samples: list[tuple[str, str]] = []
+        self.places = Places()
 
     def add(self, where: str, detail: str) -> None:
-        """Add a find; several of one row in a row count once."""
         if where != self._last:
             self._last = where
-            self._count += 1
-            self._places.add(where)
-        if len(self._samples) < MAX_SAMPLES:
-            self._samples.append((where, detail))
+            self.count += 1
+            self.places.add(where)
+        if len(self.samples) < MAX_SAMPLES:
+            self.samples.append((where, detail))
 
-    def finding(self, kind: str, severity: Severity, summary: str, *, option: str | None = None) -> list[AuditFinding]:
-        """Sum up, as a list of one or none; `summary` may hold `{count}`, such as `3 rows`, `{verb}` and `{be}`."""
-        if not self._count:
-            return []
-        verb, be = ("has", "is") if self._count == 1 else ("have", "are")
-        text = summary.format(count=counted(self._count, "row"), verb=verb, be=be)
-        return [AuditFinding(kind, severity, self._count, text, tuple(self._samples), self._places.compact(), option)]
+
+class Finds:
+    """What an audit finds, while it is collected."""
+
+    def __init__(self) -> None:
+        self._hits: defaultdict[str, _Hits] = defaultdict(_Hits)
+
+    def add(self, kind: str, where: str, detail: str) -> None:
+        """Add a find of a kind; several of one row in a row count once."""
+        self._hits[kind].add(where, detail)
+
+    def findings(self, **facts: object) -> list[AuditFinding]:
+        """Sum up each kind of which there is one; `facts` are those that the kinds' sentences name."""
+        return [
+            FINDING_KINDS[name].finding(hits.count, tuple(hits.samples), hits.places.compact(), **facts)
+            for name, hits in self._hits.items()
+        ]
 
 
 # `rows.jsonl:12`, `owner/name[train]:3`, `rows.parquet[3]`.

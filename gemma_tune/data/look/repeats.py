@@ -7,15 +7,19 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from gemma_tune.data.look.audit_row import AuditRow
-from gemma_tune.data.look.findings import AuditFinding, Hits
+from gemma_tune.data.look.findings import AuditRow, Finds
 from gemma_tune.data.rows.divide import firsts_of, number_keys
-from gemma_tune.data.text.duplicates import NEAR_THRESHOLD, NearDuplicates
+from gemma_tune.data.text.duplicates import NearDuplicates
 
 
 def find_repeats(
-    rows: Sequence[AuditRow], near: NearDuplicates, *, keys: bytes | bytearray, is_eval: npt.NDArray[np.bool_]
-) -> list[AuditFinding]:
+    rows: Sequence[AuditRow],
+    near: NearDuplicates,
+    found: Finds,
+    *,
+    keys: bytes | bytearray,
+    is_eval: npt.NDArray[np.bool_],
+) -> None:
     """Compare rows on each side and between the sides.
 
     Args:
@@ -23,7 +27,6 @@ def find_repeats(
         keys: those of the rows, one behind the other.
         is_eval: whether a row is on the eval side, [num_rows].
     """
-    exact, nearly, leaked, nearly_leaked = Hits(), Hits(), Hits(), Hits()
     numbers = number_keys(keys)
     first_rows: list[npt.NDArray[np.int64]] = []  # of each key number on the train side, and on the eval side; or -1
     for side in (~is_eval, is_eval):
@@ -34,38 +37,15 @@ def find_repeats(
         first_rows.append(first)
         again = own[first[numbers[own]] != own]
         for row in again[np.argsort(first[numbers[again]], kind="stable")].tolist():
-            exact.add(rows[row].where, f"the same as {rows[first[numbers[row]]].where}")
+            found.add("duplicate_exact", rows[row].where, f"the same as {rows[first[numbers[row]]].where}")
         for group in near.groups(distinct.tolist()):
             for row in group[1:]:
-                nearly.add(rows[row].where, f"nearly the same as {rows[group[0]].where}")
+                found.add("duplicate_near", rows[row].where, f"nearly the same as {rows[group[0]].where}")
     trained, asked = (first[numbers] for first in first_rows)  # of each row: the first equal one of a side, or -1
     for row in np.flatnonzero(is_eval & (trained >= 0)).tolist():
-        leaked.add(rows[row].where, f"the same as {rows[trained[row]].where} of the training rows")
+        found.add("leak_exact", rows[row].where, f"the same as {rows[trained[row]].where} of the training rows")
     # Each distinct row once; exact duplicates and exact leaks have been told above.
     own_asked = np.flatnonzero((asked == np.arange(len(rows))) & (trained < 0))
     own_trained = np.flatnonzero(trained == np.arange(len(rows)))
     for row, other in near.pairs(own_asked.tolist(), own_trained.tolist()):
-        nearly_leaked.add(rows[row].where, f"nearly the same as {rows[other].where} of the training rows")
-    return [
-        *leaked.finding(
-            "leak_exact", "error", "{count} of the eval side {be} trained on: the score would measure memory"
-        ),
-        *nearly_leaked.finding(
-            "leak_near",
-            "error",
-            "{count} of the eval side {be} nearly the same as a training row",
-            option="data.clean.drop_duplicates=near",
-        ),
-        *exact.finding(
-            "duplicate_exact",
-            "warning",
-            "{count} {verb} occurred before, word for word",
-            option="data.clean.drop_duplicates=exact",
-        ),
-        *nearly.finding(
-            "duplicate_near",
-            "warning",
-            f"{{count}} {{be}} nearly the same as an earlier one (at least {NEAR_THRESHOLD:.0%} of the word 3-grams)",
-            option="data.clean.drop_duplicates=near",
-        ),
-    ]
+        found.add("leak_near", rows[row].where, f"nearly the same as {rows[other].where} of the training rows")

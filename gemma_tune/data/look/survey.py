@@ -10,7 +10,7 @@ import numpy as np
 from gemma_tune.data.encode.encoder import Encoder, in_batches
 from gemma_tune.data.inputs import Input, Inputs
 from gemma_tune.data.look.audit import AuditReport, audit_rows
-from gemma_tune.data.look.audit_row import AuditRow
+from gemma_tune.data.look.findings import AuditRow
 from gemma_tune.data.open import load_encoder, open_data
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.divide import KEY_BYTES, RowKeys

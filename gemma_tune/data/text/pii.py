@@ -10,31 +10,18 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
+from gemma_tune.members import Members
 from gemma_tune.secrets import find_secrets
-
-PiiKind = Literal["secret", "email", "iban", "card", "ip", "phone"]
-# In the order of precedence: where two finds overlap, the earlier kind is kept.
-PII_KINDS: tuple[PiiKind, ...] = ("secret", "email", "iban", "card", "ip", "phone")
-PII_NAMES: Mapping[PiiKind, str] = {
-    "secret": "key or token",
-    "email": "e-mail address",
-    "iban": "IBAN",
-    "card": "payment card number",
-    "ip": "public IP address",
-    "phone": "phone number",
-}
-_MASKS: Mapping[PiiKind, str] = {kind: f"[{kind.upper()}]" for kind in PII_KINDS}
 
 
 @dataclass(frozen=True, slots=True)
 class PiiMatch:
     """A find in a text: `text[start:end]`."""
 
-    kind: PiiKind
+    kind: str
     start: int
     end: int
 
@@ -42,8 +29,8 @@ class PiiMatch:
 def find_pii(text: str) -> list[PiiMatch]:
     """Every find, in the order of the text, without overlaps."""
     taken: list[PiiMatch] = []
-    for kind in PII_KINDS:
-        found = [PiiMatch(kind, start, end) for start, end in _FINDERS[kind](text)]
+    for kind in PII_KINDS.values():
+        found = [PiiMatch(kind.name, start, end) for start, end in kind.find(text)]
         # A find that overlaps one of its own kind is impossible: every finder walks forward.
         taken += [match for match in found if all(match.end <= old.start or old.end <= match.start for old in taken)]
     return sorted(taken, key=lambda match: match.start)
@@ -54,7 +41,7 @@ def mask_pii(text: str) -> str:
     # Again until nothing is found: a number can become one of its own when its neighbour has gone.
     while matches := find_pii(text):
         for match in reversed(matches):
-            text = text[: match.start] + _MASKS[match.kind] + text[match.end :]
+            text = f"{text[: match.start]}[{match.kind.upper()}]{text[match.end :]}"
     return text
 
 
@@ -189,11 +176,24 @@ def _phones(text: str) -> Iterator[tuple[int, int]]:
     yield from sorted(spans)
 
 
-_FINDERS: Mapping[PiiKind, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "secret": find_secrets,
-    "email": _emails,
-    "iban": _ibans,
-    "card": _cards,
-    "ip": _ip_addresses,
-    "phone": _phones,
-}
+@dataclass(frozen=True, slots=True)
+class PiiKind:
+    """A kind of personal data."""
+
+    name: str
+    title: str  # with its article
+    find: Callable[[str], Iterable[tuple[int, int]]]
+
+
+# In the order of precedence: where two finds overlap, the earlier kind is kept.
+PII_KINDS = Members(
+    "kind of personal data",
+    (
+        PiiKind("secret", "a key or token", find_secrets),
+        PiiKind("email", "an e-mail address", _emails),
+        PiiKind("iban", "an IBAN", _ibans),
+        PiiKind("card", "a payment card number", _cards),
+        PiiKind("ip", "a public IP address", _ip_addresses),
+        PiiKind("phone", "a phone number", _phones),
+    ),
+)

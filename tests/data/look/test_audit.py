@@ -9,8 +9,7 @@ import pytest
 
 from gemma_tune.cli.audit import parse_threshold, print_audit, threshold_passed
 from gemma_tune.data.look.audit import AuditReport, audit_rows
-from gemma_tune.data.look.audit_row import AuditRow
-from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, Places
+from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, AuditRow, Places
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal
 
