@@ -10,10 +10,9 @@ from typing import Literal
 
 import numpy as np
 
-from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport
+from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport, length_bins, percentile
 from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows
 from gemma_tune.data.encode.encoder import Encoder, in_batches
-from gemma_tune.data.encode.lengths import length_bins, percentile
 from gemma_tune.data.rows.read import Examples
 from gemma_tune.data.rows.render import Example
 from gemma_tune.errors import DataError

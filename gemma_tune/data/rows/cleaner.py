@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from gemma_tune.data.rows.render import Example
+from gemma_tune.data.text import damage
+from gemma_tune.data.text import pii as personal
 from gemma_tune.recipe.schema import CleanSection
 
 
@@ -28,25 +30,29 @@ class RowCleaner:
                 return f"response under {section.min_response_words} words"
             if section.max_response_words and num_words > section.max_response_words:
                 return f"response over {section.max_response_words} words"
-        if section.pii == "drop":
-            from gemma_tune.data.text.clean import has_pii
-
-            if has_pii([text for _, text in texts]):
-                return "personal data or a secret"
+        if section.pii == "drop" and any(personal.find_pii(text) for _, text in texts):
+            return "personal data or a secret"
         return None
 
     def _clean(self, value: object) -> object:
         if isinstance(value, str):
-            from gemma_tune.data.text.clean import clean_text
-
-            return clean_text(
-                value,
-                mask_pii=self._section.pii == "mask",
-                strip_citations=self._section.strip_citations,
-                fix_encoding=self._section.fix_encoding,
-            )
+            return self.clean_text(value)
         if isinstance(value, list):
             return [self._clean(item) for item in value]
         if isinstance(value, Mapping):
-            return {name: self._clean(item) for name, item in value.items()}
+            return self.fields(value)
         return value
+
+    def clean_text(self, text: str) -> str:
+        """The text after the section's cleanings; cleaning it again changes nothing."""
+        # One cleaning can make room for another: a citation mark may stand inside an e-mail address.
+        while (cleaned := self._clean_once(text)) != text:
+            text = cleaned
+        return text
+
+    def _clean_once(self, text: str) -> str:
+        if self._section.fix_encoding:
+            text = damage.fix_encoding(text)
+        if self._section.strip_citations:
+            text = damage.strip_citations(text)
+        return personal.mask_pii(text) if self._section.pii == "mask" else text

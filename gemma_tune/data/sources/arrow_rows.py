@@ -6,8 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow
-from gemma_tune.data.sources.utf8 import not_utf8
+from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow, not_utf8
 from gemma_tune.errors import DataError
 
 BATCH_ROWS = 1_000

@@ -6,8 +6,17 @@ import csv
 import io
 from collections.abc import Iterable, Iterator
 
-from gemma_tune.data.sources.items import STOPPED, BrokenLine, RowFile, SourceItem, SourceRow
-from gemma_tune.data.sources.utf8 import ESCAPED_BYTE, escaped_byte, not_utf8, utf8_hint
+from gemma_tune.data.sources.items import (
+    ESCAPED_BYTE,
+    STOPPED,
+    BrokenLine,
+    RowFile,
+    SourceItem,
+    SourceRow,
+    escaped_byte,
+    not_utf8,
+    utf8_hint,
+)
 from gemma_tune.errors import DataError
 
 # csv's default of 131,072 characters is shorter than some contexts; the limit is a C long, 32 bits on Windows.

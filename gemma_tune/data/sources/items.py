@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.data.data_report import MAX_SAMPLES
-from gemma_tune.data.sources.utf8 import utf8_hint
 from gemma_tune.errors import DataError
 from gemma_tune.text import counted
 
 MAX_SHOWN = 5
 STOPPED = "reading stopped here"
+# What surrogateescape makes of bytes that are not UTF-8.
+ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +94,18 @@ def told(problems: Sequence[str]) -> str:
     if len(problems) > MAX_SAMPLES:
         shown.append(f"  and {len(problems) - MAX_SAMPLES:,} more")
     return "\n".join(shown)
+
+
+def not_utf8(byte: int) -> str:
+    """Say what is wrong with a byte."""
+    return f"not UTF-8 (byte 0x{byte:02x})"
+
+
+def escaped_byte(match: re.Match[str]) -> int:
+    """Return the byte that stands behind a match of ESCAPED_BYTE."""
+    return ord(match[0]) - 0xDC00
+
+
+def utf8_hint(name: str) -> str:
+    """Say how the file of this name becomes UTF-8."""
+    return f"save the file as UTF-8, for example: iconv -f CP1252 -t UTF-8 {name} > utf8-{name}"

@@ -8,8 +8,17 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_tune.data.sources.items import STOPPED, BrokenLine, RowFile, SourceItem, SourceRow, shown
-from gemma_tune.data.sources.utf8 import ESCAPED_BYTE, escaped_byte, not_utf8
+from gemma_tune.data.sources.items import (
+    ESCAPED_BYTE,
+    STOPPED,
+    BrokenLine,
+    RowFile,
+    SourceItem,
+    SourceRow,
+    escaped_byte,
+    not_utf8,
+    shown,
+)
 from gemma_tune.errors import DataError
 
 _JSON_HINT = "a .json file is one list of objects: [{…}, {…}]"

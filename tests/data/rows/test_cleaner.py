@@ -5,10 +5,26 @@ import itertools
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tune.data.text.clean import clean_text, has_pii
+from gemma_tune.data.rows.cleaner import RowCleaner
+from gemma_tune.data.rows.render import Example
+from gemma_tune.recipe.schema import CleanSection
 
 TEXT = "CafÃ© Elm opened in 1901.[1] Write to elm@example.com."
 FLAGS = list(itertools.product((False, True), repeat=3))
+
+
+def clean_text(text: str, *, mask_pii: bool, strip_citations: bool, fix_encoding: bool) -> str:
+    section = CleanSection(
+        pii="mask" if mask_pii else "keep", strip_citations=strip_citations, fix_encoding=fix_encoding
+    )
+    return RowCleaner(section).clean_text(text)
+
+
+def has_pii(texts: list[str]) -> bool:
+    example = Example("rows.jsonl:1", (), "", "", None, b"")
+    reason = RowCleaner(CleanSection(pii="drop")).reason_to_leave_out([("response", text) for text in texts], example)
+    assert reason in (None, "personal data or a secret")
+    return reason is not None
 
 
 def test_each_option_does_its_own() -> None:
