@@ -10,8 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport, length_bins, percentile
-from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows
+from gemma_tune.data.data_report import MAX_SAMPLES, DataReport, ReadReport
+from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows, length_bins, percentile
 from gemma_tune.data.encode.encoder import Encoder, in_batches
 from gemma_tune.data.rows.read import Examples
 from gemma_tune.data.rows.render import Example

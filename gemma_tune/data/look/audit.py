@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gemma_tune.data.data_report import LengthBin, length_bins, percentile
+from gemma_tune.data.data_report import LengthBin
+from gemma_tune.data.encode.arrays import length_bins, percentile
 from gemma_tune.data.look.faults import PROGRESS_ROWS, Progress, find_faults, find_unusable
 from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, AuditRow, Finds
 from gemma_tune.data.look.repeats import find_repeats
