@@ -34,11 +34,7 @@ _MODEL_SECONDS = 15.0
 
 
 def examine(
-    recipe: Recipe | None,
-    *,
-    output_dir: str,
-    seconds: float,
-    progress: Callable[[str, int, int], None],
+    recipe: Recipe | None, *, output_dir: str, seconds: float, progress: Callable[[str, int, int], None]
 ) -> list[Finding]:
     """All findings, in the order of the table.
 

@@ -161,8 +161,7 @@ def probe_data(tell: Send, *, model: str, data: Mapping[str, Any]) -> None:
     try:
         known = resolve_model(model).model
         inputs = open_inputs(
-            DataSection.model_validate(data),
-            prefers_chat=known is not None and known.is_instruction_tuned,
+            DataSection.model_validate(data), prefers_chat=known is not None and known.is_instruction_tuned
         )
         tell(sources=[f"{item.source.label} as {item.template.name}" for item in inputs.all])
     except GemmaTuneError as error:

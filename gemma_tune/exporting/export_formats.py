@@ -150,11 +150,7 @@ def _exported(directory: Path, *, kept: bool = True) -> Exported:
 
 def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settings: ExportSettings) -> dict[str, _Step]:
     """What is to be done, by format; a format before those that are made from it."""
-    inputs = {
-        "base": dict(source.base_files),
-        "adapter": source.adapter_hashes(),
-        "template": source.template,
-    }
+    inputs = {"base": dict(source.base_files), "adapter": source.adapter_hashes(), "template": source.template}
     steps: dict[str, _Step] = {}
 
     def add(each: Format) -> Path:

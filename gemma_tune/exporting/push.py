@@ -58,7 +58,6 @@ _MAX_SEARCHED_BYTES = 1_000_000
 class PushReport:
     """What went up. `files` are name -> bytes; `left_out` are entries of the directory that are not on the list."""
 
-    repo_id: str
     url: str
     commit: str
     files: dict[str, int]
@@ -138,7 +137,6 @@ def push(
             revision=revision,
         )
     return PushReport(
-        repo_id=repo_id,
         url=url,
         commit=commit.oid,
         files={name: (directory / name).stat().st_size for name in names},

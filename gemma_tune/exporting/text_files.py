@@ -11,12 +11,7 @@ from typing import Any
 
 from gemma_tune.disk import to_json, write_text
 from gemma_tune.models.catalogue import GEMMA_TERMS, GemmaModel
-from gemma_tune.models.safetensors import (
-    CHAT_TEMPLATE_FILES,
-    GENERATION_CONFIG_FILE,
-    PROCESSOR_FILES,
-    TOKENIZER_FILES,
-)
+from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 
 NOTICE_FILE = "NOTICE"
 _LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", NOTICE_FILE, "USE_POLICY.md")

@@ -52,11 +52,7 @@ def resident_parts(recipe: Recipe, *, base: Base, step: Step, processes: int) ->
             memory.gradient_bytes(config, step.lora) if processes > 1 else 0,
             "DDP sums the gradients of all cards in a copy of them",
         ),
-        Part(
-            f"{name} state",
-            0 if optimizer.is_paged else state,
-            optimizer.how,
-        ),
+        Part(f"{name} state", 0 if optimizer.is_paged else state, optimizer.how),
         Part("left by loading", LOADING_BYTES, "what loaders leave reserved in four published runs"),
     ]
     return tuple(part for part in parts if part.bytes or part.name.endswith("state"))

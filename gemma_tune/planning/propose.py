@@ -122,12 +122,7 @@ def propose(model: str, rows: RowFacts, *, card: Card | None) -> Proposal | None
     per_step = 16 if rows.num_rows >= _FEW_ROWS else 8 if rows.num_rows >= 100 else 4
     start = Recipe(
         model=ModelSection(name=model),
-        data=DataSection(
-            source=rows.source,
-            template=rows.template,
-            columns=dict(rows.columns),
-            max_seq_tokens=wanted,
-        ),
+        data=DataSection(source=rows.source, template=rows.template, columns=dict(rows.columns), max_seq_tokens=wanted),
     )
     start = with_overrides(start, _settings_by_rows(base, rows, tokens=wanted))
     if card is None:
@@ -190,12 +185,7 @@ def _ways(lengths: Sequence[int], *, per_step: int) -> Iterator[dict[str, Any]]:
 
 
 def _search(
-    start: Recipe,
-    ways: Iterable[dict[str, Any]],
-    *,
-    base: Base,
-    card: Card,
-    decision: EngineDecision,
+    start: Recipe, ways: Iterable[dict[str, Any]], *, base: Base, card: Card, decision: EngineDecision
 ) -> tuple[Recipe, Plan] | None:
     """The first way that fits, or the first that is tight."""
     tight = None

@@ -100,13 +100,7 @@ def pass_seconds(config: TextConfig, step: Step, *, card: Card, tokens: float, r
 
 
 def plan_schedule(
-    config: TextConfig,
-    step: Step,
-    *,
-    training: TrainingSection,
-    counted: RowCount,
-    card: Card | None,
-    processes: int,
+    config: TextConfig, step: Step, *, training: TrainingSection, counted: RowCount, card: Card | None, processes: int
 ) -> Schedule:
     """Count steps and estimate the time. A batch of similar lengths has about its rows' own tokens; a pack is full.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,32 +26,13 @@ from gemma_tune.exporting.verify.runner import Runner, transformers_runner
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import read_config, stored_tensors
 from gemma_tune.reporting.card import CardFormat
-from gemma_tune.runs.adapter_dir import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    AdapterDir,
-    LoraAdapter,
-)
-
-
-@dataclass(frozen=True)
-class AdapterReport:
-    """What an adapter export wrote.
-
-    Attributes:
-        num_modules: modules with a low-rank change; num_whole: tensors trained as a whole.
-    """
-
-    output_dir: Path
-    num_modules: int
-    num_whole: int
-    weight_bytes: int
+from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterDir, LoraAdapter
 
 
 def export_adapter(
     adapter_dir: Path, base: LocalModel, output_dir: Path, *, more_texts: Mapping[str, str] | None = None
-) -> AdapterReport:
-    """Write the adapter of a run, or any PEFT LoRA adapter, as a directory to give away.
+) -> LoraAdapter:
+    """Write the adapter of a run, or any PEFT LoRA adapter, as a directory to give away; returns what was read.
 
     `more_texts` (name -> content) become files of the output. Raises ExportError or ModelError; then nothing is left.
     """
@@ -72,12 +52,7 @@ def export_adapter(
         shutil.copyfile(weights, partial_dir / ADAPTER_WEIGHTS_FILE)
         if _facts(AdapterDir(partial_dir).read_lora()) != _facts(adapter):
             raise ExportError(f"{output_dir}: the copy does not read back as the adapter", hint="is the disk sound?")
-    return AdapterReport(
-        output_dir=output_dir,
-        num_modules=len(adapter.factors),
-        num_whole=len(adapter.trained),
-        weight_bytes=sum(tensor.num_bytes for tensor in adapter.tensors()),
-    )
+    return adapter
 
 
 def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
@@ -107,8 +82,8 @@ def _facts(adapter: LoraAdapter) -> object:
 
 
 def _write(task: ExportTask) -> Facts:
-    report = export_adapter(task.source.adapter, task.source.base, task.output, more_texts=task.texts)
-    return {"modules": report.num_modules, "weight_bytes": report.weight_bytes}
+    adapter = export_adapter(task.source.adapter, task.source.base, task.output, more_texts=task.texts)
+    return {"modules": len(adapter.factors), "weight_bytes": sum(tensor.num_bytes for tensor in adapter.tensors())}
 
 
 def _runner(directory: Path, source: ExportSource, siblings: Mapping[str, Path]) -> Runner:

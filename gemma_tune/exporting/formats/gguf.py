@@ -16,7 +16,6 @@ from gemma_tune.exporting.formats import merged
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
 from gemma_tune.exporting.gguf.architecture import check_config, read_architecture
 from gemma_tune.exporting.gguf.convert import GgufProvenance, convert_to_gguf, gguf_bytes, lossless_dtype
-from gemma_tune.exporting.gguf.header import GgufReport
 from gemma_tune.exporting.gguf.quantize import CONVERTED, QUANTIZATIONS, packages_of, quantize_gguf, refuse_unknown
 from gemma_tune.exporting.gguf.token_lists import read_gguf_tokenizer
 from gemma_tune.exporting.gguf.vocabulary import read_vocabulary
@@ -100,33 +99,23 @@ def _convert(quantization: Any, task: ExportTask) -> Facts:
         licence = LICENCE_IDS[base.model.licence]
         provenance = replace(provenance, license=licence, license_link=base.model.licence_url)
     with task.directory() as directory:
-        report = convert_to_gguf(
+        return convert_to_gguf(
             task.made_from,
             directory / f"{task.source.name}-{quantization}.gguf",
             dtype=quantization,
             provenance=provenance,
             on_progress=task.progress("converted"),
         )
-    return _facts(report)
 
 
 def _quantize(quantization: str, task: ExportTask) -> Facts:
     with task.directory() as directory:
-        report = quantize_gguf(
+        return quantize_gguf(
             find_gguf(task.made_from),
             directory / f"{task.source.name}-{quantization}.gguf",
             quantization=quantization,
             on_progress=lambda done, total: task.reporter.progress("tensors quantised", done, total),
         )
-    return _facts(report)
-
-
-def _facts(report: GgufReport) -> Facts:
-    return {
-        "bits_per_weight": report.bits_per_weight,
-        "tensor_types": dict(report.tensor_types),
-        "notes": list(report.notes),
-    }
 
 
 def check_base(config: TextConfig, directory: Path | None) -> None:

@@ -39,7 +39,7 @@ def _write(task: ExportTask) -> Facts:
 
     source = task.source
     require_same_base(source.base.directory, source.base_files)
-    report = merge_adapter(
+    return merge_adapter(
         source.base.directory,
         source.adapter,
         task.output,
@@ -47,13 +47,6 @@ def _write(task: ExportTask) -> Facts:
         on_progress=task.progress("merged"),
         more_texts=task.texts,
     )
-    return {
-        "dtype": report.dtype,
-        "tensors": report.tensors_total,
-        "tensors_changed": report.tensors_merged + report.tensors_replaced,
-        "weight_bytes": report.weight_bytes,
-        "notes": list(report.notes),
-    }
 
 
 def _runner(directory: Path, source: ExportSource, siblings: Mapping[str, Path]) -> Runner:

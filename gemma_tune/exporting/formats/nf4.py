@@ -27,14 +27,13 @@ def _estimate_bytes(source: ExportSource, dtype: MergeDtype) -> int:
 def _write(task: ExportTask) -> Facts:
     from gemma_tune.exporting.merge.quantize_nf4 import quantize_merged
 
-    report = quantize_merged(
+    return quantize_merged(
         task.made_from,
         task.output,
         max_shard_bytes=task.settings.max_shard_bytes,
         on_progress=task.progress("quantised"),
         more_texts=task.texts,
     )
-    return {"bits_per_weight": report.bits_per_weight, "weight_bytes": report.weight_bytes}
 
 
 def _runner(directory: Path, source: ExportSource, siblings: Mapping[str, Path]) -> Runner:

@@ -34,11 +34,7 @@ _DEFAULT_GGUF = next(each for each in gguf.FORMATS if each.name == "gguf-q8_0")
 
 
 def write_modelfile(
-    run: RunDir,
-    gguf_file: Path,
-    *,
-    licence: str | None = None,
-    parameters: Mapping[str, float] = GREEDY,
+    run: RunDir, gguf_file: Path, *, licence: str | None = None, parameters: Mapping[str, float] = GREEDY
 ) -> tuple[str, ...]:
     """Write the Modelfile of a run's GGUF file next to it, and return what a user must know to ask well.
 

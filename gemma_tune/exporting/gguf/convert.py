@@ -19,7 +19,7 @@ from gemma_tune.disk import output_file, refuse_existing, require_free_disk
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.architecture import GgufArchitecture, add_hyperparameters, read_architecture
 from gemma_tune.exporting.gguf.blocks import encode_block, read_block
-from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, align, read_gguf_header, summarize_gguf
+from gemma_tune.exporting.gguf.header import GgufHeader, align, read_gguf_header, summarize_gguf
 from gemma_tune.exporting.gguf.quantize import CONVERTED, quantized_bytes, require_gguf_packages
 from gemma_tune.exporting.gguf.tensors import GgufDtype, GgufTensor, TensorPlan, plan_tensors
 from gemma_tune.exporting.gguf.vocabulary import GgufVocabulary, add_vocabulary, read_vocabulary
@@ -59,8 +59,9 @@ def convert_to_gguf(
     dtype: GgufDtype,
     provenance: GgufProvenance,
     on_progress: Callable[[int, int], None] | None = None,
-) -> GgufReport:
-    """Write a Hugging Face directory of a Gemma 1, 2 or 3 as a GGUF file; of a multimodal one the text model.
+) -> dict[str, Any]:
+    """Write a Hugging Face directory of a Gemma 1, 2 or 3 as a GGUF file, of a multimodal one the text model; returns
+    what export.json tells of it.
 
     `on_progress` gets (bytes done, bytes in all) in the caller's thread. Raises ExportError or ModelError, before
     anything is written unless a weight itself is at fault; then no output is left.
@@ -71,20 +72,15 @@ def convert_to_gguf(
     plan = plan_tensors(merged_dir, architecture, dtype)
     require_free_disk(output, _file_bytes(plan), what=f"the {dtype} GGUF")
     vocabulary = read_vocabulary(merged_dir, num_rows=plan.num_rows)
-    notes = (*architecture.notes, *vocabulary.notes, *plan.notes)
+    notes = vocabulary.notes
     with output_file(output) as partial_file:
         data_start = _write_header(
-            partial_file,
-            dtype,
-            architecture=architecture,
-            vocabulary=vocabulary,
-            plan=plan,
-            provenance=provenance,
+            partial_file, dtype, architecture=architecture, vocabulary=vocabulary, plan=plan, provenance=provenance
         )
         del vocabulary
         _write_tensors(partial_file, plan, data_start, on_progress=on_progress or (lambda done, total: None))
         header = _prove(partial_file, plan, data_start)
-    return summarize_gguf(output, header, quantization=dtype, notes=notes)
+    return summarize_gguf(header, notes=(*architecture.notes, *notes, *plan.notes))
 
 
 def gguf_bytes(merged_dir: Path, quantization: str) -> int:

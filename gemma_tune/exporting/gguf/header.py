@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -52,40 +52,14 @@ class GgufHeader:
     tensors: tuple[GgufTensorInfo, ...]
 
 
-@dataclass(frozen=True)
-class GgufReport:
-    """What a GGUF file holds.
-
-    Attributes:
-        num_bytes: the whole file.
-        num_params: weights stored; a tied embedding counts once.
-        bits_per_weight: of the tensors as they are, whatever the quantization is called.
-        tensor_types: ggml type -> number of tensors.
-        notes: what a user should know besides the numbers.
-    """
-
-    output: Path
-    quantization: str
-    num_bytes: int
-    num_params: int
-    bits_per_weight: float
-    tensor_types: Mapping[str, int]
-    notes: tuple[str, ...]
-
-
-def summarize_gguf(path: Path, header: GgufHeader, *, quantization: str, notes: tuple[str, ...]) -> GgufReport:
-    """Sum up a complete file."""
-    tensors = header.tensors
-    num_params = sum(tensor.num_elements for tensor in tensors)
-    return GgufReport(
-        output=path,
-        quantization=quantization,
-        num_bytes=path.stat().st_size,
-        num_params=num_params,
-        bits_per_weight=8 * sum(tensor.num_bytes for tensor in tensors) / num_params,
-        tensor_types=dict(Counter(tensor.type for tensor in tensors).most_common()),
-        notes=notes,
-    )
+def summarize_gguf(header: GgufHeader, *, notes: Iterable[str]) -> dict[str, Any]:
+    """Return what export.json tells of a file: bits of a weight as it is stored, and tensors of each ggml type."""
+    num_params = sum(tensor.num_elements for tensor in header.tensors)
+    return {
+        "bits_per_weight": 8 * sum(tensor.num_bytes for tensor in header.tensors) / num_params,
+        "tensor_types": dict(Counter(tensor.type for tensor in header.tensors).most_common()),
+        "notes": list(notes),
+    }
 
 
 def read_gguf_header(path: Path, *, with_lists: bool = False) -> GgufHeader:

@@ -10,10 +10,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.disk import output_file, refuse_existing, require_free_disk
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.gguf.header import GgufHeader, GgufReport, read_gguf_header, summarize_gguf
+from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header, summarize_gguf
 from gemma_tune.exporting.required_packages import RequiredPackage, require_packages
 from gemma_tune.machine.child import run_child
 from gemma_tune.text import did_you_mean
@@ -122,8 +123,8 @@ def quantized_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], quantization:
 
 def quantize_gguf(
     source: Path, output: Path, *, quantization: str, on_progress: Callable[[int, int], None] | None = None
-) -> GgufReport:
-    """Quantise a GGUF file in f32, f16 or bf16 by one of llama.cpp's mixes.
+) -> dict[str, Any]:
+    """Quantise a GGUF file in f32, f16 or bf16 by one of llama.cpp's mixes; returns what export.json tells of it.
 
     `on_progress` gets (tensors begun, tensors in all) in the caller's thread. Raises ExportError, and then
     no output is left.
@@ -149,8 +150,7 @@ def quantize_gguf(
         quantized = read_gguf_header(partial_file)
         if {(t.name, t.shape) for t in quantized.tensors} != set(shapes):
             raise ExportError(f"{source}: llama.cpp wrote other tensors than it was given", hint="is the disk sound?")
-    notes = tuple(_fallback_notes(quantized, quantization))
-    return summarize_gguf(output, quantized, quantization=quantization, notes=notes)
+    return summarize_gguf(quantized, notes=_fallback_notes(quantized, quantization))
 
 
 def _run_llama_cpp(source: Path, output: Path, quantization: str, on_progress: Callable[[int, int], None]) -> None:

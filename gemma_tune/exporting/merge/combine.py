@@ -12,7 +12,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,28 +25,13 @@ from gemma_tune.exporting.merge.tensor_io import read_tensor, same_values
 from gemma_tune.exporting.merge.write import check_adapter_values
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.models.safetensors import StoredTensor
-from gemma_tune.runs.adapter_dir import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    AdapterDir,
-    LoraAdapter,
-    LoraFactors,
-)
+from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterDir, LoraAdapter, LoraFactors
 
 CombineMethod = Literal["linear", "cat", "ties", "dare_linear", "dare_ties"]
 
 _PRUNING_METHODS = ("ties", "dare_linear", "dare_ties")
 # Which modules an adapter reaches is told by their full names in the result.
 _REACH_SETTINGS = ("layers_to_transform", "layers_pattern", "exclude_modules")
-
-
-@dataclass(frozen=True)
-class CombineReport:
-    """What was written. `max_rank` is the largest rank of a module."""
-
-    output_dir: Path
-    num_modules: int
-    max_rank: int
 
 
 def combine_adapters(
@@ -58,7 +42,7 @@ def combine_adapters(
     method: CombineMethod,
     density: float | None = None,
     seed: int = 0,
-) -> CombineReport:
+) -> None:
     """Write the combination of at least two LoRA adapters, each with its weight, which may be negative.
 
     `density` is the share of values that `ties` and `dare_*` keep, above 0 and at most 1; `seed` decides which ones
@@ -92,7 +76,6 @@ def combine_adapters(
         write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(first, ranks))
         save_file(tensors, partial_dir / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
         check_adapter_values(AdapterDir(partial_dir).read_lora())
-    return CombineReport(output_dir, len(modules), max(ranks.values()))
 
 
 def module_seed(seed: int, module: str) -> int:
@@ -156,12 +139,7 @@ def _base_copies(adapters: Sequence[LoraAdapter]) -> dict[str, StoredTensor]:
 
 
 def _combine_module(
-    module: str,
-    parts: Sequence[tuple[LoraFactors, float]],
-    *,
-    method: CombineMethod,
-    density: float | None,
-    seed: int,
+    module: str, parts: Sequence[tuple[LoraFactors, float]], *, method: CombineMethod, density: float | None, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The two factors of one module, in float32 and in the adapters' own layout, for scaling 1."""
     shapes = {factors.weight_shape for factors, _ in parts}

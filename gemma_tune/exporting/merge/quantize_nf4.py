@@ -37,13 +37,7 @@ from gemma_tune.exporting.merge.tensor_io import (
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.families.known import canonical_name, tower_names
-from gemma_tune.models.safetensors import (
-    BYTES_OF_DTYPE,
-    CONFIG_FILE,
-    StoredTensor,
-    read_config,
-    stored_tensors,
-)
+from gemma_tune.models.safetensors import BYTES_OF_DTYPE, CONFIG_FILE, StoredTensor, read_config, stored_tensors
 from gemma_tune.models.untrusted import check_no_code
 from gemma_tune.runs.adapter_dir import FLOAT_DTYPES
 
@@ -55,22 +49,6 @@ _STATE_SUFFIX = "quant_state.bitsandbytes__nf4"
 _MAX_STATE_BYTES = 512
 
 
-@dataclass(frozen=True)
-class FourBitReport:
-    """What was written.
-
-    Attributes:
-        tensors_quantized, tensors_kept: weights now in NF4, and tensors as they were.
-        bits_per_weight: of all weights together, embedding and tables of the blocks included.
-    """
-
-    output_dir: Path
-    tensors_quantized: int
-    tensors_kept: int
-    weight_bytes: int
-    bits_per_weight: float
-
-
 def quantize_merged(
     merged_dir: Path,
     output_dir: Path,
@@ -78,8 +56,8 @@ def quantize_merged(
     max_shard_bytes: int = ExportSettings.max_shard_bytes,
     on_progress: Callable[[int, int], None] | None = None,
     more_texts: Mapping[str, str] | None = None,
-) -> FourBitReport:
-    """Write the 16- or 32-bit model of `merged_dir` in 4 bits.
+) -> dict[str, Any]:
+    """Write the 16- or 32-bit model of `merged_dir` in 4 bits; returns what export.json tells of it.
 
     `on_progress` gets (bytes read, bytes in all). `more_texts` (name -> content) become files of the output. Raises
     ExportError or ModelError; then nothing is left. What a killed call finished is kept, as in a merge.
@@ -105,14 +83,7 @@ def quantize_merged(
         _write_shards(shards, partial_dir, on_progress=lambda done: report_progress(done, total_bytes))
         weight_bytes = write_index(partial_dir, shard_names(len(shards)))
     num_weights = sum(tensor.num_elements for tensor in tensors.values())
-    num_quantized = sum(_is_quantized(tensor, linear) for tensor in tensors.values())
-    return FourBitReport(
-        output_dir=output_dir,
-        tensors_quantized=num_quantized,
-        tensors_kept=len(tensors) - num_quantized,
-        weight_bytes=weight_bytes,
-        bits_per_weight=8 * weight_bytes / num_weights,
-    )
+    return {"bits_per_weight": 8 * weight_bytes / num_weights, "weight_bytes": weight_bytes}
 
 
 # --- what is quantised ---------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,26 +66,6 @@ _BLOCKS_A_TASK = 8
 _FLUSH_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge wrote.
-
-    Attributes:
-        dtype: the floating dtype that most weights have.
-        tensors_total: merged (low-rank change added) + replaced (trained as a whole) + copied (values as in the base).
-        notes: what changed besides values: ties, the vocabulary's size.
-    """
-
-    output_dir: Path
-    dtype: str
-    tensors_total: int
-    tensors_merged: int
-    tensors_replaced: int
-    tensors_copied: int
-    weight_bytes: int
-    notes: tuple[str, ...]
-
-
 def merge_adapter(
     base_dir: Path,
     adapter_dir: Path,
@@ -93,8 +74,8 @@ def merge_adapter(
     settings: ExportSettings = DEFAULT_SETTINGS,
     on_progress: Callable[[int, int], None] | None = None,
     more_texts: Mapping[str, str] | None = None,
-) -> MergeReport:
-    """Write base + adapter as a plain Hugging Face directory.
+) -> dict[str, Any]:
+    """Write base + adapter as a plain Hugging Face directory; returns what export.json tells of it.
 
     `on_progress` gets (bytes done, bytes in all) in the caller's thread. `more_texts` (name -> content) become files of
     the output. Needs about 0.3 GB of memory, torch included, next to the factors of two layers, and free disk for the
@@ -106,13 +87,7 @@ def merge_adapter(
     refuse_existing(output_dir)
     adapter = AdapterDir(adapter_dir).read_lora()
     base = stored_tensors(base_dir)
-    plan = plan_merge(
-        adapter,
-        base=base,
-        base_config=read_config(base_dir),
-        settings=settings,
-        same_values=same_values,
-    )
+    plan = plan_merge(adapter, base=base, base_config=read_config(base_dir), settings=settings, same_values=same_values)
     texts = tokenizer_files(base_dir, adapter_dir) | generation_files(base_dir) | licence_files(base_dir)
     _check_vocabulary(texts, plan)
     needed_bytes = plan.num_bytes + sum(path.stat().st_size for path in texts.values())
@@ -125,16 +100,13 @@ def merge_adapter(
         _prove(plan, partial_dir)
         write_index(partial_dir, shard_names(len(plan.shards)))
     changes = [tensor.change for shard in plan.shards for tensor in shard]
-    return MergeReport(
-        output_dir=output_dir,
-        dtype=plan.dtype,
-        tensors_total=len(changes),
-        tensors_merged=changes.count("merged"),
-        tensors_replaced=changes.count("replaced"),
-        tensors_copied=changes.count("copied"),
-        weight_bytes=plan.num_bytes,
-        notes=plan.notes,
-    )
+    return {
+        "dtype": plan.dtype,
+        "tensors": len(changes),
+        "tensors_changed": len(changes) - changes.count("copied"),
+        "weight_bytes": plan.num_bytes,
+        "notes": list(plan.notes),
+    }
 
 
 # --- before anything is written ------------------------------------------------------------------------------------
@@ -215,11 +187,7 @@ def _write_weights(plan: MergePlan, directory: Path, *, on_progress: Callable[[i
             future.result()
             advance(num_bytes)
 
-    with (
-        one_thread_an_operation(),
-        ThreadPoolExecutor(num_workers) as workers,
-        ThreadPoolExecutor(1) as flusher,
-    ):
+    with one_thread_an_operation(), ThreadPoolExecutor(num_workers) as workers, ThreadPoolExecutor(1) as flusher:
         flushes: list[Future[None]] = []
         try:
             for shard, path in zip(plan.shards, _shard_paths(plan, directory), strict=True):

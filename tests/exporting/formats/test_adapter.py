@@ -65,12 +65,12 @@ def test_plain_peft_loads_it(
     adapted_logits: Logits, plain_logits: Logits,
 ) -> None:  # fmt: skip
     adapter = make_adapter(base_dir, resize_to=resize_to, **settings)
-    report = export_adapter(adapter, hub_base(base_dir), output)
+    exported = export_adapter(adapter, hub_base(base_dir), output)
     found = adapted_logits(base_dir, output, resize_to=resize_to)
     assert torch.equal(found, adapted_logits(base_dir, adapter, resize_to=resize_to))
     if resize_to is None:
         assert float((found - plain_logits(base_dir)).abs().max()) > 0.1
-    assert report.num_modules + report.num_whole > 0
+    assert len(exported.factors) + len(exported.trained) > 0
     assert {path.name for path in output.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
 
 

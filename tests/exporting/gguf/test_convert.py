@@ -93,8 +93,8 @@ def set_config(directory: Path, **values: Any) -> None:
 def test_every_tensor_reads_back(family: str, dtype: GgufDtype, make_gguf_source: MakeSource, tmp_path: Path) -> None:
     source = make_gguf_source(family, shard_size="1MB")
     assert len(list(source.glob("*.safetensors"))) > 1
-    report = convert(source, tmp_path / "model.gguf", dtype)
-    found = read_back(report.output)
+    facts = convert(source, path := tmp_path / "model.gguf", dtype)
+    found = read_back(path)
     stored = tensors_of(source)
     assert found.keys() == {gguf_name(name, family) for name in stored}
     for name, tensor in stored.items():
@@ -109,12 +109,10 @@ def test_every_tensor_reads_back(family: str, dtype: GgufDtype, make_gguf_source
             # A step is the largest of 32 values / 127, stored as float16 (2^-11); half a step is lost by rounding.
             largest = np.abs(expected.reshape(-1, 32)).max(axis=1, keepdims=True)
             assert (np.abs(expected - read).reshape(-1, 32) <= largest / 127 * (0.5 + 127 * 2**-11)).all(), name
-    num_params = sum(tensor.numel() for tensor in stored.values())
-    assert report.num_params == num_params
-    assert report.num_bytes == report.output.stat().st_size <= gguf_bytes(source, dtype)
-    assert report.bits_per_weight == pytest.approx({"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}[dtype], rel=0.01)
-    assert report.tensor_types.keys() == {"F32", dtype.upper()}
-    assert sum(report.tensor_types.values()) == len(stored)
+    assert path.stat().st_size <= gguf_bytes(source, dtype)
+    assert facts["bits_per_weight"] == pytest.approx({"f32": 32, "f16": 16, "bf16": 16, "q8_0": 8.5}[dtype], rel=0.01)
+    assert facts["tensor_types"].keys() == {"F32", dtype.upper()}
+    assert sum(facts["tensor_types"].values()) == len(stored)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
@@ -123,7 +121,8 @@ def test_other_stored_dtypes(
     stored: torch.dtype, dtype: GgufDtype, make_gguf_source: MakeSource, tmp_path: Path
 ) -> None:
     source = make_gguf_source("gemma", dtype=stored, num_hidden_layers=1)
-    found = read_back(convert(source, tmp_path / "model.gguf", dtype).output)["token_embd.weight"]
+    convert(source, path := tmp_path / "model.gguf", dtype)
+    found = read_back(path)["token_embd.weight"]
     embedding = tensors_of(source)["model.embed_tokens.weight"]
     assert lossless_dtype(source) == {torch.float32: "f32", torch.float16: "f16"}[stored]
     if dtype == "q8_0":
@@ -144,7 +143,9 @@ def test_q8_0_is_what_the_package_makes_of_the_whole_tensor(make_gguf_source: Ma
 
 def test_two_conversions_are_one_file(make_gguf_source: MakeSource, tmp_path: Path) -> None:
     source = make_gguf_source("gemma3")
-    first, second = (convert(source, tmp_path / name, "q8_0").output for name in ("a.gguf", "b.gguf"))
+    first, second = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    for path in (first, second):
+        convert(source, path, "q8_0")
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -248,10 +249,10 @@ def test_the_text_part_of_a_multimodal_gemma_3(make_gguf_source: MakeSource, tmp
         shutil.copyfile(TINY_MODEL_DIR / name, directory / name)
     with safe_open(directory / "model.safetensors", "pt") as file:
         assert any("language_model" in name for name in file.keys())  # noqa: SIM118 (safe_open is no mapping)
-    report = convert(directory, tmp_path / "of-both.gguf")
+    facts = convert(directory, tmp_path / "of-both.gguf")
     convert(text_dir, tmp_path / "of-text.gguf")
-    assert report.output.read_bytes() == (tmp_path / "of-text.gguf").read_bytes()
-    (note,) = report.notes
+    assert (tmp_path / "of-both.gguf").read_bytes() == (tmp_path / "of-text.gguf").read_bytes()
+    (note,) = facts["notes"]
     assert "the image part" in note
 
 
@@ -268,7 +269,8 @@ def test_a_head_that_is_the_embedding_is_left_out(make_gguf_source: MakeSource, 
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
     source = changed(make_gguf_source("gemma"), tmp_path / "source", add_head)
-    assert "output.weight" not in read_back(convert(source, tmp_path / "model.gguf").output)
+    convert(source, path := tmp_path / "model.gguf")
+    assert "output.weight" not in read_back(path)
 
 
 def test_gemma_3_keeps_a_head_of_its_own_and_gemma_2_is_refused(make_gguf_source: MakeSource, tmp_path: Path) -> None:
@@ -277,7 +279,8 @@ def test_gemma_3_keeps_a_head_of_its_own_and_gemma_2_is_refused(make_gguf_source
 
     source = changed(make_gguf_source("gemma3"), tmp_path / "source-3", add_head)
     set_config(source, tie_word_embeddings=False)
-    found = read_back(convert(source, tmp_path / "model.gguf").output)
+    convert(source, path := tmp_path / "model.gguf")
+    found = read_back(path)
     assert np.array_equal(found["output.weight"], found["token_embd.weight"][::-1])
     source = changed(make_gguf_source("gemma2"), tmp_path / "source-2", add_head)
     with pytest.raises(ExportError, match=r"lm_head\.weight differs from the embedding; llama\.cpp's gemma2 ties"):
@@ -286,12 +289,12 @@ def test_gemma_3_keeps_a_head_of_its_own_and_gemma_2_is_refused(make_gguf_source
 
 def test_progress_counts_the_bytes(make_gguf_source: MakeSource, tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    report = convert(
-        make_gguf_source("gemma"), tmp_path / "model.gguf", "f16", on_progress=lambda *each: told.append(each)
+    convert(
+        make_gguf_source("gemma"), path := tmp_path / "model.gguf", "f16", on_progress=lambda *each: told.append(each)
     )
     done = [each[0] for each in told]
     assert done == sorted(done)
-    assert told[-1][0] == told[-1][1] == round(report.bits_per_weight * report.num_params / 8)
+    assert told[-1][0] == told[-1][1] == sum(tensor.num_bytes for tensor in read_gguf_header(path).tensors)
 
 
 def _with(name: str, value: float) -> Callable[[Tensors], object]:

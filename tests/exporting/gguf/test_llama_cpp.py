@@ -304,7 +304,7 @@ def test_our_reader_cuts_any_lists_as_llama_cpp_does(
 @pytest.mark.parametrize("name", SOURCES)
 def test_q4_k_m_is_within_its_error(name: str, compare: Callable[..., Comparison]) -> None:
     compared = compare(name)
-    report = quantize_gguf(compared.file("bf16"), compared.work / "q4_k_m.gguf", quantization="q4_k_m")
-    _, logits = ask_llama(report.output, compared.work, compared.request | {"prompts": []})
-    print(name, "q4_k_m", report.bits_per_weight, compared.top_1(logits), compared.mean_kl(logits))
+    facts = quantize_gguf(compared.file("bf16"), compared.work / "q4_k_m.gguf", quantization="q4_k_m")
+    _, logits = ask_llama(compared.work / "q4_k_m.gguf", compared.work, compared.request | {"prompts": []})
+    print(name, "q4_k_m", facts["bits_per_weight"], compared.top_1(logits), compared.mean_kl(logits))
     assert compared.mean_kl(compared.found["q8_0"][1]) < compared.mean_kl(logits) < 0.1

@@ -23,14 +23,15 @@ pytest.importorskip("gguf")
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    return convert_to_gguf(TINY_MODEL_DIR, output, dtype="q8_0", provenance=GgufProvenance("tiny")).output
+    convert_to_gguf(TINY_MODEL_DIR, output, dtype="q8_0", provenance=GgufProvenance("tiny"))
+    return output
 
 
 @pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
 def test_texts_are_cut_as_by_transformers(family: str, make_gguf_source: Callable[..., Path], tmp_path: Path) -> None:
     source = make_gguf_source(family)
-    report = convert_to_gguf(source, tmp_path / "model.gguf", dtype="q8_0", provenance=GgufProvenance(family))
-    tokenizer, expected = read_gguf_tokenizer(report.output), AutoTokenizer.from_pretrained(source)
+    convert_to_gguf(source, tmp_path / "model.gguf", dtype="q8_0", provenance=GgufProvenance(family))
+    tokenizer, expected = read_gguf_tokenizer(tmp_path / "model.gguf"), AutoTokenizer.from_pretrained(source)
     texts = [*TRICKY, *TRICKY_STRINGS, *fuzz_strings(500)]
     pairs = zip(texts, expected(texts).input_ids, strict=True)
     different = [text for text, ids in pairs if tokenizer.tokenize(text) != ids]

@@ -80,19 +80,20 @@ def test_equals_peft(
     method: Any, density: float | None, weights: list[float], base_dir: Path, two: list[Path], output: Path,
     adapted_logits: Logits, plain_logits: Logits,
 ) -> None:  # fmt: skip
-    report = combine_adapters(two, output, weights=weights, method=method, density=density)
+    combine_adapters(two, output, weights=weights, method=method, density=density)
     model = combined_by_peft(base_dir, two, weights=weights, method=method, density=density)
     found, wanted = factors(output), factors_by_peft(model)
-    assert set(found) == set(wanted) and report.num_modules == 14
+    assert set(found) == set(wanted) and len(found) == 2 * 14
     for name, tensor in wanted.items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-6)
     with torch.no_grad():
         by_peft = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in ROWS])
     assert float((adapted_logits(base_dir, output) - by_peft).abs().max()) < 1e-4
-    merged = merge_adapter(base_dir, output, output.with_name("merged")).output_dir
+    merged = output.with_name("merged")
+    merge_adapter(base_dir, output, merged)
     assert float((plain_logits(merged) - by_peft).abs().max()) < 1e-4
     assert float((by_peft - plain_logits(base_dir)).abs().max()) > 0.01
-    assert report.max_rank == (8 if method == "cat" else 4)
+    assert AdapterDir(output).config["r"] == (8 if method == "cat" else 4)
 
 
 ROWS = [[2, 5, 17, 40, 63, 95], [2, 9, 9, 30]]  # those of conftest's logits
@@ -156,7 +157,8 @@ def test_cat_of_all_kinds_is_the_sum_of_the_changes(
     assert found.factors["model.layers.0.mlp.up_proj"].a.shape[0] == 10
 
     def merged(adapter: Path, name: str) -> dict[str, torch.Tensor]:
-        return load_file(merge_adapter(base_dir, adapter, tmp_path / "merged" / name).output_dir / "model.safetensors")
+        merge_adapter(base_dir, adapter, tmp_path / name)
+        return load_file(tmp_path / name / "model.safetensors")
 
     base = load_file(base_dir / "model.safetensors")
     parts = [merged(adapter, str(number)) for number, adapter in enumerate(adapters)]

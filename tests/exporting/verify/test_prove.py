@@ -70,9 +70,10 @@ def source(base: Path, adapter: Path) -> Reference:
 
 
 def merge(source: Reference, directory: Path, *, dtype: Any) -> Path:
-    return merge_adapter(
-        source.base, source.adapter, directory / f"merged-{dtype}", settings=ExportSettings(dtype=dtype)
-    ).output_dir
+    merge_adapter(
+        source.base, source.adapter, output := directory / f"merged-{dtype}", settings=ExportSettings(dtype=dtype)
+    )
+    return output
 
 
 def plain(directory: Path, limits: str, *, name: str = "merged") -> Runner:

@@ -36,7 +36,7 @@ def spoil(path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor])
 def test_a_right_merge_passes(kind: str, dtype: Any, make_base: Maker, make_adapter: Maker, tmp_path: Path) -> None:
     base = make_base(dtype=torch.bfloat16)
     adapter = make_adapter(base, **ADAPTERS[kind])
-    merged = merge_adapter(base, adapter, tmp_path / "merged", settings=ExportSettings(dtype=dtype)).output_dir
+    merge_adapter(base, adapter, merged := tmp_path / "merged", settings=ExportSettings(dtype=dtype))
     check = check_merged_weights(base, adapter, merged)
     assert check.passed, check
     assert check.num_tensors + len(check.skipped) == len(load_file(merged / "model.safetensors"))
@@ -53,7 +53,7 @@ def test_a_wrong_tensor_is_named(
 ) -> None:
     base = make_base(dtype=torch.bfloat16)
     adapter = make_adapter(base)
-    merged = merge_adapter(base, adapter, tmp_path / "merged").output_dir
+    merge_adapter(base, adapter, merged := tmp_path / "merged")
     name = "model.layers.1.mlp.up_proj.weight"
     spoil(merged / "model.safetensors", name, change)
     check = check_merged_weights(base, adapter, merged)
