@@ -255,11 +255,7 @@ def require_word(option: str, value: str) -> str:
 
 
 def parse_time(text: str) -> int:
-    """Return seconds: `1d12h`, `90m`.
-
-    Raises:
-        LaunchError: it is written otherwise.
-    """
+    """Return seconds: `1d12h`, `90m`. Raises LaunchError: it is written otherwise."""
     match = _TIME.fullmatch(text)
     days, hours, minutes = (int(part or 0) for part in match.groups()) if match else (0, 0, 0)
     seconds = ((days * 24 + hours) * 60 + minutes) * 60

@@ -79,11 +79,7 @@ KUBERNETES = Scheduler("kubernetes", KubernetesOptions, render_kubernetes)
 
 
 def _require_on_volume(job: Job) -> list[str]:
-    """Return the paths that the run reads, all of them on the volume.
-
-    Raises:
-        LaunchError: some are elsewhere.
-    """
+    """Return the paths that the run reads, all of them on the volume. Raises LaunchError: some are elsewhere."""
     read = [(each.setting, each.path) for each in local_paths(job.recipe)]
     used = [*read, ("run.output_dir", job.recipe.run.output_dir)]
     outside = [f"{setting}={path}" for setting, path in used if not _is_on_volume(path)]

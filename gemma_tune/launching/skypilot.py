@@ -48,11 +48,7 @@ class SkypilotOptions:
 
 
 def render_skypilot(job: Job, options: SkypilotOptions) -> JobFile:
-    """Return the YAML of a managed job.
-
-    Raises:
-        LaunchError: the job would not have what it needs.
-    """
+    """Return the YAML of a managed job. Raises LaunchError: the job would not have what it needs."""
     if (options.install is None) == (options.image is None):
         raise LaunchError(
             "--on skypilot needs --install or --image, and not both: the machines come without gemma-tune",
