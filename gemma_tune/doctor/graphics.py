@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.run_probes import Probed
@@ -79,52 +79,33 @@ def check_card(driver: Driver | str | None) -> Finding:
 
 def check_torch(torch: Probed, driver: Driver | str | None) -> Finding:
     """Whether the PyTorch build and the driver fit each other, and the build has code for the card."""
-    facts = torch.facts
+    facts, fail = torch.facts, partial(Finding, "PyTorch", "fail")
     if torch.outcome != "done" and "version" not in facts:
-        return Finding("PyTorch", "fail", torch.trouble, f"install it again: {_GET_TORCH}")
+        return fail(torch.trouble, f"install it again: {_GET_TORCH}")
     built_for, device = facts.get("built_for"), device_of(torch)
     found = f"{facts['version']}, built " + (f"for CUDA {built_for}" if built_for else "without CUDA")
     if torch.outcome != "done":
-        return Finding("PyTorch", "fail", f"{found}: {torch.trouble}", "see the driver: nvidia-smi")
+        return fail(f"{found}: {torch.trouble}", "see the driver: nvidia-smi")
     if not isinstance(driver, Driver) or not driver.cards:
         return Finding("PyTorch", "ok", found)
     if built_for is None:
-        return Finding(
-            "PyTorch",
-            "fail",
-            f"{found}: it cannot use the card",
-            f"install a build for CUDA {_dotted(driver.cuda) if driver.cuda else '12'} or older: {_GET_TORCH}",
-        )
-    major = int(built_for.partition(".")[0])
-    if driver.cuda is not None and major > driver.cuda[0]:
-        return Finding(
-            "PyTorch",
-            "fail",
+        newest = _dotted(driver.cuda) if driver.cuda else "12"
+        return fail(f"{found}: it cannot use the card", f"install a build for CUDA {newest} or older: {_GET_TORCH}")
+    if driver.cuda is not None and int(built_for.partition(".")[0]) > driver.cuda[0]:
+        return fail(
             f"{found}, but driver {driver.version} runs CUDA {_dotted(driver.cuda)} at most",
             f"update the NVIDIA driver, or install a build for CUDA {driver.cuda[0]}: {_GET_TORCH}",
         )
     if device is None or device.kind != "cuda":
-        return _hidden_card(found, facts)
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if visible is not None:
+            return fail(f"{found}: CUDA_VISIBLE_DEVICES={visible!r} hides the card", "unset CUDA_VISIBLE_DEVICES")
+        why = facts.get("cuda_error", "it finds no card")
+        return fail(f"{found}: {why}", "start the machine again; in a container: docker run --gpus all")
     if not _has_code(facts["architectures"], device.compute_capability or (0, 0)):
-        return Finding(
-            "PyTorch",
-            "fail",
-            f"{found}: no code for compute capability {_dotted(device.compute_capability)} in it",
-            f"install a build for this card: {_GET_TORCH}",
-        )
+        lacks = f"no code for compute capability {_dotted(device.compute_capability)} in it"
+        return fail(f"{found}: {lacks}", f"install a build for this card: {_GET_TORCH}")
     return Finding("PyTorch", "ok", found)
-
-
-def _hidden_card(found: str, facts: Mapping[str, Any]) -> Finding:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return Finding(
-            "PyTorch", "fail", f"{found}: CUDA_VISIBLE_DEVICES={visible!r} hides the card", "unset CUDA_VISIBLE_DEVICES"
-        )
-    why = facts.get("cuda_error", "it finds no card")
-    return Finding(
-        "PyTorch", "fail", f"{found}: {why}", "start the machine again; in a container: docker run --gpus all"
-    )
 
 
 def check_precision(torch: Probed, *, dtype: str = "auto") -> Finding | None:
@@ -140,12 +121,8 @@ def check_precision(torch: Probed, *, dtype: str = "auto") -> Finding | None:
     except EngineError as error:
         return Finding("precision", "fail", error.message, error.hint)
     if device.kind == "cuda" and (device.compute_capability or (0, 0)) < _MIN_CAPABILITY:
-        return Finding(
-            "precision",
-            "fail",
-            f"{device.name} has compute capability {_dotted(device.compute_capability)}, 4-bit training needs 7.0",
-            "take a T4 or newer",
-        )
+        found = f"{device.name} has compute capability {_dotted(device.compute_capability)}, 4-bit training needs 7.0"
+        return Finding("precision", "fail", found, "take a T4 or newer")
     mixed = f" with {precision.autocast} autocast" if precision.autocast else ""
     found = f"{precision.compute}{mixed}: {precision.reason}"
     if precision.compute == "float16" and torch.facts.get("claims_bf16"):

@@ -59,12 +59,8 @@ def check_hub(probe: Probed) -> Finding:
     login, status = facts.get("token_from"), facts.get("status")
     if status is None:
         why = probe.trouble if probe.outcome == "hung" else facts.get("reason", probe.error)
-        return Finding(
-            "hub",
-            "warn",
-            f"cannot be reached ({why}): only models and rows on this machine can be used",
-            "check the network, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT)",
-        )
+        found = f"cannot be reached ({why}): only models and rows on this machine can be used"
+        return Finding("hub", "warn", found, "check the network, a proxy (HTTPS_PROXY) or a mirror (HF_ENDPOINT)")
     if status not in (200, 401):
         return Finding("hub", "warn", f"answers with status {status}", "try again later; is HF_ENDPOINT set rightly?")
     if login is None:

@@ -108,12 +108,8 @@ def check_limits(*, root: Path = Path("/")) -> Finding:
     found = f"{_count(processes)} processes, {_count(files)} open files"
     if processes < _LOW_PROCESSES:
         verdict: Verdict = "fail" if processes < _MIN_PROCESSES else "warn"
-        return Finding(
-            "limits",
-            verdict,
-            f"{found}; each library starts threads",
-            "ulimit -u 4096, or docker run --pids-limit 4096",
-        )
+        fix = "ulimit -u 4096, or docker run --pids-limit 4096"
+        return Finding("limits", verdict, f"{found}; each library starts threads", fix)
     if files < _MIN_OPEN_FILES:
         return Finding("limits", "warn", found, "ulimit -n 4096")
     return Finding("limits", "ok", found)
@@ -126,12 +122,8 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Finding | None:
     total = shutil.disk_usage(folder).total
     if total >= _LOW_SHARED:
         return Finding("shared memory", "ok", format_bytes(total))
-    return Finding(
-        "shared memory",
-        "warn",
-        f"{format_bytes(total)}: enough for one card, too little for training on several",
-        "docker run --shm-size=8g",
-    )
+    found = f"{format_bytes(total)}: enough for one card, too little for training on several"
+    return Finding("shared memory", "warn", found, "docker run --shm-size=8g")
 
 
 def used_places(output_dir: str, *, hub_cache: Path, token_cache: Path) -> dict[str, Path]:

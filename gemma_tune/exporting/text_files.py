@@ -14,7 +14,7 @@ from gemma_tune.models.catalogue import GEMMA_TERMS, GemmaModel
 from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 
 NOTICE_FILE = "NOTICE"
-_LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", NOTICE_FILE, "USE_POLICY.md")
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", NOTICE_FILE, "USE_POLICY.md")
 _ABSOLUTE_PATH = re.compile(r"(/|~/|[A-Za-z]:[\\/]|\\\\|file:).*", re.DOTALL)
 # Settings that make a loader import a package or run code of the repository (S2).
 _CODE_SETTINGS = ("auto_map", "auto_mapping")
@@ -43,7 +43,7 @@ def tokenizer_files(base_dir: Path, adapter_dir: Path) -> dict[str, Path]:
 
 def licence_files(base_dir: Path) -> dict[str, Path]:
     """The licence texts that lie next to the base: name -> file."""
-    return {name: base_dir / name for name in _LICENCE_FILES if (base_dir / name).is_file()}
+    return {name: base_dir / name for name in LICENCE_FILES if (base_dir / name).is_file()}
 
 
 def generation_files(base_dir: Path) -> dict[str, Path]:

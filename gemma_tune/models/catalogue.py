@@ -59,7 +59,6 @@ class GemmaModel:
     other_mirrors: tuple[str, ...]
     keras_presets: tuple[str, ...]
     num_checkpoint_params: int | None
-    lora_targets: tuple[str, ...]
     text_prefix: str
     note: str | None
 
@@ -116,7 +115,6 @@ def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
         other_mirrors=tuple(mirrors[2:]),
         keras_presets=tuple(entry.get("keras", ())),
         num_checkpoint_params=entry.get("params"),
-        lora_targets=LORA_PROJECTIONS,
         text_prefix="model" if modality == "text" else "model.language_model",
         note=_TABLES["notes"][entry["note"]] if "note" in entry else None,
     )
@@ -227,7 +225,7 @@ def describe_model(model: GemmaModel) -> list[tuple[str, str]]:
     facts += [
         ("Licence", model.licence if model.licence_url is None else f"{model.licence}, {model.licence_url}"),
         ("Stop tokens", " ".join(model.stop_tokens)),
-        ("LoRA targets", ", ".join(model.lora_targets)),
+        ("LoRA targets", ", ".join(LORA_PROJECTIONS)),
         ("LoRA scope", f"{model.text_prefix}.layers"),
     ]
     if model.note:

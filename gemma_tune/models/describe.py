@@ -5,6 +5,7 @@ Names are those of transformers' `Gemma…ForCausalLM`; the tests compare every 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -49,13 +50,20 @@ class LayerRow:
 def summarize(config: TextConfig, *, by: Literal["module", "layer"] = "module") -> list[LayerRow]:
     """Every module that holds weights in the order of the data's way through the model; `by="layer"` folds each decoder
     layer into one row, as Keras's `summary()` shows it."""
-    rows = list(_model_rows(config))
+    rows = list(list_rows(config))
     return rows if by == "module" else _fold_layers(rows, config)
 
 
+@functools.cache
+def list_rows(config: TextConfig) -> tuple[LayerRow, ...]:
+    """Every module that holds weights, as `summarize`; made once for a config."""
+    return tuple(_model_rows(config))
+
+
+@functools.cache
 def count_params(config: TextConfig) -> int:
     """Parameters of the text model, a tied embedding counted once. Images' and audio's towers are not counted."""
-    return sum(row.num_params for row in _model_rows(config))
+    return sum(row.num_params for row in list_rows(config))
 
 
 def count_lora_params(config: TextConfig, *, rank: int, targets: Iterable[str]) -> int:
@@ -71,7 +79,7 @@ def count_lora_params(config: TextConfig, *, rank: int, targets: Iterable[str]) 
 
 def select_lora_rows(config: TextConfig, targets: Iterable[str]) -> list[LayerRow]:
     """The modules that `targets` name, in the order of the table. Raises as `count_lora_params`."""
-    rows = list(_model_rows(config))
+    rows = list_rows(config)
     chosen: set[str] = set()
     for target in targets:
         if target == ALL_LINEAR:
@@ -106,7 +114,7 @@ def count_weight_bytes(config: TextConfig, *, load: Literal["float32", "16bit", 
         _nf4_bytes(math.prod(row.weight_shape)) + 2 * (row.num_params - math.prod(row.weight_shape))
         if row.kind == "Linear" and row.name != "lm_head"
         else 2 * row.num_params
-        for row in _model_rows(config)
+        for row in list_rows(config)
     )
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from gemma_tune.engines.engine_facts import Head
 from gemma_tune.models.config import LayerShape, TextConfig
-from gemma_tune.models.describe import LayerRow, select_lora_rows
-from gemma_tune.planning.memory import is_quantized, list_rows
+from gemma_tune.models.describe import LayerRow, list_rows, select_lora_rows
+from gemma_tune.planning.memory import is_quantized
 from gemma_tune.planning.step import Numerics, Step
 
 _GIB = 2**30

@@ -6,7 +6,7 @@ import functools
 from dataclasses import replace
 
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.describe import summarize
+from gemma_tune.models.describe import count_params, list_rows
 from gemma_tune.planning import memory
 from gemma_tune.planning.activations import CHUNK_TOKENS, Activations, evaluation_bytes
 from gemma_tune.planning.known_base import Base
@@ -108,7 +108,7 @@ def _answers(recipe: Recipe) -> bool:
 
 def host_parts(recipe: Recipe, *, base: Base, step: Step, found: Activations) -> tuple[Part, ...]:
     """Count the host's memory."""
-    whole = 2 * (memory.count_all(base.config) + base.num_tower_params)
+    whole = 2 * (count_params(base.config) + base.num_tower_params)
     parts = [
         Part("process", _PROCESS_HOST_BYTES, "Python, PyTorch, CUDA libraries; not measured on a card"),
         Part("loading", min(whole, _MAX_SHARD_BYTES), "one file of weights at a time"),
@@ -124,7 +124,7 @@ def disk_parts(recipe: Recipe, *, base: Base, step: Step) -> tuple[Part, ...]:
     """Count what a run writes, with the exports that the recipe asks for."""
     adapter = memory.adapter_bytes(base.config, step.lora)
     state = memory.optimizer_bytes(base.config, step.lora, optimizer=recipe.training.optimizer)
-    num_params = memory.count_all(base.config) + base.num_tower_params
+    num_params = count_params(base.config) + base.num_tower_params
     # The newest is written before the oldest is removed.
     kept = recipe.training.keep_checkpoints + 1
     parts = [
@@ -143,7 +143,7 @@ def disk_parts(recipe: Recipe, *, base: Base, step: Step) -> tuple[Part, ...]:
 def export_parts(recipe: Recipe, *, base: Base) -> tuple[Part, ...]:
     """Estimate each export from the architecture; an export itself reads the headers of files that need not be here."""
     element = 4 if recipe.export.dtype == "float32" else 2
-    num_params = memory.count_all(base.config) + base.num_tower_params
+    num_params = count_params(base.config) + base.num_tower_params
     merged = Part("merged-16bit", element * num_params + _TOKENIZER_BYTES, f"{element} bytes a parameter")
     return (merged, *_gguf(base.config))
 
@@ -152,7 +152,7 @@ def export_parts(recipe: Recipe, *, base: Base) -> tuple[Part, ...]:
 def _gguf(config: TextConfig) -> tuple[Part, ...]:
     """Sizes of the text model. The mixtures of llama.cpp keep the embedding and half of v and down in Q6_K."""
     total = embedding = sixes = 0
-    for row in summarize(config):
+    for row in list_rows(config):
         total += row.num_params
         if row.kind == "Embedding":
             embedding += row.num_params

@@ -13,6 +13,7 @@ from gemma_tune.engines.engine_facts import EngineFacts
 from gemma_tune.errors import EngineError
 from gemma_tune.models.catalogue import MODELS, TINY
 from gemma_tune.models.config import TextConfig
+from gemma_tune.models.describe import count_params
 from gemma_tune.planning import memory
 from gemma_tune.planning.verdict import Change, Plan
 from gemma_tune.recipe.rules import check_rules
@@ -156,7 +157,7 @@ def _smaller_model(
     config: TextConfig, fitting: Callable[[Mapping[str, Any]], Plan | None], *, is_tuned: bool
 ) -> tuple[Change, ...]:
     """The largest smaller registry model that fits: of the same generation, else of any."""
-    num_params = memory.count_all(config)
+    num_params = count_params(config)
     candidates = sorted(
         (
             model

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from gemma_tune.errors import ModelError
 from gemma_tune.models.catalogue import GemmaModel
 from gemma_tune.models.config import TextConfig, read_config
+from gemma_tune.models.describe import count_params
 from gemma_tune.models.resolve import require, resolve
-from gemma_tune.planning import memory
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Base:
     @property
     def num_tower_params(self) -> int:
         whole = None if self.model is None else self.model.num_checkpoint_params
-        return 0 if whole is None else max(whole - memory.count_all(self.config), 0)
+        return 0 if whole is None else max(whole - count_params(self.config), 0)
 
 
 def find_base(name: str) -> Base:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gemma_tune.engines.engine_facts import EngineFacts
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.describe import LayerRow, count_weight_bytes, select_lora_rows, summarize
+from gemma_tune.models.describe import LayerRow, count_params, count_weight_bytes, list_rows, select_lora_rows
 from gemma_tune.planning.step import Bits, Numerics
 from gemma_tune.recipe.schema import LoraSection
 
@@ -24,17 +24,6 @@ _FLOAT32 = 4
 _8BIT_MIN_ELEMENTS = 4096
 _8BIT_BLOCK = 256
 _8BIT_TABLE_BYTES = 256 * _FLOAT32
-
-
-@functools.cache
-def count_all(config: TextConfig) -> int:
-    """Parameters of the text model."""
-    return sum(row.num_params for row in list_rows(config))
-
-
-@functools.cache
-def list_rows(config: TextConfig) -> tuple[LayerRow, ...]:
-    return tuple(summarize(config))
 
 
 def is_quantized(row: LayerRow) -> bool:
@@ -52,7 +41,7 @@ def quantized_bytes(config: TextConfig, *, bits: Bits) -> int:
     """
     rows = [row for row in list_rows(config) if is_quantized(row)]
     if bits == "4bit":
-        rest = count_all(config) - sum(math.prod(row.weight_shape) for row in rows)
+        rest = count_params(config) - sum(math.prod(row.weight_shape) for row in rows)
         return count_weight_bytes(config, load="4bit") - 2 * rest
     if bits == "8bit":
         return sum(math.prod(row.weight_shape) + _FLOAT32 * row.weight_shape[0] for row in rows)
@@ -62,7 +51,7 @@ def quantized_bytes(config: TextConfig, *, bits: Bits) -> int:
 @functools.cache
 def unquantized_bytes(config: TextConfig, *, bits: Bits, numerics: Numerics) -> int:
     """Embeddings, head, norms (and with "plain" the linear layers) in the storage type: s bytes a parameter."""
-    kept = count_all(config)
+    kept = count_params(config)
     if bits != "plain":
         kept -= sum(math.prod(row.weight_shape) for row in list_rows(config) if is_quantized(row))
     return kept * numerics.stream

@@ -10,6 +10,7 @@ from gemma_tune.engines.choose import EngineDecision, decide_for_card
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.config import TextConfig
+from gemma_tune.models.describe import count_params
 from gemma_tune.planning import memory
 from gemma_tune.planning.activations import activations
 from gemma_tune.planning.breakdown import disk_parts, export_parts, host_parts, moment_parts, resident_parts
@@ -55,7 +56,7 @@ def plan_recipe(
     moments = moment_parts(recipe, config=config, step=step, found=found, free_bytes=free)
     plan = Plan(
         model=base.name,
-        num_params=memory.count_all(config),
+        num_params=count_params(config),
         num_trained=memory.count_trained(config, step.lora),
         card=card,
         engine=decision.engine.name,

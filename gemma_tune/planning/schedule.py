@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from gemma_tune.data.look.count import RowCount
 from gemma_tune.machine.cards import Card
 from gemma_tune.models.config import TextConfig
-from gemma_tune.models.describe import summarize
-from gemma_tune.planning.memory import count_all, count_trained
+from gemma_tune.models.describe import count_params, list_rows
+from gemma_tune.planning.memory import count_trained
 from gemma_tune.planning.step import Step
 from gemma_tune.recipe.schema import TrainingSection
 
@@ -79,7 +79,7 @@ def step_operations(config: TextConfig, step: Step, *, tokens: float, row_tokens
 def _count_multiplied(config: TextConfig) -> int:
     """Weights that a token is multiplied with, the head left out; of experts only those that it goes to."""
     linear = sum(
-        math.prod(row.weight_shape) for row in summarize(config) if row.kind == "Linear" and row.name != "lm_head"
+        math.prod(row.weight_shape) for row in list_rows(config) if row.kind == "Linear" and row.name != "lm_head"
     )
     a_layer = config.num_experts_per_token * 3 * config.expert_intermediate_size * config.hidden_size
     return linear + a_layer * len(config.layers)
@@ -93,7 +93,7 @@ def pass_seconds(config: TextConfig, step: Step, *, card: Card, tokens: float, r
     operations = step_operations(config, step, tokens=tokens, row_tokens=row_tokens)
     arithmetic = operations / (card.tera_flops * 1e12 * execution.engine.peak_share)
     multiplications = 2 if execution.checkpointing == "off" else 3
-    moved = count_all(config) * _EXPANDED_BYTES[step.bits] * multiplications
+    moved = count_params(config) * _EXPANDED_BYTES[step.bits] * multiplications
     expansion = moved / (card.gigabytes_per_second * 1e9 * _BANDWIDTH_SHARE)
     seconds = arithmetic + expansion + _LAUNCH_SECONDS * len(config.layers)
     return seconds * (_OFFLOAD_FACTOR if execution.checkpointing == "offload" else 1)

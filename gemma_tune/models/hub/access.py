@@ -5,10 +5,10 @@ Every question has a deadline, name resolution included: without a network the a
 
 from __future__ import annotations
 
-import queue
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -100,22 +100,16 @@ def reason_of(error: Exception) -> str:
 
 def _within(seconds: float, work: Callable[[], _Answer]) -> _Answer:
     """The result of `work`, or TimeoutError. Its thread is left behind then: a name look-up cannot be interrupted."""
-    results: queue.Queue[tuple[_Answer | None, BaseException | None]] = queue.Queue()
+    answer: Future[_Answer] = Future()
 
     def run() -> None:
         try:
-            results.put((work(), None))
+            answer.set_result(work())
         except BaseException as error:  # handed to the caller
-            results.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
-    try:
-        answer, error = results.get(timeout=seconds)
-    except queue.Empty:
-        raise TimeoutError from None
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
+    return answer.result(timeout=seconds)
 
 
 def _ask(hub_id: str, revision: str | None) -> HubModel:
