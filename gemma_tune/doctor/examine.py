@@ -6,17 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.doctor import machine
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.graphics import check_card, check_precision, check_torch, device_of, read_driver
 from gemma_tune.doctor.libraries import check_bitsandbytes, check_data, check_engine, check_hub, check_model
-from gemma_tune.doctor.machine import (
-    check_disks,
-    check_limits,
-    check_memory,
-    check_python,
-    check_shared_memory,
-    used_places,
-)
 from gemma_tune.doctor.packages import check_gguf, check_packages
 from gemma_tune.doctor.run_probes import Probed, run_probes
 from gemma_tune.engines.choose import decide_engine
@@ -50,7 +43,7 @@ def examine(
     dtype = recipe.model.dtype if recipe else "auto"
     plan, plan_finding = _plan(recipe, device) if recipe else (None, None)
     findings = [
-        check_python(),
+        machine.check_python(),
         check_card(driver),
         check_torch(probed["torch"], driver),
         check_precision(probed["torch"], dtype=dtype),
@@ -58,10 +51,10 @@ def examine(
         check_bitsandbytes(probed["bitsandbytes"]),
         *check_engine(probed["engine"]),
         check_gguf(),
-        check_memory(needed=sum(part.bytes for part in plan.host) if plan else 0),
+        machine.check_memory(needed=sum(part.bytes for part in plan.host) if plan else 0),
         *_disks(recipe.run.output_dir if recipe else output_dir, probed=probed, plan=plan),
-        check_limits(),
-        check_shared_memory(),
+        machine.check_limits(),
+        machine.check_shared_memory(),
         check_hub(probed["hub"]),
         check_model(probed["model"], name=recipe.model.name) if recipe else None,
         check_data(probed["data"]) if recipe else None,
@@ -90,13 +83,13 @@ def _disks(output_dir: str, *, probed: Mapping[str, Probed], plan: Plan | None) 
     facts = probed["places"].facts
     if "token_cache" not in facts:
         return [Finding("disk", "fail", probed["places"].trouble, "fix what failed above")]
-    places = used_places(output_dir, hub_cache=Path(facts["hub_cache"]), token_cache=Path(facts["token_cache"]))
+    places = machine.used_places(output_dir, hub_cache=Path(facts["hub_cache"]), token_cache=Path(facts["token_cache"]))
     needed = {}
     if plan is not None:
         download = sum(part.bytes for part in plan.disk if part.name == "download")
         needed["hub cache"] = probed["model"].facts.get("missing_bytes", download)
         needed["runs"] = sum(part.bytes for part in plan.disk) - download
-    return check_disks(places, needed=needed)
+    return machine.check_disks(places, needed=needed)
 
 
 def _plan(recipe: Recipe, device: Device | None) -> tuple[Plan | None, Finding | None]:

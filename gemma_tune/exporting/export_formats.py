@@ -13,16 +13,7 @@ from pathlib import Path
 
 from gemma_tune.disk import directory_bytes, require_free_disk
 from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
-from gemma_tune.exporting.export_record import (
-    RECORD_FILE,
-    ExportRecord,
-    add_verification,
-    finish_record,
-    list_files,
-    read_record,
-    require_unchanged,
-    stored_result,
-)
+from gemma_tune.exporting import export_record as records
 from gemma_tune.exporting.export_settings import ExportSettings
 from gemma_tune.exporting.export_source import ExportSource, open_source
 from gemma_tune.exporting.formats.format import ExportTask, Format
@@ -53,7 +44,7 @@ class Exported:
     path: Path
     num_bytes: int
     kept: bool
-    record: ExportRecord
+    record: records.ExportRecord
     result: FormReport | None
 
 
@@ -122,7 +113,7 @@ def export_formats(
         else:
             _write(step, source, settings, reporter=reporter)
     wanted = [steps[each.name] for each in asked]
-    unproven = [step.output for step in wanted if settings.verify and not read_record(step.output).passed]
+    unproven = [step.output for step in wanted if settings.verify and not records.read_record(step.output).passed]
     parity = None
     if unproven:
         reporter.stage("verify")
@@ -141,8 +132,8 @@ def export_formats(
 
 
 def _exported(directory: Path, *, kept: bool = True) -> Exported:
-    record = read_record(directory)
-    return Exported(record.format, directory, directory_bytes(directory), kept, record, stored_result(record))
+    record = records.read_record(directory)
+    return Exported(record.format, directory, directory_bytes(directory), kept, record, records.stored_result(record))
 
 
 # --- the plan -------------------------------------------------------------------------------------------------------
@@ -180,22 +171,22 @@ def _is_finished(directory: Path, fingerprint: str, *, is_measured: bool) -> boo
     Raises:
         ExportError: it was changed since. One without a verdict that `is_measured` next is judged by that.
     """
-    if not (directory / RECORD_FILE).is_file():
+    if not (directory / records.RECORD_FILE).is_file():
         return False
-    record = read_record(directory)
+    record = records.read_record(directory)
     if record.fingerprint != fingerprint or record.files is None:
         return record.fingerprint == fingerprint
     if is_measured and not record.passed:
-        return record.files == list_files(directory)
-    require_unchanged(directory, record)
+        return record.files == records.list_files(directory)
+    records.require_unchanged(directory, record)
     return True
 
 
 def _finish_if_killed(directory: Path) -> None:
     """Complete the record of an export whose process ended between its renaming and its last line."""
-    record = read_record(directory)
+    record = records.read_record(directory)
     if record.files is None:
-        finish_record(directory, record, {})
+        records.finish_record(directory, record, {})
 
 
 def _refuse_other(directory: Path) -> None:
@@ -212,15 +203,15 @@ def _refuse_other(directory: Path) -> None:
 def _write(step: _Step, source: ExportSource, settings: ExportSettings, *, reporter: Reporter) -> None:
     reporter.stage(step.format.name)
     base = {"name": source.base_name, "revision": source.base.revision, "files": dict(source.base_files)}
-    record = ExportRecord(step.format.name, step.fingerprint, base, source.adapter_hashes())
-    texts = {RECORD_FILE: record.to_json()}
+    record = records.ExportRecord(step.format.name, step.fingerprint, base, source.adapter_hashes())
+    texts = {records.RECORD_FILE: record.to_json()}
     if source.template is not None:
         texts[TEMPLATE_FILE] = source.template
     notice = licence_notice(source.base.model)
     if notice is not None:
         texts[NOTICE_FILE] = notice
     task = ExportTask(source, step.made_from, step.output, texts, settings, reporter)
-    finish_record(step.output, record, step.format.write(task))
+    records.finish_record(step.output, record, step.format.write(task))
 
 
 def _write_card(directory: Path, source: ExportSource, *, reporter: Reporter) -> None:
@@ -248,13 +239,13 @@ def verify_directories(
 
     `siblings` are directories of the same source by format: what others were made from is compared with them.
     """
-    formats = [FORMATS.find(read_record(directory).format, error=ExportError) for directory in directories]
+    formats = [FORMATS.find(records.read_record(directory).format, error=ExportError) for directory in directories]
     runners = [
         each.runner(directory, source, siblings or {}) for each, directory in zip(formats, directories, strict=True)
     ]
     report = verify_exports(runners, source.reference, probe=probe, reporter=reporter, measure=measure)
     for directory, result in zip(directories, report.exports, strict=True):
-        add_verification(directory, report, result)
+        records.add_verification(directory, report, result)
     return report
 
 
@@ -278,9 +269,9 @@ def find_exports(path: Path, *, of: Path | None = None, base: str | None = None)
 
 def _exports_at(path: Path) -> list[Path]:
     """The exported directory at a path, or those in it."""
-    if (path / RECORD_FILE).is_file():
+    if (path / records.RECORD_FILE).is_file():
         return [path]
-    return sorted(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
+    return sorted(record.parent for record in path.glob(f"*/{records.RECORD_FILE}"))
 
 
 def _run_above(path: Path) -> Path:

@@ -20,22 +20,13 @@ from gemma_tune.errors import ExportError, HubError
 from gemma_tune.exporting.export_record import RECORD_FILE, read_record, require_unchanged
 from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.exporting.text_files import LICENCE_FILES, portable_settings
-from gemma_tune.models.safetensors import (
-    CHAT_TEMPLATE_FILES,
-    CONFIG_FILE,
-    GENERATION_CONFIG_FILE,
-    PROCESSOR_FILES,
-    TOKENIZER_FILES,
-    weight_files,
-)
+from gemma_tune.models.safetensors import CONFIG_FILE, SMALL_FILES, weight_files
 from gemma_tune.reporting.card import CARD_FILE, REPOSITORY
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.secrets import mask_private
 
-_NAMES = {CARD_FILE, TEMPLATE_FILE, GENERATION_CONFIG_FILE} | {
-    *LICENCE_FILES, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, *PROCESSOR_FILES,
-}  # fmt: skip
+_NAMES = {CARD_FILE, TEMPLATE_FILE, *LICENCE_FILES, *SMALL_FILES}
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?", re.ASCII)
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*", re.ASCII)
 _DEFAULT_MESSAGE = "Upload with gemma-tune"

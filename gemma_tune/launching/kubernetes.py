@@ -7,17 +7,7 @@ import re
 from dataclasses import dataclass
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.job import (
-    GRACE_SECONDS,
-    RESTARTS,
-    TEMPLATES_DIR,
-    Job,
-    JobFile,
-    Scheduler,
-    common_notes,
-    local_paths,
-    parse_time,
-)
+from gemma_tune.launching import job as jobs
 from gemma_tune.templates import render_template
 from gemma_tune.yaml_io import YAML_FILTERS
 
@@ -43,11 +33,11 @@ class KubernetesOptions:
     namespace: str | None = None
     secret: str = "gemma-tune"
     time: str | None = None
-    grace: int = GRACE_SECONDS
-    restarts: int = RESTARTS
+    grace: int = jobs.GRACE_SECONDS
+    restarts: int = jobs.RESTARTS
 
 
-def render_kubernetes(job: Job, options: KubernetesOptions) -> JobFile:
+def render_kubernetes(job: jobs.Job, options: KubernetesOptions) -> jobs.JobFile:
     """Return a ConfigMap with the recipe, a Job, and for several machines the Service by which they find each other.
 
     Raises:
@@ -63,24 +53,24 @@ def render_kubernetes(job: Job, options: KubernetesOptions) -> JobFile:
     values = {
         "job": job,
         "options": options,
-        "deadline_seconds": None if options.time is None else parse_time(options.time),
+        "deadline_seconds": None if options.time is None else jobs.parse_time(options.time),
         "work_dir": WORK_DIR,
     }
-    return JobFile(
+    return jobs.JobFile(
         run_name=job.run_name,
         name=f"{job.run_name}.k8s.yaml",
-        text=render_template(TEMPLATES_DIR / "kubernetes.yaml.j2", values, filters=YAML_FILTERS),
+        text=render_template(jobs.TEMPLATES_DIR / "kubernetes.yaml.j2", values, filters=YAML_FILTERS),
         submit=("kubectl", "apply", "-f"),
-        notes=(*common_notes(job.recipe), *_notes(job, options, on_volume)),
+        notes=(*jobs.common_notes(job.recipe), *_notes(job, options, on_volume)),
     )
 
 
-KUBERNETES = Scheduler("kubernetes", KubernetesOptions, render_kubernetes)
+KUBERNETES = jobs.Scheduler("kubernetes", KubernetesOptions, render_kubernetes)
 
 
-def _require_on_volume(job: Job) -> list[str]:
+def _require_on_volume(job: jobs.Job) -> list[str]:
     """Return the paths that the run reads, all of them on the volume. Raises LaunchError: some are elsewhere."""
-    read = [(each.setting, each.path) for each in local_paths(job.recipe)]
+    read = [(each.setting, each.path) for each in jobs.local_paths(job.recipe)]
     used = [*read, ("run.output_dir", job.recipe.run.output_dir)]
     outside = [f"{setting}={path}" for setting, path in used if not _is_on_volume(path)]
     if outside:
@@ -96,7 +86,7 @@ def _is_on_volume(path: str) -> bool:
     return normal.startswith(f"{WORK_DIR}/") or not normal.startswith(("/", "~", ".."))
 
 
-def _notes(job: Job, options: KubernetesOptions, on_volume: list[str]) -> list[str]:
+def _notes(job: jobs.Job, options: KubernetesOptions, on_volume: list[str]) -> list[str]:
     notes, claim = [], options.claim
     if on_volume:
         notes.append(f"has to lie on the volume of {claim}, by the same name from its root: {', '.join(on_volume)}")

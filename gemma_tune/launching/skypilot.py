@@ -9,16 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.job import (
-    TEMPLATES_DIR,
-    Job,
-    JobFile,
-    LocalPath,
-    Scheduler,
-    common_notes,
-    local_paths,
-    shell_lines,
-)
+from gemma_tune.launching import job as jobs
 from gemma_tune.templates import render_template
 from gemma_tune.yaml_io import YAML_FILTERS
 
@@ -47,7 +38,7 @@ class SkypilotOptions:
     before: tuple[str, ...] = ()
 
 
-def render_skypilot(job: Job, options: SkypilotOptions) -> JobFile:
+def render_skypilot(job: jobs.Job, options: SkypilotOptions) -> jobs.JobFile:
     """Return the YAML of a managed job. Raises LaunchError: the job would not have what it needs."""
     if (options.install is None) == (options.image is None):
         raise LaunchError(
@@ -56,11 +47,11 @@ def render_skypilot(job: Job, options: SkypilotOptions) -> JobFile:
         )
     if job.resources.gpus and job.resources.gpu_type is None:
         raise LaunchError("--on skypilot needs --gpu-type", hint="names as in `sky gpus list`, such as --gpu-type L4")
-    paths = local_paths(job.recipe)
+    paths = jobs.local_paths(job.recipe)
     if not job.is_shipped:
-        paths.insert(0, LocalPath("the recipe", job.recipe_argument))
+        paths.insert(0, jobs.LocalPath("the recipe", job.recipe_argument))
     requirement, wheel = _find_requirement(options.install) if options.install is not None else ("", None)
-    paths += [LocalPath("--install", wheel)] if wheel else []
+    paths += [jobs.LocalPath("--install", wheel)] if wheel else []
     _require_uploads(paths)
     uploads = list(dict.fromkeys(_normal(each.mounted) for each in paths))
     recipe = job.loaded.name if job.is_shipped else _normal(job.recipe_argument)
@@ -69,21 +60,21 @@ def render_skypilot(job: Job, options: SkypilotOptions) -> JobFile:
         "options": options,
         "requirement": requirement,
         "uploads": uploads,
-        "command": shell_lines(job.command(recipe, f"run.output_dir={RUNS_DIR}")),
+        "command": jobs.shell_lines(job.command(recipe, f"run.output_dir={RUNS_DIR}")),
         "runs_dir": RUNS_DIR,
     }
-    template, filters = TEMPLATES_DIR / "skypilot.yaml.j2", {**YAML_FILTERS, "quote": shlex.quote}
+    template, filters = jobs.TEMPLATES_DIR / "skypilot.yaml.j2", {**YAML_FILTERS, "quote": shlex.quote}
     secrets = [word for name in job.secrets for word in ("--secret", name)]
-    return JobFile(
+    return jobs.JobFile(
         run_name=job.run_name,
         name=f"{job.run_name}.sky.yaml",
         text=render_template(template, values, filters=filters),
         submit=("sky", "jobs", "launch", *secrets),
-        notes=(*common_notes(job.recipe), *_notes(job, uploads)),
+        notes=(*jobs.common_notes(job.recipe), *_notes(job, uploads)),
     )
 
 
-SKYPILOT = Scheduler("skypilot", SkypilotOptions, render_skypilot)
+SKYPILOT = jobs.Scheduler("skypilot", SkypilotOptions, render_skypilot)
 
 
 def _find_requirement(install: str) -> tuple[str, str | None]:
@@ -104,7 +95,7 @@ def _normal(path: str) -> str:
     return os.path.normpath(path)
 
 
-def _require_uploads(paths: list[LocalPath]) -> None:
+def _require_uploads(paths: list[jobs.LocalPath]) -> None:
     outside = [f"{each.setting} ({each.path})" for each in paths if each.leaves_directory]
     if outside:
         raise LaunchError(
@@ -122,7 +113,7 @@ def _require_uploads(paths: list[LocalPath]) -> None:
         )
 
 
-def _notes(job: Job, uploads: list[str]) -> list[str]:
+def _notes(job: jobs.Job, uploads: list[str]) -> list[str]:
     notes = []
     if uploads:
         notes.append(f"call sky in this directory, from which it uploads {', '.join(uploads)}")

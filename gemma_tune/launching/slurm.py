@@ -6,19 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import LaunchError
-from gemma_tune.launching.job import (
-    GRACE_SECONDS,
-    RESTARTS,
-    TEMPLATES_DIR,
-    Job,
-    JobFile,
-    Scheduler,
-    common_notes,
-    local_paths,
-    parse_time,
-    require_word,
-    shell_lines,
-)
+from gemma_tune.launching import job as jobs
 from gemma_tune.templates import render_template
 
 # What the script relies on; --nodes has an option of its own, the others have no sensible other value.
@@ -42,11 +30,11 @@ class SlurmOptions:
     sbatch: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
     time: str | None = None
-    grace: int = GRACE_SECONDS
-    restarts: int = RESTARTS
+    grace: int = jobs.GRACE_SECONDS
+    restarts: int = jobs.RESTARTS
 
 
-def render_slurm(job: Job, options: SlurmOptions) -> JobFile:
+def render_slurm(job: jobs.Job, options: SlurmOptions) -> jobs.JobFile:
     """Return the script.
 
     Raises:
@@ -56,21 +44,21 @@ def render_slurm(job: Job, options: SlurmOptions) -> JobFile:
         "job": job,
         "options": options,
         "directives": _directives(job, options),
-        "command": shell_lines(job.command(job.recipe_argument)),
+        "command": jobs.shell_lines(job.command(job.recipe_argument)),
     }
-    return JobFile(
+    return jobs.JobFile(
         run_name=job.run_name,
         name=f"{job.run_name}.sbatch",
-        text=render_template(TEMPLATES_DIR / "slurm.sh.j2", values),
+        text=render_template(jobs.TEMPLATES_DIR / "slurm.sh.j2", values),
         submit=("sbatch",),
-        notes=(*common_notes(job.recipe), *_path_notes(job)),
+        notes=(*jobs.common_notes(job.recipe), *_path_notes(job)),
     )
 
 
-SLURM = Scheduler("slurm", SlurmOptions, render_slurm)
+SLURM = jobs.Scheduler("slurm", SlurmOptions, render_slurm)
 
 
-def _directives(job: Job, options: SlurmOptions) -> dict[str, str]:
+def _directives(job: jobs.Job, options: SlurmOptions) -> dict[str, str]:
     """Return the options of sbatch; a value is empty where an option has none."""
     resources = job.resources
     directives = {"--job-name": job.run_name, "--output": "%x-%j.log", "--nodes": str(resources.nodes)}
@@ -83,10 +71,10 @@ def _directives(job: Job, options: SlurmOptions) -> dict[str, str]:
     if resources.memory_gib:
         directives["--mem"] = f"{resources.memory_gib}G"
     if options.time is not None:
-        directives["--time"] = _limit(parse_time(options.time), grace=options.grace)
+        directives["--time"] = _limit(jobs.parse_time(options.time), grace=options.grace)
     for name, value in (("--partition", options.partition), ("--account", options.account)):
         if value is not None:
-            directives[name] = require_word(name, value)
+            directives[name] = jobs.require_word(name, value)
     # B: the signal goes to this script, which passes it on. Append: a job that starts again keeps its log.
     directives |= {"--signal": f"B:TERM@{options.grace}", "--requeue": "", "--open-mode": "append"}
     return directives | dict(map(_parse_option, options.sbatch))
@@ -117,8 +105,8 @@ def _parse_option(option: str) -> tuple[str, str]:
     return name, value
 
 
-def _path_notes(job: Job) -> list[str]:
-    paths = [("the recipe", job.recipe_argument), *((each.setting, each.path) for each in local_paths(job.recipe))]
+def _path_notes(job: jobs.Job) -> list[str]:
+    paths = [("the recipe", job.recipe_argument), *((each.setting, each.path) for each in jobs.local_paths(job.recipe))]
     outside = [f"{what} ({path})" for what, path in paths if path.startswith(("/", "~", ".."))]
     notes = ["the job runs in the directory where sbatch is called, which every node has to see; call it here"]
     if outside:

@@ -30,6 +30,8 @@ TOKENIZER_FILES = (
 )
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+# All that goes with the weights of a model.
+SMALL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, *PROCESSOR_FILES)
 
 BYTES_OF_DTYPE = {
     "F64": 8,

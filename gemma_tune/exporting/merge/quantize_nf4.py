@@ -24,16 +24,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from gemma_tune.disk import finished_files, keep_file, output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings
+from gemma_tune.exporting.merge import tensor_io
 from gemma_tune.exporting.merge.shards import fill_shards, format_header, shard_names, write_index
-from gemma_tune.exporting.merge.tensor_io import (
-    BLOCK_ELEMENTS,
-    MAX_WORKERS,
-    TORCH_DTYPE,
-    is_finite,
-    one_thread_an_operation,
-    read_elements,
-    write_elements,
-)
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
 from gemma_tune.models.families.known import canonical_name, tower_names
@@ -189,8 +181,8 @@ def _write_shards(
     """Write every file that is not finished yet."""
     done_bytes = 0
     finished = finished_files(directory)
-    num_workers = min(MAX_WORKERS, os.cpu_count() or 1)
-    with one_thread_an_operation(), ThreadPoolExecutor(num_workers) as workers:
+    num_workers = min(tensor_io.MAX_WORKERS, os.cpu_count() or 1)
+    with tensor_io.one_thread_an_operation(), ThreadPoolExecutor(num_workers) as workers:
         for name, shard in zip(shard_names(len(shards)), shards, strict=True):
             if name in finished:
                 done_bytes += sum({part.source.name: part.source.num_bytes for part in shard}.values())
@@ -224,10 +216,10 @@ def _write_shard(shard: tuple[_Part, ...], path: Path, *, workers: Executor) -> 
         for part in parts:
             if part.suffix in made:
                 _require_shape(part, made[part.suffix])
-                write_elements(made[part.suffix], path, offset_bytes=places[part.name])
+                tensor_io.write_elements(made[part.suffix], path, offset_bytes=places[part.name])
     for part in shard:
         if part.name in states:
-            write_elements(states[part.name], path, offset_bytes=place)
+            tensor_io.write_elements(states[part.name], path, offset_bytes=place)
             place += states[part.name].numel()
     header = _header(shard, {name: state.numel() for name, state in states.items()})
     with path.open("rb+") as file:
@@ -253,14 +245,14 @@ def _quantize(
     """
 
     def quantize_block(begin: int) -> tuple[int, torch.Tensor]:
-        values = read_elements(source, begin, min(begin + BLOCK_ELEMENTS, source.num_elements))
+        values = tensor_io.read_elements(source, begin, min(begin + tensor_io.BLOCK_ELEMENTS, source.num_elements))
         _require_finite(values, source)
         packed, state = quantize_4bit(values, blocksize=_BLOCK_WEIGHTS, compress_statistics=False, quant_type="nf4")
-        write_elements(packed, path, offset_bytes=offset_bytes + begin // 2)
+        tensor_io.write_elements(packed, path, offset_bytes=offset_bytes + begin // 2)
         return values.numel() * BYTES_OF_DTYPE[source.dtype], state.absmax
 
     absmaxes = []
-    for num_bytes, absmax in workers.map(quantize_block, range(0, source.num_elements, BLOCK_ELEMENTS)):
+    for num_bytes, absmax in workers.map(quantize_block, range(0, source.num_elements, tensor_io.BLOCK_ELEMENTS)):
         absmaxes.append(absmax)
         yield num_bytes
     absmax = torch.cat(absmaxes)
@@ -269,7 +261,7 @@ def _quantize(
     state = QuantState(
         absmax=compressed,
         shape=torch.Size(source.shape),
-        dtype=TORCH_DTYPE[source.dtype],
+        dtype=tensor_io.TORCH_DTYPE[source.dtype],
         blocksize=_BLOCK_WEIGHTS,
         code=get_4bit_type("nf4", device="cpu"),
         quant_type="nf4",
@@ -282,16 +274,16 @@ def _quantize(
 
 def _copy(source: StoredTensor, path: Path, *, offset_bytes: int) -> Iterator[int]:
     size = BYTES_OF_DTYPE[source.dtype]
-    for begin in range(0, source.num_elements, BLOCK_ELEMENTS):
-        values = read_elements(source, begin, min(begin + BLOCK_ELEMENTS, source.num_elements))
+    for begin in range(0, source.num_elements, tensor_io.BLOCK_ELEMENTS):
+        values = tensor_io.read_elements(source, begin, min(begin + tensor_io.BLOCK_ELEMENTS, source.num_elements))
         if values.is_floating_point():
             _require_finite(values, source)
-        write_elements(values, path, offset_bytes=offset_bytes + begin * size)
+        tensor_io.write_elements(values, path, offset_bytes=offset_bytes + begin * size)
         yield values.numel() * size
 
 
 def _require_finite(values: torch.Tensor, source: StoredTensor) -> None:
-    if not is_finite(values):
+    if not tensor_io.is_finite(values):
         raise ExportError(f"{source.file}: NaN or infinity in {source.name}", hint="merge again; this one is damaged")
 
 

@@ -19,21 +19,10 @@ from typing import Any
 from gemma_tune.disk import require_free_disk, sync_directory, sync_file
 from gemma_tune.errors import ModelError
 from gemma_tune.models.hub.access import HubFile, HubModel, reason_of
-from gemma_tune.models.safetensors import (
-    CHAT_TEMPLATE_FILES,
-    CONFIG_FILE,
-    GENERATION_CONFIG_FILE,
-    INDEX_FILE,
-    PROCESSOR_FILES,
-    TOKENIZER_FILES,
-    WEIGHTS_FILE,
-)
+from gemma_tune.models.safetensors import INDEX_FILE, SMALL_FILES, WEIGHTS_FILE
 
 Progress = Callable[[int, int], None]
 
-_SMALL_FILES = frozenset(
-    (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, *PROCESSOR_FILES)
-)
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
 _NUM_AT_ONCE = 4
 _CHUNK_BYTES = 2**20
@@ -60,7 +49,7 @@ def wanted_files(model: HubModel) -> tuple[HubFile, ...]:
             hint="pickle files can run code when they are read and GGUF cannot be trained; take another copy: "
             "gemma-tune models list",
         )
-    return tuple(file for file in model.files if file.name in weights | _SMALL_FILES)
+    return tuple(file for file in model.files if file.name in weights or file.name in SMALL_FILES)
 
 
 def download_model(model: HubModel, *, progress: Progress | None = None) -> Path:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Gemma3Config, Gemma3ForConditionalGeneration
 
 from gemma_tune.errors import ExportError, ModelError
-from gemma_tune.exporting.merge import quantize_nf4 as four_bit
+from gemma_tune.exporting.merge import tensor_io
 from gemma_tune.exporting.merge.quantize_nf4 import quantize_merged
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -110,7 +110,7 @@ def test_blocks_do_not_change_the_result(
     merged: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize_merged(merged, output)
-    monkeypatch.setattr(four_bit, "BLOCK_ELEMENTS", 128)
+    monkeypatch.setattr(tensor_io, "BLOCK_ELEMENTS", 128)
     quantize_merged(merged, tmp_path / "small")
     assert_same_files(tmp_path / "small", output)
 
