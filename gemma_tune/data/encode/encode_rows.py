@@ -201,21 +201,24 @@ class _SectionEncoder:
             excess = len(row.input_ids) - self.section.max_seq_tokens
             if excess <= 0:
                 return replace(example, segments=tuple(segments)), row, answer_cut
-            prompts = [index for index, segment in enumerate(segments) if segment.text and segment.is_row_prompt]
-            answers = [
-                index
-                for index, segment in enumerate(segments)
-                if segment.text and segment.supervised and not segment.control
-            ]
+            own = [index for index, segment in enumerate(segments) if segment.text and not segment.control]
+            prompts = [index for index in own if not segments[index].supervised]
             if prompts:
                 at = max(prompts, key=lambda index: len(segments[index].text))
-                text = _without_first_tokens(segments[at].text, excess, self.encoder)
-            elif self.section.too_long == "truncate" and answers:
-                at, answer_cut = answers[-1], True
-                text = _without_last_tokens(segments[at].text, excess, self.encoder)
-                if not text.strip():
-                    return None
+            elif self.section.too_long == "truncate" and own:
+                at, answer_cut = own[-1], True
             else:
+                return None
+            text = segments[at].text
+            offsets = self.encoder.offsets(text)
+            # At least one character goes, so that cutting always ends.
+            if excess >= len(offsets):
+                text = ""
+            elif answer_cut:
+                text = text[: min(offsets[-excess][0], len(text) - 1)]
+            else:
+                text = text[max(offsets[excess][0], 1) :]
+            if answer_cut and not text.strip():
                 return None
             segments[at] = replace(segments[at], text=text)
 
@@ -240,14 +243,3 @@ def _check_encoded(rows: EncodedRows, examples: Sequence[Example], bos_token_id:
             f"({counted(len(wrong), 'such row')})",
             hint="check the data template and the model's tokenizer",
         )
-
-
-def _without_first_tokens(text: str, count: int, encoder: Encoder) -> str:
-    offsets = encoder.offsets(text)
-    # At least one character goes, so that cutting always ends.
-    return text[max(offsets[count][0], 1) :] if count < len(offsets) else ""
-
-
-def _without_last_tokens(text: str, count: int, encoder: Encoder) -> str:
-    offsets = encoder.offsets(text)
-    return text[: min(offsets[-count][0], len(text) - 1)] if count < len(offsets) else ""

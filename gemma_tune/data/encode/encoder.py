@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol, TypeVar
 import numpy as np
 
 from gemma_tune.data.encode.arrays import EncodedRow, EncodedRows, starts_of
-from gemma_tune.data.rows.chat_template import control_strings
+from gemma_tune.data.rows.chat_template import ChatTokenizer, control_strings
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
 from gemma_tune.errors import DataError
@@ -30,16 +30,11 @@ _BATCH_CHARACTERS = 2_000_000
 _BACKEND_LOCK = threading.Lock()
 
 
-class FastTokenizer(Protocol):
+class FastTokenizer(ChatTokenizer, Protocol):
     """What is read from a transformers tokenizer."""
 
-    chat_template: Any
-    bos_token: Any
-    eos_token: Any
     bos_token_id: Any
     eos_token_id: Any
-    all_special_tokens: Any
-    backend_tokenizer: Any
 
 
 TrainOn = Literal["response", "last_response", "all"]
@@ -79,11 +74,8 @@ class Encoder:
         self.bos_token_id: int = tokenizer.bos_token_id
         self.eos_token_id: int = tokenizer.eos_token_id
         self._bos, self._eos = str(tokenizer.bos_token), str(tokenizer.eos_token)
-        self._control_ids: dict[str, int] = {}
-        for string in control_strings(tokenizer):
-            token_id = backend.token_to_id(string)
-            if token_id is not None:
-                self._control_ids[string] = token_id
+        ids = {string: backend.token_to_id(string) for string in control_strings(tokenizer)}
+        self._control_ids: dict[str, int] = {string: ids[string] for string in ids if ids[string] is not None}
         self._control = re.compile("|".join(re.escape(string) for string in self._control_ids))
         self._require_plain_text()
 

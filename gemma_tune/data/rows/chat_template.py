@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from itertools import zip_longest
+from typing import Any, Protocol, cast
 
 import jinja2
 from jinja2 import nodes
@@ -30,6 +32,8 @@ MAX_STEPS = 200_000
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
 # White space that str.strip (Jinja's trim) removes and that no template writes itself.
 _PAD = "\u2002\u2003"
+# What the code in a template may raise.
+_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class ChatTokenizer(Protocol):
@@ -127,9 +131,10 @@ class ChatRenderer:
         self._check_prefixes(roles, skeleton, where=where)
         contents = [skeleton.content(index, message["content"]) for index, message in enumerate(messages)]
         self._check_rendering(messages, skeleton, contents, where=where)
+        literals = self._without_bos(skeleton)
         segments: list[Segment] = []
         for index, role in enumerate(roles):
-            literal = self._without_bos(skeleton.literals[index]) if index == 0 else skeleton.literals[index]
+            literal = literals[index]
             if index and roles[index - 1] == "assistant":
                 stop = self._turn_end(literal)
                 segments.append(Segment(stop, supervised=True, control=True))
@@ -154,8 +159,7 @@ class ChatRenderer:
         roles = tuple(message["role"] for message in messages)
         skeleton = self._skeleton(roles, generation=True, where=where)
         segments: list[Segment] = []
-        for index, literal in enumerate(skeleton.literals):
-            literal = self._without_bos(literal) if index == 0 else literal
+        for index, literal in enumerate(self._without_bos(skeleton)):
             if literal:
                 segments.append(Segment(literal, supervised=False, control=True))
             if index < len(messages):
@@ -164,8 +168,8 @@ class ChatRenderer:
                     segments.append(Segment(content, supervised=False, control=False))
         return tuple(segments)
 
-    def _without_bos(self, text: str) -> str:
-        return text.removeprefix(self._bos) if self._bos else text
+    def _without_bos(self, skeleton: _Skeleton) -> list[str]:
+        return [skeleton.literals[0].removeprefix(self._bos), *skeleton.literals[1:]]
 
     def _turn_end(self, literal: str) -> str:
         """The control token at the start of what the template writes behind an answer."""
@@ -237,10 +241,7 @@ class ChatRenderer:
         except _Refused as refused:
             raise RowError(where, f"the model's chat template refuses it: {refused}") from None
         if rendered != expected:
-            at = next(
-                (i for i, (a, b) in enumerate(zip(rendered, expected, strict=False)) if a != b),
-                min(len(rendered), len(expected)),
-            )
+            at = next(at for at, (one, two) in enumerate(zip_longest(rendered, expected)) if one != two)
             raise RowError(
                 where, f"the model's chat template changes the text near {expected[max(0, at - 20) : at + 20]!r}"
             )
@@ -259,15 +260,7 @@ class ChatRenderer:
                         f"the model's chat template writes more than {MAX_RENDERED_CHARS:,} characters for one row"
                     )
                 rendered.append(part)
-        except (
-            jinja2.TemplateError,
-            TypeError,
-            ValueError,
-            ArithmeticError,
-            LookupError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except _FAULTS as error:
             raise DataError(f"the model's chat template cannot be rendered: {error}") from error
         return "".join(rendered)
 
@@ -306,11 +299,11 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], optimized=False
         )
         self.steps_left = 0
-        self.concat = _concat  # type: ignore[method-assign]
+        self.concat = _join  # type: ignore[method-assign]
         self.globals["raise_exception"] = _raise_exception
         self.filters |= {
             "counted_steps": self._counted,
-            "concatenated": _concat,
+            "concatenated": _join,
             "join": _join,
             "replace": _replace,
             "tojson": _to_json,
@@ -335,8 +328,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        counted: nodes.Template = _Counting().visit(tree)
-        return counted
+        return cast(nodes.Template, _Counting().visit(tree))
 
     def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         self.take_step()
@@ -345,15 +337,15 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
             name = __obj.__name__
             if name in ("center", "expandtabs", "ljust", "rjust", "zfill"):
                 raise SecurityError(f"str.{name} is not allowed")
-            if name in ("join", "replace"):
-                return (_replace if name == "replace" else lambda text, items: _join(items, text))(
-                    owner, *args, **kwargs
-                )
+            if name == "replace":
+                return _replace(owner, *args, **kwargs)
+            if name == "join":
+                return partial(_join, separator=owner)(*args, **kwargs)
         return super().call(__context, __obj, *args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return _concat((left, right))
+            return _join((left, right))
         if operator == "+" and isinstance(left, list | tuple) and len(left) + len(right) > MAX_STEPS:
             raise SecurityError(f"a list of more than {MAX_STEPS:,} items is not allowed")
         if operator == "**" or (operator != "+" and not (isinstance(left, int) and isinstance(right, int))):
@@ -362,10 +354,9 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def wrap_str_format(self, value: Any) -> Any:
-        wrapped = super().wrap_str_format(value)
-        if wrapped is not None:
+        if super().wrap_str_format(value) is not None:
             raise SecurityError("str.format is not allowed")
-        return wrapped
+        return None
 
 
 class _Counting(NodeTransformer):
@@ -383,12 +374,6 @@ class _Counting(NodeTransformer):
 def _bounded(num_chars: int) -> None:
     if num_chars > MAX_RENDERED_CHARS:
         raise SecurityError(f"a text of more than {MAX_RENDERED_CHARS:,} characters is not allowed")
-
-
-def _concat(parts: Iterable[object]) -> str:
-    texts = [str(part) for part in parts]
-    _bounded(sum(map(len, texts)))
-    return "".join(texts)
 
 
 def _join(items: Iterable[object], separator: str = "") -> str:

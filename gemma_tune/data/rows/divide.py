@@ -6,7 +6,6 @@ Rows are numbers here, and what is known of each lies in flat arrays, so that a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +28,8 @@ class RowKeys:
     def of(cls, keys: bytes | bytearray, *, seed: int) -> RowKeys:
         """Read keys of KEY_BYTES that stand one behind the other."""
         prefix = f"gemma-tune split {seed}:".encode()
-        places = [int.from_bytes(hashlib.sha256(prefix + key).digest()[:6], "big") / 2**48 for key in _split(keys)]
+        split = (keys[start : start + KEY_BYTES] for start in range(0, len(keys), KEY_BYTES))
+        places = [int.from_bytes(hashlib.sha256(prefix + key).digest()[:6], "big") / 2**48 for key in split]
         return cls(number_keys(keys), np.array(places, dtype=np.float64))
 
     def firsts(self, rows: Ints) -> Ints:
@@ -77,7 +77,3 @@ def number_keys(keys: bytes | bytearray) -> Ints:
 def firsts_of(rows: Ints, numbers: Ints) -> Ints:
     """Leave out the rows whose number is that of an earlier one of `rows`; the order stays."""
     return rows[np.sort(np.unique(numbers[rows], return_index=True)[1])]
-
-
-def _split(keys: bytes | bytearray) -> Iterator[bytes]:
-    return (bytes(keys[start : start + KEY_BYTES]) for start in range(0, len(keys), KEY_BYTES))

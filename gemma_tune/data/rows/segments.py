@@ -16,11 +16,6 @@ class Segment:
     control: bool  # template text, in which control tokens are meant; a row's own text is always encoded as plain text
     stop: bool = False  # the tokenizer's end-of-text token, whatever its name
 
-    @property
-    def is_row_prompt(self) -> bool:
-        """Whether this is a row's own text outside the loss."""
-        return not (self.supervised or self.control)
-
 
 class RowError(DataError):
     """One row that cannot be used: `where` it stands and the `problem`."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bz2
 import gzip
-import hashlib
 import io
 import lzma
 import os
@@ -23,10 +22,18 @@ from gemma_tune.data.sources.csv_rows import read_delimited
 from gemma_tune.data.sources.items import RowFile, SourceItem, shown
 from gemma_tune.data.sources.json_rows import read_json, read_jsonl
 from gemma_tune.errors import DataError
+from gemma_tune.identity import file_sha256, file_stamp
 from gemma_tune.text import did_you_mean
 
 _BUFFER_BYTES = 2**18
 _BOM = b"\xef\xbb\xbf"
+
+
+def _zstd_stream(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+
 
 # Suffix → (what it is called, how it starts, what reads it). A zstd file may start with a skippable frame.
 _COMPRESSIONS: dict[str, tuple[str, tuple[bytes, ...], Callable[[Path], Any]]] = {
@@ -36,7 +43,7 @@ _COMPRESSIONS: dict[str, tuple[str, tuple[bytes, ...], Callable[[Path], Any]]] =
     ".zst": (
         "zstd",
         (b"\x28\xb5\x2f\xfd", *(bytes([low]) + b"\x2a\x4d\x18" for low in range(0x50, 0x60))),
-        lambda path: _zstd_stream(path),
+        _zstd_stream,
     ),
 }
 # What files of rows turn out to be: first bytes → (its name in a sentence, the next step).
@@ -79,16 +86,20 @@ def find_file(path: Path, *, name: str | None = None) -> RowFile:
         # A pipe can be read once only, and every file is read at least twice.
         raise DataError(f"{path} is not a regular file", hint="save it as a file first")
     try:
-        with path.open("rb") as file:
-            if not is_row_file(path):
-                raise DataError(f"{path}: unknown kind of file", hint=f"rename or convert it; known: {known_kinds()}")
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return RowFile(path, name or path.name, digest, _stamp(os.fstat(file.fileno())))
+        stamp = file_stamp(path)
+        if not is_row_file(path):
+            raise DataError(f"{path}: unknown kind of file", hint=f"rename or convert it; known: {known_kinds()}")
+        return RowFile(path, name or path.name, file_sha256(path), stamp)
     except FileNotFoundError:
-        beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise DataError(f"no such file: {path}", hint=did_you_mean(path.name, beside) or "check data.source") from None
+        raise DataError(f"no such file: {path}", hint=near_hint(path)) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def near_hint(path: Path) -> str:
+    """Name what is next to a path that does not exist and nearly has its name."""
+    beside = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
+    return did_you_mean(path.name, beside) or "check data.source"
 
 
 def read_rows(file: RowFile) -> Iterator[SourceItem]:
@@ -126,25 +137,15 @@ def _kind_of(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in _READERS else None
 
 
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
-
-
 def _opened(file: RowFile) -> io.BufferedReader:
     """The file's bytes, uncompressed."""
+    if file_stamp(file.path) != file.stamp:
+        raise DataError(f"{file.path} was changed while it was being read", hint="start again when it is complete")
     with file.path.open("rb") as raw:
-        if _stamp(os.fstat(raw.fileno())) != file.stamp:
-            raise DataError(f"{file.path} was changed while it was being read", hint="start again when it is complete")
         _refuse_wrong_compression(raw.read(_HEAD_BYTES), file)
     compression = _compression_of(file.path)
     unpacked = io.FileIO(file.path) if compression is None else _COMPRESSIONS[compression][2](file.path)
     return io.BufferedReader(unpacked, _BUFFER_BYTES)
-
-
-def _zstd_stream(path: Path) -> Any:
-    import pyarrow
-
-    return pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
 
 
 @contextmanager

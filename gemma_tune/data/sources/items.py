@@ -13,6 +13,7 @@ from gemma_tune.text import counted
 
 MAX_SHOWN = 5
 STOPPED = "reading stopped here"
+JSON_HINT = "a .json file is one list of objects: [{…}, {…}]"
 # What surrogateescape makes of bytes that are not UTF-8.
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -44,7 +45,7 @@ class RowFile:
     path: Path
     name: str  # as messages call it
     sha256: str  # of its bytes on disk
-    stamp: tuple[int, int]  # size and modification time when it was hashed
+    stamp: list[int]  # size and modification time when it was hashed
 
 
 def shown(names: Iterable[str]) -> str:
@@ -85,7 +86,7 @@ def _hint(line: BrokenLine) -> str:
         return "quote a cell that holds a line break, a quote or the delimiter; the first line names the columns"
     if ".jsonl" in name:
         return 'every line is one JSON object, such as {"instruction": "…", "response": "…"}'
-    return "a .json file is one list of objects: [{…}, {…}]"
+    return JSON_HINT
 
 
 def told(problems: Sequence[str]) -> str:

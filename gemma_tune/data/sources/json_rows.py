@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma_tune.data.sources.items import (
     ESCAPED_BYTE,
+    JSON_HINT,
     STOPPED,
     BrokenLine,
     RowFile,
@@ -20,8 +21,6 @@ from gemma_tune.data.sources.items import (
     shown,
 )
 from gemma_tune.errors import DataError
-
-_JSON_HINT = "a .json file is one list of objects: [{…}, {…}]"
 
 
 def _kind(value: object) -> str:
@@ -149,12 +148,12 @@ def _object_error(text: str, file: RowFile) -> DataError:
     try:
         value, end = json.JSONDecoder().raw_decode(text, start)
     except json.JSONDecodeError as error:
-        return DataError(f"{file.name}:{error.lineno}:{error.colno}: {_json_problem(error)}", hint=_JSON_HINT)
+        return DataError(f"{file.name}:{error.lineno}:{error.colno}: {_json_problem(error)}", hint=JSON_HINT)
     except (ValueError, RecursionError) as error:
-        return DataError(f"{file.name}: {_json_problem(error)}", hint=_JSON_HINT)
+        return DataError(f"{file.name}: {_json_problem(error)}", hint=JSON_HINT)
     if text[end:].strip():
         is_lines = "\n" not in text[start:end]
-        hint = "name it .jsonl instead of .json" if is_lines else _JSON_HINT
+        hint = "name it .jsonl instead of .json" if is_lines else JSON_HINT
         kind = "one object a line (JSON lines)" if is_lines else "one object behind the other"
         return DataError(f"{file.path} holds {kind}, not one list", hint=hint)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]
@@ -166,7 +165,7 @@ def _object_error(text: str, file: RowFile) -> DataError:
             hint=f"save that list alone, for example: jq '.[{key}]' {file.path.name} > rows-of-{file.path.name}",
         )
     names = f" with the lists {shown(map(repr, lists))}" if lists else ""
-    return DataError(f"{file.path} is one object{names}, not a list of objects", hint=_JSON_HINT)
+    return DataError(f"{file.path} is one object{names}, not a list of objects", hint=JSON_HINT)
 
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")

@@ -10,12 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, read_rows
+from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, near_hint, read_rows
 from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
 from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow, shown, stop_if_broken
 from gemma_tune.errors import DataError
 from gemma_tune.paths import TINY_ROWS_DIR
-from gemma_tune.text import did_you_mean
 
 TINY_WORLD = "tiny-world"
 TINY_SPLITS = ("train", "eval")
@@ -146,11 +145,7 @@ def _open_pattern(pattern: Path) -> Source:
 
 def _no_match_error(pattern: Path, base: Path) -> DataError:
     if not base.is_dir():
-        beside = [child.name for child in base.parent.iterdir()] if base.parent.is_dir() else []
-        return DataError(
-            f"no file matches {pattern}: there is no directory {base}",
-            hint=did_you_mean(base.name, beside) or "check data.source",
-        )
+        return DataError(f"no file matches {pattern}: there is no directory {base}", hint=near_hint(base))
     children = sorted(base.iterdir())
     names = [path.name for path in children if is_row_file(path)]
     names = names or [f"{path.name}/" if path.is_dir() else path.name for path in children]
