@@ -171,40 +171,29 @@ def _check_columns(columns: Mapping[str, str], template: DataTemplate, source: S
     category = (template.category,) if template.category else ()
     for name, column in columns.items():
         if name not in (*known, *category):
-            near = did_you_mean(name, known)
-            raise DataError(
-                f"data.columns: the template {template.name} has no field {name!r}" + (f"; {near}" if near else ""),
-                hint=f"its fields: {', '.join(known)}",
-            )
-        if column not in source.columns:
-            near = did_you_mean(column, source.columns)
-            raise DataError(
-                f"data.columns.{name}: {source.label} has no column {column!r}" + (f"; {near}" if near else ""),
-                hint=f"its columns: {', '.join(source.columns)}",
-            )
-    missing = _missing_columns(columns, template, source)
+            fault, wrong, choices = f"data.columns: the template {template.name} has no field", name, known
+        elif column not in source.columns:
+            fault, wrong, choices = f"data.columns.{name}: {source.label} has no column", column, source.columns
+        else:
+            continue
+        near = did_you_mean(wrong, choices)
+        raise DataError(
+            f"{fault} {wrong!r}" + (f"; {near}" if near else ""),
+            hint=f"its {'fields' if choices is known else 'columns'}: {', '.join(choices)}",
+        )
+    missing = [column for name in template.required if (column := columns.get(name, name)) not in source.columns]
+    places = [columns.get(name, name) for name in template.conversation]
+    if places and not template.facts.answers and not any(column in source.columns for column in places):
+        missing.insert(0, " or ".join(places))
     if missing:
         fitting = [
             name
             for name in list_templates()
             if name != template.name and _fits(load_template(name), _fields_of(source, columns))
         ]
-        hint = (
-            f"these columns fit data.template={fitting[0]}"
-            if fitting
-            else f"map it: data.columns.{missing[0].split()[0]}=COLUMN"
-        )
+        mapped = f"map it: data.columns.{missing[0].split()[0]}=COLUMN"
         raise DataError(
             f"{source.label} has no column {', '.join(missing)}, which the template {template.name} needs; "
             f"its columns: {', '.join(source.columns)}",
-            hint=hint,
+            hint=f"these columns fit data.template={fitting[0]}" if fitting else mapped,
         )
-
-
-def _missing_columns(columns: Mapping[str, str], template: DataTemplate, source: Source) -> Sequence[str]:
-    wanted = [columns.get(name, name) for name in template.required]
-    missing = [column for column in wanted if column not in source.columns]
-    places = [columns.get(name, name) for name in template.conversation]
-    if places and not template.facts.answers and not any(column in source.columns for column in places):
-        missing.insert(0, " or ".join(places))
-    return missing

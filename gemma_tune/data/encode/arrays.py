@@ -76,11 +76,6 @@ class EncodedRows(Sequence[EncodedRow]):
         part = slice(start, start + self.lengths[index])
         return self.token_ids[part], self.supervised[part]
 
-    def take(self, indices: Ints | Sequence[int]) -> EncodedRows:
-        """The rows at `indices`, in that order; an index may occur twice. Tokens are shared, not copied."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return EncodedRows(self.token_ids, self.supervised, self.starts[chosen], self.lengths[chosen])
-
     @property
     def num_tokens(self) -> int:
         """Tokens of all rows; a row that occurs twice counts twice."""

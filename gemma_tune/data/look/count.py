@@ -16,7 +16,6 @@ _BYTES_PER_TOKEN = 4.2
 # A row of JSON has its keys, quotes and escapes next to its text.
 _TEXT_SHARE = 0.9
 _MAX_JSON_BYTES = 64 * 2**20
-_NOT_KNOWN = "not known before the data is read"
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class RowCount:
     source: str
 
 
+_NOT_KNOWN = RowCount(None, None, "not known before the data is read")
 # Rows and bytes of the jsonl file, as the dataset's page on the hub states them.
 PUBLISHED_ROWS = {"databricks/databricks-dolly-15k": (15_011, 13_100_000)}
 
@@ -37,7 +37,7 @@ def count_train_rows(data: DataSection) -> RowCount:
     if data.source is None:
         parts = [count_rows(part.source) for part in data.mix]
         if any(part.rows is None or part.mean_tokens is None for part in parts):
-            return RowCount(None, None, _NOT_KNOWN)
+            return _NOT_KNOWN
         rows = sum(part.rows or 0 for part in parts)
         tokens = sum((part.rows or 0) * (part.mean_tokens or 0) for part in parts)
         counted = RowCount(rows, tokens / rows, "all rows of the mix; weights leave some out")
@@ -70,7 +70,7 @@ def count_rows(source: str) -> RowCount:
     elif path.is_file() and path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".json"):
         counted = _count_file(path)
     else:
-        counted = RowCount(None, None, _NOT_KNOWN)
+        counted = _NOT_KNOWN
     return RowCount(int(wanted), counted.mean_tokens, f"{name}#{wanted}") if wanted.isdigit() else counted
 
 
@@ -78,17 +78,17 @@ def _count_file(path: Path) -> RowCount:
     suffix, size = path.suffix.lower(), path.stat().st_size
     if suffix == ".json":
         if size > _MAX_JSON_BYTES:
-            return RowCount(None, None, _NOT_KNOWN)
+            return _NOT_KNOWN
         try:
             content = json.loads(path.read_bytes())
         except ValueError:
-            content = None
+            return _NOT_KNOWN
         rows = len(content) if isinstance(content, list) else 0
     else:
         with path.open("rb") as file:
             rows = sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
     if rows < 1:
-        return RowCount(None, None, _NOT_KNOWN)
+        return _NOT_KNOWN
     return RowCount(rows, _mean_tokens(size, rows), f"{path.name}: lines and bytes")
 
 

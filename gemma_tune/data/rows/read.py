@@ -6,7 +6,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -50,12 +50,12 @@ class _Read:
     """One source: its rows that can be used, and what is wrong with the others."""
 
     input: Input
-    rows: Ints  # where those that can be used lie in the spool
-    rows_read: int
-    broken: list[BrokenLine]
-    bad: list[str]  # not the errors: each keeps the frames that it passed through
-    left_out: Counter[str]
-    labelled_false: int  # KTO's mark of an unwanted answer
+    rows: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))  # where those that can be used are spooled
+    rows_read: int = 0
+    broken: list[BrokenLine] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # not the errors: each keeps the frames that it passed through
+    left_out: Counter[str] = field(default_factory=Counter)
+    labelled_false: int = 0  # KTO's mark of an unwanted answer
 
 
 def read_examples(
@@ -175,25 +175,23 @@ def render_rows(
 
 
 def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None, spool: ExampleSpool) -> _Read:
-    first, rows_read, labelled_false = len(spool), 0, 0
-    broken: list[BrokenLine] = []
-    bad: list[str] = []
-    left_out: Counter[str] = Counter()
+    first, read = len(spool), _Read(item)
     for row, result in render_rows(item, cleaner=cleaner, chat=chat):
-        rows_read += row is not None
-        labelled_false += row is not None and row.fields.get("label") is False
+        read.rows_read += row is not None
+        read.labelled_false += row is not None and row.fields.get("label") is False
         if isinstance(result, Example):
             assert row is not None
             reason = cleaner.reason_to_leave_out(item.texts(row.fields), result)
             if reason:
-                left_out[reason] += 1
+                read.left_out[reason] += 1
             else:
                 spool.append(result)
         elif isinstance(result, BrokenLine):
-            broken.append(result)
+            read.broken.append(result)
         else:
-            bad.append(result.message)
-    return _Read(item, np.arange(first, len(spool)), rows_read, broken, bad, left_out, labelled_false)
+            read.bad.append(result.message)
+    read.rows = np.arange(first, len(spool))
+    return read
 
 
 def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
@@ -206,7 +204,7 @@ def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
         f"template {template.name}\n" + told(read.bad),
         hint=f"a row of the right form: {example}"
         if template.example
-        else "mend the rows, or take another data.template",
+        else "fix the rows, or take another data.template",
     )
 
 

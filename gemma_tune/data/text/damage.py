@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import cache
-from typing import Any
 
 REPLACEMENT_CHARACTER = "�"
 _SNIPPET_CHARS = 24
@@ -34,14 +32,8 @@ def fix_encoding(text: str) -> str:
         return text
     import ftfy
 
-    return ftfy.fix_text(text, _ftfy_config())
-
-
-@cache
-def _ftfy_config() -> Any:
-    from ftfy import TextFixerConfig
-
-    return TextFixerConfig(
+    return ftfy.fix_text(
+        text,
         unescape_html=False,
         remove_terminal_escapes=False,
         # It would put the replacement character for a sequence that has lost a byte: other damage, not a repair.
@@ -79,6 +71,7 @@ _CODE = re.compile(
     re.MULTILINE,
 )
 _CLOSING = ".,;:!?)\"”'’»%…"
+_WORD_END = re.compile(r"[\w']+$")
 # What stands behind a mark in prose: a blank and a word, a sign that ends something, another mark, or nothing.
 _BEHIND = re.compile(r"\s*$|\s+[\w(\"“'‘—–-]|[.,;:!?)\"”'’—–-]|\[|(?<=[.!?]\])[A-Z]")
 
@@ -123,19 +116,12 @@ def _marks(text: str, found: list[re.Match[str]], *, is_code: bool, indexed: set
                 continue
             before = text[start - 1]
             follows_sign = before in _CLOSING or start == end_of_last
-            follows_word = before.isalnum() and match["letter"] is None and _word_before(text, start) not in indexed
-            if not (follows_sign or follows_word):
-                continue
+            if not follows_sign:
+                word = _WORD_END.search(text, max(0, start - 40), start)
+                if not before.isalnum() or match["letter"] or (word and word[0] in indexed):
+                    continue
         end_of_last = end
         yield start, end
-
-
-_WORD_END = re.compile(r"[\w']+$")
-
-
-def _word_before(text: str, end: int) -> str:
-    match = _WORD_END.search(text, max(0, end - 40), end)
-    return match[0] if match else ""
 
 
 _INDEXED = re.compile(r"([A-Za-z_]\w*)\[([0-9]+)\]")
