@@ -76,11 +76,7 @@ def open_inputs(section: DataSection, *, prefers_chat: bool) -> Inputs:
 
 
 def require_rows(inputs: Inputs, method: MethodFacts) -> None:
-    """Refuse rows that hold something else than a training method learns from.
-
-    Raises:
-        DataError: naming the source, what its rows hold, and the methods that train them.
-    """
+    """Refuse rows that a training method does not learn from; the DataError names the methods that train them."""
     for item in inputs.all:
         if item.template.facts.rows != method.rows:
             others = [facts.name for facts in METHODS.values() if facts.rows == item.template.facts.rows]

@@ -26,10 +26,8 @@ def build_datasets(
 ) -> Datasets:
     """Encode the rows of a recipe; read them from the token cache where nothing that decides them has changed.
 
-    `tokenizer_files`: file name → SHA-256 of the files that make the tokenizer.
-
-    Raises:
-        DataError: see `read_examples` and `encode_examples`.
+    `tokenizer_files`: file name → SHA-256 of the files that make the tokenizer. Raises as `read_examples` and
+    `encode_examples`.
     """
     key = cache_key(section, inputs, tokenizer_files=tokenizer_files)
     if section.cache and (found := read_entry(key)) is not None:

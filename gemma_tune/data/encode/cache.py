@@ -56,10 +56,7 @@ def cache_dir() -> Path:
 
 
 def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[str, str]) -> str:
-    """Hash what decides the encoded rows: rows, templates, settings, tokenizer, libraries, and ENCODING_FORMAT.
-
-    `tokenizer_files`: file name → SHA-256 of the files of the tokenizer and its chat template.
-    """
+    """Hash what decides the encoded rows: rows, templates, settings, tokenizer, libraries and ENCODING_FORMAT."""
     packages = (
         *_PACKAGES,
         *(_PII_PACKAGES if section.clean.pii != "keep" else ()),

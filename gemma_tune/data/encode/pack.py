@@ -50,11 +50,7 @@ def pack_rows(lengths: Ints, *, capacity: int, seed: int, epoch: int) -> list[tu
 
 
 def require_rows_fit(lengths: Ints, *, capacity: int) -> None:
-    """Refuse rows that are longer than a pack.
-
-    Raises:
-        DataError: with the longest row and the setting that would take it.
-    """
+    """Refuse rows that are longer than a pack; the DataError has the longest and the setting that would take it."""
     too_long = int((lengths > capacity).sum())
     if too_long:
         longest = int(lengths.max())

@@ -58,10 +58,7 @@ def count_train_rows(data: DataSection) -> RowCount:
 
 
 def count_rows(source: str) -> RowCount:
-    """Count rows and mean tokens of a source: from lines and bytes of a local file, or from published figures.
-
-    `source` is one of a recipe's, with `#N` for a number of rows.
-    """
+    """Count rows and mean tokens of a source (with its `#N`): from a local file, or from published figures."""
     name, _, wanted = source.partition("#")
     path = Path(name)
     if name.lower() in PUBLISHED_ROWS:

@@ -55,11 +55,7 @@ class Lengths:
 
 
 def read_columns(source: str) -> tuple[str, ...]:
-    """The columns of a source as `data.source` names it.
-
-    Raises:
-        DataError: it cannot be read, or holds preference pairs, which cannot be trained.
-    """
+    """Read the columns of a source as `data.source` names it; raises a DataError for preference pairs."""
     columns = open_source(split_count(source)[0]).columns
     if {"chosen", "rejected"} <= set(columns):
         raise DataError(
@@ -94,11 +90,7 @@ def guess_columns(columns: Sequence[str], *, goal: Goal) -> dict[str, str]:
 
 
 def open_rows(source: str, *, template: str, columns: Mapping[str, str]) -> Inputs:
-    """The rows as a recipe with this template would read them.
-
-    Raises:
-        DataError: a column or a field does not exist.
-    """
+    """Open rows as a recipe with this template would; raises a DataError for an unknown column or field."""
     section = DataSection(source=source, template=template, columns=dict(columns), max_seq_tokens=8)
     return open_inputs(section, prefers_chat=False)
 

@@ -53,10 +53,9 @@ def preview_rows(
     count: int,
     at: str | None = None,
 ) -> list[PreviewRow]:
-    """The first `count` rows of a side in the order of training, or the one that stands `at` a place.
+    """Take the first `count` rows of a side in the order of training, or the one that stands `at` a place.
 
-    Raises:
-        DataError: no row of that side stands there.
+    Raises a DataError where no row of that side stands there.
     """
     places = datasets.train_places if side == "train" else tuple(row.where for row in datasets.eval_examples)
     rows = datasets.train if side == "train" else datasets.eval

@@ -22,10 +22,7 @@ def find_repeats(
 ) -> None:
     """Compare rows on each side and between the sides.
 
-    Args:
-        near: to which all rows were added.
-        keys: those of the rows, one behind the other.
-        is_eval: whether a row is on the eval side, [num_rows].
+    `near` has all rows; `keys` are theirs, one behind the other; `is_eval`: [num_rows].
     """
     numbers = number_keys(keys)
     first_rows: list[npt.NDArray[np.int64]] = []  # of each key number on the train side, and on the eval side; or -1

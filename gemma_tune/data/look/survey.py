@@ -25,10 +25,7 @@ from gemma_tune.runs.reporter import Reporter
 def survey_rows(
     section: DataSection, inputs: Inputs, *, encoder: Encoder, chat: ChatRenderer | None
 ) -> tuple[Sequence[AuditRow], Sequence[tuple[str, str]]]:
-    """Read the rows on the side where training would put them, and place and problem of those that cannot be used.
-
-    Both lie on disk ($TMPDIR).
-    """
+    """Read rows on the side where training would put them, and place and problem of unusable ones; both on disk."""
     keys = bytearray()
     eval_keys: set[bytes] = set()  # of the rows that are held out, which is known when all have been read
 

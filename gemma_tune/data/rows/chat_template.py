@@ -72,11 +72,7 @@ class ChatRenderer:
     """Renders conversations with a chat template and knows which part of the text is whose."""
 
     def __init__(self, template: str, *, bos_token: str, eos_token: str, control_strings: Iterable[str]) -> None:
-        """Compile `template` (Jinja, as in tokenizer_config.json).
-
-        Raises:
-            DataError: the template does not compile.
-        """
+        """Compile `template` (Jinja, as in tokenizer_config.json); raises a DataError where it does not compile."""
         self.template = template
         self.sha256 = text_sha256(template)
         self._bos = bos_token
@@ -312,11 +308,7 @@ class _ChatEnvironment(ImmutableSandboxedEnvironment):
             del self.filters[widening]
 
     def take_step(self) -> None:
-        """Count one step.
-
-        Raises:
-            DataError: there have been MAX_STEPS of them.
-        """
+        """Count one step; raises a DataError after MAX_STEPS of them."""
         self.steps_left -= 1
         if self.steps_left < 0:
             raise DataError(f"the model's chat template takes more than {MAX_STEPS:,} steps for one row")

@@ -45,10 +45,9 @@ class RowKeys:
         return np.isin(self.numbers, self.numbers[rows])
 
     def held_out(self, *, fraction: float) -> npt.NDArray[np.bool_]:
-        """Hold out the rows whose place is below `fraction`, with at least one distinct row on each side: [num_rows].
+        """Hold out the rows whose place is below `fraction`, at least one distinct row on each side: [num_rows].
 
-        Raises:
-            DataError: there is only one distinct row.
+        Raises a DataError where there is only one distinct row.
         """
         if fraction == 0:
             return np.zeros(len(self.numbers), dtype=np.bool_)

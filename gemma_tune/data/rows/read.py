@@ -141,10 +141,7 @@ def read_examples(
 
 
 def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer | None) -> str:
-    """One hash of all that decides which rows are trained and how they read.
-
-    Independent of where the files lie and of the tokenizer (the run's lock has the base's own file hashes).
-    """
+    """Hash all that decides which rows are trained and how they read: not where files lie, and not the tokenizer."""
     decided = {
         "inputs": [
             (item.source.sha256, item.template.sha256, dict(item.columns), item.num_rows, item.weight)

@@ -101,10 +101,9 @@ def render_prompt(
 
 
 def question_fields(template: DataTemplate, question: str) -> dict[str, object]:
-    """The fields of a row that asks `question` and nothing else.
+    """Make the fields of a row that asks `question` and nothing else.
 
-    Raises:
-        DataError: the template does not say which of its fields a question goes to.
+    Raises a DataError where the template does not say which of its fields a question goes to.
     """
     if template.conversation:
         return {template.conversation[0]: [{"role": "user", "content": question}]}

@@ -88,11 +88,7 @@ def load_template(name_or_path: str | Path) -> DataTemplate:
 
 
 def check_named(section: DataSection) -> None:
-    """Load every template that a recipe names, without looking at rows.
-
-    Raises:
-        DataError: as `load_template`.
-    """
+    """Load every template that a recipe names, without looking at rows; raises as `load_template`."""
     for name in dict.fromkeys([section.template, *(part.template for part in section.mix)]):
         if name is not None and name != "auto":
             load_template(name)
@@ -115,10 +111,9 @@ def _find(name: str) -> Path:
 
 
 def parse_template(text: str, *, label: str) -> DataTemplate:
-    """A template from the text of its file; `label` names the file in messages.
+    """Read a template from the text of its file; `label` names the file in messages.
 
-    Raises:
-        DataError: not YAML, an unknown key, a Jinja mistake, a field that is declared but not used.
+    Raises a DataError: not YAML, an unknown key, a Jinja mistake, a field that is declared but not used.
     """
     values, _ = read_yaml(text, label=label, error=DataError)
     try:

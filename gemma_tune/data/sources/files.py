@@ -1,7 +1,4 @@
-"""Rows out of one file, read as a stream, every row and every broken piece with its line.
-
-Files are read with the standard library and decoded here, so that every mistake is told with file and line.
-"""
+"""Rows out of one file, read as a stream; every row and every broken piece has its line."""
 
 from __future__ import annotations
 

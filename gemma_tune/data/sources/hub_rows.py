@@ -14,12 +14,9 @@ from gemma_tune.errors import DataError
 def load_hub_rows(
     source: str, *, label: str, subset: str | None, split: str, revision: str | None
 ) -> Callable[[], Iterator[SourceItem]]:
-    """What starts a pass over the rows of the hub dataset `source`, called `label` in messages.
+    """Load a hub dataset, called `label` in messages; what is returned starts a pass over its rows, read in batches.
 
-    The dataset is downloaded and converted once; its rows are then read from the cache in batches.
-
-    Raises:
-        DataError: the dataset cannot be loaded.
+    Raises a DataError where it cannot be loaded.
     """
     import datasets
 

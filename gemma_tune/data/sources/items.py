@@ -56,12 +56,9 @@ def shown(names: Iterable[str]) -> str:
 
 
 def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()) -> None:
-    """A line that is no row at all: the file is damaged or of another kind, so nothing is guessed.
+    """Raise a DataError where a line is no row at all: the file is damaged or of another kind, so nothing is guessed.
 
-    `unusable` are the problems of rows; they are told along, so that a file is mended in one go.
-
-    Raises:
-        DataError: `broken` is not empty.
+    `unusable` are the problems of rows; they are reported as well, so that a file is fixed in one go.
     """
     if not broken:
         return

@@ -77,11 +77,7 @@ def open_source(source: str, *, subset: str | None = None, split: str = "train",
 
 
 def read_whole(source: Source) -> list[SourceRow]:
-    """Every row of a source in memory.
-
-    Raises:
-        DataError: a line of it is no row.
-    """
+    """Read every row of a source into memory; raises a DataError where a line of it is no row."""
     items = list(source.rows())
     stop_if_broken([item for item in items if isinstance(item, BrokenLine)])
     return [item for item in items if isinstance(item, SourceRow)]

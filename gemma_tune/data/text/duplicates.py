@@ -48,11 +48,7 @@ class NearDuplicates:
     """
 
     def __init__(self, num_rows: int, *, read: Callable[[int], Sequence[str]]) -> None:
-        """Make room for `num_rows` rows.
-
-        Args:
-            read: gives the text values of an added row, by its number; called for candidates.
-        """
+        """Make room for `num_rows` rows; `read` gives the text values of an added row, by its number."""
         self._bands = np.empty((_BANDS, num_rows), dtype=np.uint32)
         self._num_added = 0
         self._batch: list[list[int]] = []
@@ -216,11 +212,7 @@ def _hash_bands(rows: Sequence[Sequence[int]]) -> npt.NDArray[np.uint32]:
 
 
 def _number_buckets(bands: npt.NDArray[np.uint32]) -> tuple[npt.NDArray[np.int32], int]:
-    """Number the buckets of several rows; the hashes are overwritten.
-
-    Returns:
-        The bucket of every band and row, -1 where a row is alone or has no words, and how many buckets there are.
-    """
+    """Number the buckets, in place of the hashes (-1 where a row is alone or has no words), and count them."""
     buckets, num_buckets = bands.view(np.int32), 0
     for hashes, numbers in zip(bands, buckets, strict=True):
         order = np.argsort(hashes, kind="stable")
