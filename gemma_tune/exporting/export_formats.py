@@ -33,12 +33,8 @@ PARTS_DIR = ".parts"
 
 @dataclass(frozen=True)
 class Exported:
-    """One exported directory.
-
-    Attributes:
-        kept: it was there already, made from the same files.
-        result: the verdict; None when it was not checked.
-    """
+    """One exported directory; `kept`: it was there already, made from the same files. `result` is None when it was not
+    checked."""
 
     format: str
     path: Path

@@ -73,12 +73,8 @@ def public_name(base: LocalModel) -> str:
 
 @dataclass(frozen=True)
 class Combination:
-    """Adapters of one base to be combined with the source's; `combine.combine_adapters` says how.
-
-    Attributes:
-        others: runs or adapter directories.
-        weights: of the source's adapter and of each other one.
-    """
+    """Runs or adapter directories to combine with the source's adapter, whose weight comes first in `weights`;
+    `combine.combine_adapters` says how."""
 
     others: tuple[Path, ...]
     weights: tuple[float, ...]

@@ -117,14 +117,8 @@ class Job:
 
 @dataclass(frozen=True)
 class JobFile:
-    """A job for one scheduler.
-
-    Attributes:
-        run_name: as in Job.
-        name: of the file, where the user gives none.
-        submit: the command that submits it; the file's name comes last.
-        notes: what the user has to see to, a sentence each.
-    """
+    """A job for one scheduler: the file's text, its name where the user gives none, and the command that submits it,
+    to which the name is added. `notes` are what the user has to see to, a sentence each."""
 
     run_name: str
     name: str

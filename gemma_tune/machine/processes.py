@@ -32,13 +32,8 @@ _POLL_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Nodes:
-    """The machines that train together, as torchrun counts them.
-
-    Attributes:
-        count: how many.
-        rank: the number of this one, from 0.
-        rendezvous: HOST:PORT of machine 0, where all processes meet.
-    """
+    """The machines that train together, as torchrun counts them: this one's number from 0 is `rank`, and all processes
+    meet at `rendezvous`, HOST:PORT of machine 0."""
 
     count: int = 1
     rank: int = 0

@@ -18,16 +18,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them.
+    """This process, number `rank` from 0 of `size` in all machines, `local_rank` in its own, as its card.
 
     `broadcast`, `all_gather`, `all_reduce`, `main_first` and `gather_shards` are collective: all processes call them,
-    in the same order. With one process they return at once.
-
-    Attributes:
-        rank: number of this process, from 0, in all machines.
-        size: number of processes.
-        local_rank: number of this process in its machine; that of its card.
-    """
+    in the same order. With one process they return at once."""
 
     rank: int = 0
     size: int = 1

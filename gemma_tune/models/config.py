@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ModelError
+from gemma_tune.models import safetensors as files
 from gemma_tune.models.families.family import Family
 from gemma_tune.models.families.known import FAMILIES, find_family, supported_types
 from gemma_tune.models.untrusted import check_no_code
@@ -103,13 +103,7 @@ class TextConfig:
 
 def read_config(directory: Path) -> TextConfig:
     """Read `<directory>/config.json`. Raises ModelError when it is missing or not a Gemma's."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"{directory}: has no config.json",
-            hint="A model directory holds config.json, a tokenizer and *.safetensors files.",
-        )
-    return check_config(read_json_object(path, error=ModelError), str(path))
+    return check_config(files.read_config(directory), str(directory / files.CONFIG_FILE))
 
 
 def check_config(content: Json, where: str) -> TextConfig:

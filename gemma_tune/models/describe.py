@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from gemma_tune.errors import ModelError
@@ -192,9 +192,7 @@ def _model_rows(config: TextConfig) -> Iterator[LayerRow]:
     yield _norm("model.norm", width, previous)
     head = _linear("lm_head", width, config.vocab_size, "model.norm")
     if config.has_tied_embeddings:
-        head = LayerRow(
-            "lm_head", "Linear", head.output_shape, head.weight_shape, 0, "model.norm, weight of model.embed_tokens"
-        )
+        head = replace(head, num_params=0, connected_to="model.norm, weight of model.embed_tokens")
     yield head
 
 

@@ -17,15 +17,9 @@ from gemma_tune.models.safetensors import has_chat_template
 
 @dataclass(frozen=True)
 class LocalModel:
-    """A base model whose files are here.
+    """A base model whose files are here, by the name that the user gave.
 
-    Attributes:
-        name: as the user gave it.
-        directory: the Hugging Face directory.
-        revision: hub commit; None for a local directory.
-        config: the facts of its config.json.
-        model: its row of the catalogue, where it has one.
-    """
+    `revision` is the hub's commit, None for a local directory; `model` its row of the catalogue, where it has one."""
 
     name: str
     directory: Path

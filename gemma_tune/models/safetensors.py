@@ -22,34 +22,17 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
 CHAT_TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # All that goes with the weights of a model.
 SMALL_FILES = (CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES, *PROCESSOR_FILES)
 
 BYTES_OF_DTYPE = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
 # The reference reader refuses longer headers too (MAX_HEADER_SIZE in safetensors' tensor.rs).
 _MAX_HEADER_BYTES = 100_000_000
 # An entry like ../../x would make the loader read outside the model (transformers issue 47176).
@@ -58,12 +41,8 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors", re.ASCII)
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file.
-
-    Attributes:
-        dtype: the format's own name, such as `BF16`.
-        offset_bytes: where its first byte lies, counted from the start of the file.
-    """
+    """One tensor of a safetensors file; `dtype` is the format's own name, such as `BF16`, and `offset_bytes` is
+    counted from the start of the file."""
 
     name: str
     file: Path
@@ -192,7 +171,10 @@ def read_config(directory: Path) -> dict[str, Any]:
     """config.json as a mapping; ModelError when it is missing or not JSON."""
     path = directory / CONFIG_FILE
     if not path.is_file():
-        raise ModelError(f"{directory}: no {CONFIG_FILE}", hint="give the directory of a Hugging Face model")
+        raise ModelError(
+            f"{directory}: has no {CONFIG_FILE}",
+            hint="A model directory holds config.json, a tokenizer and *.safetensors files.",
+        )
     return read_json_object(path, error=ModelError, hint="download the file again")
 
 

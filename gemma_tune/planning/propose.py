@@ -20,15 +20,8 @@ from gemma_tune.recipe.schema import DataSection, ModelSection, Recipe
 # The largest first; of the families that the plan knows well (docs/planning.md) and that a card
 # without bfloat16 trains, too. An -it model has the same name with -it behind it.
 _LADDER = (
-    "gemma-3-27b",
-    "gemma-3-12b",
-    "gemma-2-9b",
-    "gemma-7b",
-    "gemma-3-4b",
-    "gemma-2b",
-    "gemma-3-1b",
-    "gemma-3-270m",
-)
+    "gemma-3-27b", "gemma-3-12b", "gemma-2-9b", "gemma-7b", "gemma-3-4b", "gemma-2b", "gemma-3-1b", "gemma-3-270m",
+)  # fmt: skip
 # Up to a billion parameters a processor trains with patience.
 _PROCESSOR_LADDER = ("gemma-3-270m",)
 # A first run should be sure of its card, as no plan has been measured on one yet, and be done in a night.
@@ -72,12 +65,8 @@ class RowFacts:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe that fits, and why it is as it is.
-
-    Attributes:
-        settings: what differs from the defaults, with the reason.
-        plan: for the card; None on a processor, which is not planned for.
-    """
+    """A recipe that fits, with the settings that differ from the defaults and why. `plan` is None on a processor, which
+    is not planned for."""
 
     model: str
     recipe: Recipe

@@ -22,12 +22,9 @@ _KEEP_HINT = "export `merged-16bit` instead: vLLM and transformers read the conf
 
 @dataclass(frozen=True)
 class GgufArchitecture:
-    """A config that llama.cpp computes as transformers does.
+    """A config that llama.cpp computes as transformers does; `notes` name the difference that is left.
 
-    Attributes:
-        rope_factor: linear scaling of the positions in full attention (Gemma 3 4B and larger), or None.
-        notes: what a user should know about the difference that is left.
-    """
+    `rope_factor` scales the positions of full attention linearly (Gemma 3 4B and larger)."""
 
     config: TextConfig
     facts: GgufFacts

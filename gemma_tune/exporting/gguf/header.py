@@ -25,11 +25,8 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class GgufTensorInfo:
-    """One tensor. `shape` is in the order of numpy and torch; `type` is ggml's name, such as `Q4_K`.
-
-    Attributes:
-        offset_bytes: where its first byte lies, counted from the start of the file.
-    """
+    """One tensor. `shape` is in the order of numpy and torch; `type` is ggml's name, such as `Q4_K`; `offset_bytes` is
+    counted from the start of the file."""
 
     name: str
     shape: tuple[int, ...]
@@ -44,9 +41,7 @@ class GgufTensorInfo:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """Attributes:
-    metadata: the values that are numbers, flags or texts; lists (tokens, scores, types) only where they were asked for.
-    """
+    """What comes before the data; lists (tokens, scores, types) are in `metadata` only where they were asked for."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[GgufTensorInfo, ...]

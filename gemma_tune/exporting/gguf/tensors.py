@@ -42,10 +42,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """Attributes:
-    num_bytes: of the tensor data, padding included.
-    notes: what was left out.
-    """
+    """All tensors of a file; `num_bytes` is of the tensor data, padding included; `notes` say what was left out."""
 
     tensors: tuple[GgufTensor, ...]
     num_rows: int

@@ -39,11 +39,7 @@ class TokenType(IntEnum):
 
 @dataclass(frozen=True)
 class GgufVocabulary:
-    """One entry for each row of the embedding; rows without a token are UNUSED.
-
-    Attributes:
-        chat_template: the Jinja source, or None.
-    """
+    """One entry for each row of the embedding; rows without a token are UNUSED. The chat template is Jinja."""
 
     tokens: tuple[str, ...]
     scores: tuple[float, ...]

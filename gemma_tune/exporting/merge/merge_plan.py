@@ -60,12 +60,8 @@ class PlannedTensor:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """Attributes:
-    shards: the tensors of each output file.
-    config: config.json of the output.
-    dtype: the floating dtype that most bytes of the output have, as in config.json.
-    notes: what a user should know about ties and resized vocabularies.
-    """
+    """The tensors of each output file, and config.json. `dtype` is the floating dtype that most bytes have, as in
+    config.json; `notes` are what a user should know about ties and resized vocabularies."""
 
     shards: tuple[tuple[PlannedTensor, ...], ...]
     config: Mapping[str, Any]

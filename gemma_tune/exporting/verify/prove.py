@@ -31,12 +31,9 @@ _RUNTIME_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Reference:
-    """What exports are compared with: an adapter on its base.
+    """What exports are compared with: the directories of an adapter, its base and its tokenizer.
 
-    Attributes:
-        base, adapter, tokenizer: directories.
-        trained_dtype: what the run computed in when it trained on a 4-bit base; None when it did not, or nobody knows.
-    """
+    `trained_dtype` is what the run computed in when it trained on a 4-bit base, else None."""
 
     base: Path
     adapter: Path
