@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from gemma_tune.recipe.schema import ExportSection
+from typing import Literal
 
 MergeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
@@ -33,11 +30,6 @@ class ExportSettings:
     ) -> ExportSettings:
         """Convert what a user writes; `max_shard_gb` is in 10^9 bytes."""
         return cls(dtype, int(max_shard_gb * 1e9), verify, num_positions or cls.num_positions)
-
-    @classmethod
-    def of_section(cls, section: ExportSection) -> ExportSettings:
-        """Convert the `export` section of a recipe."""
-        return cls.of(dtype=section.dtype, max_shard_gb=section.max_shard_gb, verify=section.verify)
 
 
 DEFAULT_SETTINGS = ExportSettings()

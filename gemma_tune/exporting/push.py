@@ -131,7 +131,9 @@ def _files_to_push(directory: Path, *, force: bool) -> list[str]:
     if directory.resolve().name.startswith("."):
         raise ExportError(f"{directory} is an export that was not finished", hint="run the same export again")
     _check_record(directory, force=force)
-    names = sorted(path.name for path in directory.iterdir() if path.name in _NAMES or _is_of_a_format(path.name))
+    patterns = [pattern for each in FORMATS.values() for pattern in each.files]
+    present = [path.name for path in directory.iterdir()]
+    names = sorted(name for name in present if name in _NAMES or any(pattern.fullmatch(name) for pattern in patterns))
     for name in names:
         if (directory / name).is_symlink() or not (directory / name).is_file():
             raise ExportError(f"{directory / name} is not a plain file", hint="copy what it points to in its place")
@@ -154,10 +156,6 @@ def _check_record(directory: Path, *, force: bool) -> None:
             f"{directory} did not pass its check, so others would get another model than the trained one",
             hint=f"see {directory / RECORD_FILE}; push it all the same with --force",
         )
-
-
-def _is_of_a_format(name: str) -> bool:
-    return any(pattern.fullmatch(name) for each in FORMATS.values() for pattern in each.files)
 
 
 def _require_weights(directory: Path, names: Sequence[str]) -> None:

@@ -122,7 +122,7 @@ def conclude(run: RunDir, section: ExportSection, *, reporter: Reporter) -> Trai
         return TrainOutcome(run)
     try:
         with libraries_to(run.library_log):
-            settings = ExportSettings.of_section(section)
+            settings = ExportSettings.of(dtype=section.dtype, max_shard_gb=section.max_shard_gb, verify=section.verify)
             outcome = TrainOutcome(run, export_model(run.path, section.formats, settings=settings, reporter=reporter))
     except (GemmaTuneError, OSError) as error:
         outcome = TrainOutcome(run, error=_export_error(run, section, error))

@@ -163,7 +163,8 @@ def shell_lines(words: list[str]) -> list[str]:
 
 def make_job(loaded: LoadedRecipe, resources: Resources) -> Job:
     """Fix the name of the run and let it resume by itself."""
-    name = loaded.recipe.run.name or _run_name(loaded.name)
+    allowed = re.sub(r"[^A-Za-z0-9._-]", "-", loaded.name).lstrip("-.")[:64]
+    name = loaded.recipe.run.name or allowed or "run"
     kept = [item for item in loaded.overrides if item.partition("=")[0].strip() not in ("run.name", "run.resume")]
     if resources.gpu_type is not None:
         require_word("--gpu-type", resources.gpu_type)
@@ -174,11 +175,6 @@ def make_job(loaded: LoadedRecipe, resources: Resources) -> Job:
         resources=resources,
         secrets=tuple(_secrets(loaded.recipe)),
     )
-
-
-def _run_name(recipe_name: str) -> str:
-    """Return a recipe's name in the characters that a run's may have."""
-    return re.sub(r"[^A-Za-z0-9._-]", "-", recipe_name).lstrip("-.")[:64] or "run"
 
 
 def _secrets(recipe: Recipe) -> Iterator[str]:

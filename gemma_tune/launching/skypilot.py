@@ -53,8 +53,8 @@ def render_skypilot(job: jobs.Job, options: SkypilotOptions) -> jobs.JobFile:
     requirement, wheel = _find_requirement(options.install) if options.install is not None else ("", None)
     paths += [jobs.LocalPath("--install", wheel)] if wheel else []
     _require_uploads(paths)
-    uploads = list(dict.fromkeys(_normal(each.mounted) for each in paths))
-    recipe = job.loaded.name if job.is_shipped else _normal(job.recipe_argument)
+    uploads = list(dict.fromkeys(os.path.normpath(each.mounted) for each in paths))
+    recipe = job.loaded.name if job.is_shipped else os.path.normpath(job.recipe_argument)
     values = {
         "job": job,
         "options": options,
@@ -87,12 +87,8 @@ def _find_requirement(install: str) -> tuple[str, str | None]:
             hint="make a wheel of it and name that: pip wheel --no-deps -w dist .",
         )
     if path.endswith((".whl", ".tar.gz")) and "://" not in path:
-        return f"./{_normal(path)}{extras}", path
+        return f"./{os.path.normpath(path)}{extras}", path
     return install, None
-
-
-def _normal(path: str) -> str:
-    return os.path.normpath(path)
 
 
 def _require_uploads(paths: list[jobs.LocalPath]) -> None:
@@ -105,7 +101,7 @@ def _require_uploads(paths: list[jobs.LocalPath]) -> None:
     missing = [f"{each.setting} ({each.path})" for each in paths if not Path(each.mounted).exists()]
     if missing:
         raise LaunchError(f"no such file, and it has to be uploaded: {', '.join(missing)}")
-    whole = [f"{each.setting} ({each.path})" for each in paths if _normal(each.mounted) == "."]
+    whole = [f"{each.setting} ({each.path})" for each in paths if os.path.normpath(each.mounted) == "."]
     if whole:
         raise LaunchError(
             f"this whole directory would be uploaded for {', '.join(whole)}",

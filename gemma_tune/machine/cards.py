@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import EngineError
+from gemma_tune.machine.child import run_command
 from gemma_tune.machine.device import Device
 from gemma_tune.text import did_you_mean
 
@@ -111,18 +111,12 @@ def detect_card() -> Card | None:
     program = shutil.which("nvidia-smi")
     if program is None:
         return None
-    fields = "name,memory.total,compute_cap"
+    query = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(
-            [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=_SMI_SECONDS,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
+        done = run_command(query, seconds=_SMI_SECONDS)
+    except OSError:
         return None
-    return parse_smi(done.stdout)
+    return parse_smi(done.stdout) if done.code == 0 else None
 
 
 def parse_smi(output: str) -> Card | None:

@@ -109,8 +109,7 @@ def run_child(
             code = None if final else _wait(process, deadline - time.monotonic())
         finally:
             _kill(process)
-        log.seek(0)
-        text = log.read().decode(errors="replace")[-_LOG_CHARS:]
+        text = _read(log)[-_LOG_CHARS:]
     return ChildEnd(
         has_result="result" in final,
         result=final.get("result"),

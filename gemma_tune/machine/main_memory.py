@@ -35,7 +35,8 @@ def read_memory(root: Path = Path("/")) -> MainMemory:
     if available is not None:
         available = min([available, *_left_in_groups(root)])
     limit = container_limit(root, "memory.max", "memory/memory.limit_in_bytes")
-    return MainMemory(facts.get("MemTotal") or _physical_bytes(), available, facts.get("SwapTotal", 0), limit)
+    total = facts.get("MemTotal") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return MainMemory(total, available, facts.get("SwapTotal", 0), limit)
 
 
 def container_limit(root: Path, name: str, name_v1: str) -> int | None:
@@ -96,7 +97,3 @@ def _read_facts(path: Path, *, unit: int = 1) -> dict[str, int]:
         return {}
     pairs = (line.split() for line in path.read_text(encoding="ascii").splitlines())
     return {words[0].rstrip(":"): int(words[1]) * unit for words in pairs if len(words) > 1}
-
-
-def _physical_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -283,13 +283,7 @@ class _Reader:
                 key_values = "keys_as_values"
             head_dim, num_kv_heads = overrides[index]
             shapes.append(
-                LayerShape(
-                    attention=kind,
-                    head_dim=head_dim,
-                    num_kv_heads=num_kv_heads,
-                    key_values=key_values,
-                    intermediate_size=width * (shared_factor if is_shared else 1),
-                )
+                LayerShape(kind, head_dim, num_kv_heads, key_values, width * (shared_factor if is_shared else 1))
             )
         return tuple(shapes)
 

@@ -119,15 +119,12 @@ def resolve(name: str) -> Resolved:
         return Resolved(name, "kaggle", name)
     if name.lower().endswith(".gguf"):
         raise ModelError(f"no such file: {name}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
-    if is_below_here or _looks_like_path(name):
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
+    if is_below_here or is_path:
         raise ModelError(f"{name}: no such directory", hint=LIST_HINT)
     if not _HUB_ID.fullmatch(name):
         raise unknown_name(name)
     return Resolved(name, "hub", name)
-
-
-def _looks_like_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
 
 
 def _look_at(name: str, path: Path) -> Resolved:

@@ -82,8 +82,10 @@ def moment_parts(
         ),
         Part("saving", 0, "the adapter is copied to the host"),
     ]
-    if _evaluates(recipe):
-        answers = recipe.evaluation.max_new_tokens if _answers(recipe) else 0
+    data = recipe.data
+    if data.eval_source or data.eval_split or data.eval_fraction:
+        is_answering = recipe.evaluation.exact_match or recipe.evaluation.num_questions > 0
+        answers = recipe.evaluation.max_new_tokens if is_answering else 0
         rows = recipe.evaluation.batch_size or recipe.training.batch_size
         batch = Batch(rows * recipe.method_facts.sequences_per_row, recipe.data.max_seq_tokens)
         moments.insert(
@@ -95,15 +97,6 @@ def moment_parts(
             ),
         )
     return tuple(moments)
-
-
-def _evaluates(recipe: Recipe) -> bool:
-    data = recipe.data
-    return bool(data.eval_source or data.eval_split or data.eval_fraction)
-
-
-def _answers(recipe: Recipe) -> bool:
-    return _evaluates(recipe) and (recipe.evaluation.exact_match or recipe.evaluation.num_questions > 0)
 
 
 def host_parts(recipe: Recipe, *, base: Base, step: Step, found: Activations) -> tuple[Part, ...]:

@@ -93,7 +93,9 @@ def find_changes(
         if plan is None:
             continue
         harm, slow, _ = cost(options)
-        lines = tuple(f"{path}={_yaml(value)}" for path, value in overrides.items())
+        lines = tuple(
+            f"{path}={str(value).lower() if isinstance(value, bool) else value}" for path, value in overrides.items()
+        )
         found.append((options, Change(lines, plan.verdict, plan.need_bytes, slow, harm == 0)))
         if len(found) == _MAX_CHANGES or harm:
             break
@@ -179,7 +181,3 @@ def _smaller_model(
 
 def _merge(options: Iterable[_Option]) -> _Overrides:
     return {path: value for option in options for path, value in option.overrides.items()}
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -45,11 +45,7 @@ def find_gguf(directory: Path) -> Path:
 
 
 def gguf_runner(name: str, file: Path, *, merged_dir: Path | None = None) -> Runner:
-    """Return the runner of a GGUF file called after its quantization.
-
-    Args:
-        merged_dir: what it was made of, to compare stored weights with; None when it is gone.
-    """
+    """Return the runner of a GGUF file called after its quantization; None for `merged_dir`, its source, when gone."""
     converted = file.stem.rpartition("-")[2] in CONVERTED
     return Runner(
         name,

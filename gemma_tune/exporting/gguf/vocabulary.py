@@ -223,8 +223,9 @@ def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: 
     """Piece -> rank of the first merge that makes it; refuses a tokenizer in which a split of a piece is no merge."""
     ranks: dict[str, int] = {}
     num_merges_of: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_pairs(merges)):
-        piece = left + right
+    for rank, merge in enumerate(merges):
+        # Files up to tokenizers 0.19 join the two by a space.
+        piece = merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
         ranks.setdefault(piece, rank)
         num_merges_of[piece] = num_merges_of.get(piece, 0) + 1
     # Merges are distinct and each is a split of its piece, so comparing the numbers compares the sets.
@@ -239,13 +240,6 @@ def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: 
                 hint=_KEEP_HINT,
             )
     return ranks
-
-
-def _pairs(merges: list[Any]) -> Iterator[tuple[str, str]]:
-    """Merges as pairs; files up to tokenizers 0.19 join the two by a space."""
-    for merge in merges:
-        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        yield left, right
 
 
 def _named(token: Any, key: str, id_of: Mapping[str, int], where: Path) -> str:

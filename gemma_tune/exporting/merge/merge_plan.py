@@ -88,18 +88,11 @@ def plan_merge(
     factors, trained, copies = _by_canonical_name(adapter)
     refuse_strangers(adapter, base.keys())
 
-    for canonical, change in factors.items():
+    for canonical, name in name_of.items():
         if canonical not in (_EMBEDDING, _HEAD):
-            name = name_of[canonical]
-            planned[name] = replace(planned[name], factors=change)
-    for canonical, tensor in trained.items():
-        if canonical not in (_EMBEDDING, _HEAD):
-            name = name_of[canonical]
-            planned[name] = replace(planned[name], source=tensor)
-    for canonical in copies:
-        if canonical not in (_EMBEDDING, _HEAD):
-            name = name_of[canonical]
-            planned[name] = _with_copy(planned[name], copies[canonical], same_values)
+            stored = base[name]
+            source = trained.get(canonical) or _changed_copy(stored, copies.get(canonical), same_values)
+            planned[name] = replace(planned[name], source=source, factors=factors.get(canonical))
 
     config = dict(base_config)
     notes: tuple[str, ...] = ()
@@ -112,8 +105,8 @@ def plan_merge(
         _check_shapes(adapter, output)
 
     if settings.dtype != "auto":
-        stored = STORED_DTYPE_OF[settings.dtype]
-        planned = {n: replace(t, dtype=stored) if t.dtype in FLOAT_DTYPES else t for n, t in planned.items()}
+        wanted = STORED_DTYPE_OF[settings.dtype]
+        planned = {n: replace(t, dtype=wanted) if t.dtype in FLOAT_DTYPES else t for n, t in planned.items()}
     main_dtype = _main_dtype(planned.values())
     return MergePlan(
         shards=fill_shards(
@@ -192,13 +185,6 @@ def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
             f"{listed(strangers)}",
             hint=f"was it trained on another model? The adapter names {adapter.base_name or 'no base'}",
         )
-
-
-def _with_copy(tensor: PlannedTensor, copy: StoredTensor, same_values: SameValues) -> PlannedTensor:
-    """Start from the adapter's copy of the base weight only where it differs (a vocabulary that was resized)."""
-    if copy.shape == tensor.source.shape and same_values(tensor.source, copy, False):
-        return tensor
-    return replace(tensor, source=copy)
 
 
 @dataclass(frozen=True)
@@ -280,6 +266,7 @@ def _says_tied(config: Mapping[str, Any]) -> bool:
 
 
 def _changed_copy(stored: StoredTensor, copy: StoredTensor | None, same_values: SameValues) -> StoredTensor:
+    """Start from the adapter's copy of the base weight only where it differs (a vocabulary that was resized)."""
     if copy is None or (copy.shape == stored.shape and same_values(stored, copy, False)):
         return stored
     return copy

@@ -103,10 +103,6 @@ def _modules(merged_dir: Path) -> tuple[list[str] | None, frozenset[str]]:
     return (skipped if towers else None), linear
 
 
-def _is_quantized(tensor: StoredTensor, linear: frozenset[str]) -> bool:
-    return canonical_name(tensor.name) in linear
-
-
 def _settings(config: Mapping[str, Any], skipped: list[str] | None) -> dict[str, Any]:
     """quantization_config of the output; its layers compute in the dtype of the model."""
     text_config = config.get("text_config")
@@ -142,7 +138,7 @@ class _Part:
 
 
 def _parts(tensor: StoredTensor, linear: frozenset[str]) -> list[_Part]:
-    if not _is_quantized(tensor, linear):
+    if canonical_name(tensor.name) not in linear:
         return [_Part(tensor, "", tensor.dtype, tensor.shape, False)]
     if tensor.dtype not in FLOAT_DTYPES:
         raise ExportError(

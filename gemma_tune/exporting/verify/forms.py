@@ -103,7 +103,9 @@ def measure_here(
     opened: OpenForm | None = None
     for index, form in enumerate(forms):
         module_name, function_name = form.opener.split(":")
-        before = opened if index and _shares_weights(forms[index - 1], form) else None
+        last = forms[index - 1] if index else None
+        shares_weights = last is not None and (last.opener, last.path, last.adapter) == (form.opener, form.path, None)
+        before = opened if shares_weights else None
         del opened  # free the model before the next one is loaded
         opened = getattr(importlib.import_module(module_name), function_name)(form, before=before)
         del before
@@ -113,10 +115,6 @@ def measure_here(
 
         measured.append(_measure(form, opened, probe, path=directory / f"{form.name}.npy", tell=tell))
     return measured
-
-
-def _shares_weights(before: Form, form: Form) -> bool:
-    return before.opener == form.opener and before.path == form.path and before.adapter is None
 
 
 def _measure(form: Form, opened: OpenForm, probe: Probe, *, path: Path, tell: Callable[[int], None]) -> Measurement:
