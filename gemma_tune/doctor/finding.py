@@ -12,14 +12,9 @@ _ORDER: tuple[Verdict, ...] = ("ok", "warn", "fail")
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table.
+    """One row of the table: what was looked at, what is there, and what to do, if anything.
 
-    Attributes:
-        name: what was looked at, in a word or two.
-        verdict: warn: it works, with a limit that one should know; fail: a run would end with an error.
-        found: what is there.
-        fix: the next command, or what to do; None where there is nothing to do.
-    """
+    `warn`: it works, with a limit that one should know; `fail`: a run would end with an error."""
 
     name: str
     verdict: Verdict

@@ -47,12 +47,7 @@ def check_python() -> Finding:
 
 
 def check_memory(*, needed: int = 0, root: Path = Path("/")) -> Finding:
-    """Main memory, swap, and the limit of the container.
-
-    Args:
-        needed: bytes that a recipe is planned to take; a guess, so that too little of it is a warning.
-        root: holds proc and sys.
-    """
+    """Main memory, swap, and the limit of the container; less than `needed` bytes, a guess, is a warning."""
     memory = read_memory(root)
     available = memory.total if memory.available is None else memory.available
     swap = format_bytes(memory.swap) if memory.swap else "no"
@@ -70,9 +65,7 @@ def check_memory(*, needed: int = 0, root: Path = Path("/")) -> Finding:
 def check_disks(places: Mapping[str, Path], *, needed: Mapping[str, int] | None = None) -> list[Finding]:
     """Free space at the places that are used, one finding a file system.
 
-    Args:
-        places: what it is for -> directory, which need not exist yet.
-        needed: what it is for -> bytes that a recipe will write there.
+    `places` maps what it is for to a directory, which need not exist yet; `needed` to the bytes that a recipe writes.
     """
     systems: dict[int, list[str]] = {}
     findings = []

@@ -93,9 +93,6 @@ def export_formats(
 
     Everything that can be refused is refused before anything is written: unknown formats, missing packages, outputs
     that were made from something else, too little disk. A failed verdict is not an error: see `ExportOutcome.failed`.
-
-    Raises:
-        ExportError: see above.
     """
     asked = find_formats(formats)
     steps = _plan(source, asked, output=output, settings=settings)

@@ -56,11 +56,7 @@ def fetch_model(name: str, *, revision: str | None = None, progress: Progress | 
 
 
 def fetch_config(name: str) -> TextConfig:
-    """Read the facts of a model's config.json, which is all that is downloaded of a model on the hub.
-
-    Raises:
-        ModelError: as `fetch_model`.
-    """
+    """Read a model's config.json, which is all that is downloaded of it. Raises ModelError as `fetch_model`."""
     source = resolve_model(name)
     if source.config is not None:
         return source.config

@@ -44,13 +44,9 @@ _MIN_ROWS_TO_EVALUATE = 20
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What a proposal needs to know of rows.
+    """What a proposal needs to know of rows; source, template and columns are as in a recipe's data section.
 
-    Attributes:
-        source, template, columns: as in a recipe's data section.
-        num_rows: of the source, those that will be held out included.
-        lengths: tokens of each row that was looked at, sorted.
-    """
+    `num_rows` counts those that will be held out, too; `lengths` are the tokens of rows that were looked at, sorted."""
 
     source: str
     template: str

@@ -81,7 +81,6 @@ class Format:
         parent: (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter.
         check_base: (facts of config.json, directory where the base is here) -> None; it refuses a base of which there
             is no such export.
-        packages: what it needs and a user may lack.
         settings: names of the `ExportSettings` that decide its files.
     """
 

@@ -75,7 +75,6 @@ class ParityReport:
 
     Attributes:
         effect: base + adapter against the base; None when no model was run.
-        exports: the verdicts.
         trained: how far two models are from the 4-bit one that was trained; empty when there is none.
         notes: what a reader must know, such as that logits were not run and why.
     """

@@ -33,8 +33,6 @@ class Runner:
     """How an export is run and compared with base + adapter.
 
     Attributes:
-        name: what it is called in reports.
-        limits: what it may lose.
         form: what is loaded and run; None for a format that nothing runs.
         check: compares its stored files where it is not run; None where there is nothing to compare them with.
         tokenize: texts -> token ids by its own tokenizer, without loading the model; None where it has none.
