@@ -169,11 +169,7 @@ def _masked(shown: str | Text | Table) -> str | Text | Table:
 
 
 def make_table(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    *,
-    right: Sequence[int] = (),
-    whole: Sequence[int] = (),
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, right: Sequence[int] = (), whole: Sequence[int] = ()
 ) -> Table:
     """Make a table of cells that are not parsed for markup.
 

@@ -14,23 +14,15 @@ import typer
 from gemma_tune.inference.answer_settings import SAMPLER, AnswerSettings, Option, Sampling, options_of
 
 TargetName = Annotated[
-    str,
-    typer.Argument(
-        metavar="TARGET",
-        help="A run, an adapter, a merged directory, a GGUF file, or a model name.",
-        show_default=False,
-    ),
+    str, typer.Argument(metavar="TARGET", help="A run, an adapter, a merged directory, a GGUF file, or a model name.")
 ]
-TemplateName = Annotated[str | None, typer.Option(help="Data template; a run brings its own.", show_default=False)]
+TemplateName = Annotated[str | None, typer.Option(help="Data template; a run brings its own.")]
 Base = Annotated[bool, typer.Option("--base", help="Ask the base model of a run, without its adapter.")]
 
 OutputFile = Annotated[
     Path | None,
     typer.Option(
-        "--output",
-        "-o",
-        help="Write JSON lines to this file; the same command resumes where a killed one stopped.",
-        show_default=False,
+        "--output", "-o", help="Write JSON lines to this file; the same command resumes where a killed one stopped."
     ),
 ]
 

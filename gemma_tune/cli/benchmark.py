@@ -39,22 +39,16 @@ def benchmark(
             "any task of the harness.",
         ),
     ] = PAPER_SET,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="The first N questions of each task.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N questions of each task.")] = None,
     shots: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Examples in front of each question; the report's, else the task's own.", show_default=False
-        ),
+        int | None, typer.Option(min=0, help="Examples in front of each question; the report's, else the task's own.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions per forward pass.")] = 8,
     task_dir: Annotated[
         Path | None,
         typer.Option(
             help="Directory with tasks of your own: .jsonl rows of question, choices and answer, or .yaml of the "
-            "harness. A file named as a benchmark stands for it.",
-            show_default=False,
+            "harness. A file named as a benchmark stands for it."
         ),
     ] = None,
     allow_code: Annotated[

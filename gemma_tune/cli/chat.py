@@ -21,13 +21,7 @@ if TYPE_CHECKING:
 
 
 @with_answer_settings(without=["batch_size"])
-def chat(
-    target: TargetName,
-    template: TemplateName = None,
-    base: Base = False,
-    *,
-    settings: AnswerSettings,
-) -> None:
+def chat(target: TargetName, template: TemplateName = None, base: Base = False, *, settings: AnswerSettings) -> None:
     """Talk with a model that knows chat turns. In a pipe, every line of stdin is a message."""
     from gemma_tune.inference.chat import Talk, obey, require_turns
     from gemma_tune.inference.target import find_target

@@ -34,42 +34,31 @@ def compare(
         typer.Argument(
             metavar="A B [C]...",
             help="Runs, adapters, merged directories, GGUF files or model names; RUN@base is the base of a run.",
-            show_default=False,
         ),
     ],
     sets: Annotated[
         str | None,
         typer.Option(
-            "--sets",
             help="Shipped prompts, separated by commas: factuality, instruction_following, safety, creativity. All of "
-            "them unless given.",
-            show_default=False,
+            "them unless given."
         ),
     ] = None,
     file: Annotated[
         str | None,
         typer.Option(
-            "--file",
-            "-f",
-            help="Your own prompts: rows with prompt, and if you like id, category, rules, reference.",
-            show_default=False,
+            "--file", "-f", help="Your own prompts: rows with prompt, and if you like id, category, rules, reference."
         ),
     ] = None,
     judge: Annotated[
         str,
         typer.Option(
-            "--judge",
             help="rules (those of the prompts), person (you, blind), the address of an OpenAI-compatible API, or a "
-            "local model.",
+            "local model."
         ),
     ] = "rules",
-    judge_model: Annotated[
-        str | None, typer.Option(help="The model to ask behind that address.", show_default=False)
-    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model to ask behind that address.")] = None,
     judge_timeout: Annotated[float, typer.Option(min=1, help="Seconds for one answer of the judge.")] = 120,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="The first N prompts of each set.", show_default=False)
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The first N prompts of each set.")] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -77,12 +66,10 @@ def compare(
             "-o",
             help="Directory for answers, judgements and page; the same command continues what is there. "
             "comparisons/A-vs-B-PROMPTS unless given.",
-            show_default=False,
         ),
     ] = None,
     template: Annotated[
-        str | None,
-        typer.Option(help="Data template for models that do not say how they are asked.", show_default=False),
+        str | None, typer.Option(help="Data template for models that do not say how they are asked.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per forward pass.")] = 8,

@@ -18,9 +18,7 @@ data_app = typer.Typer(help="What is trained: look at it, audit it.", no_args_is
 RowsOrRecipe = Annotated[
     Path,
     typer.Argument(
-        metavar="RECIPE|ROWS",
-        help="A recipe, or a file of rows to look at as gemma-tiny would be trained on it.",
-        show_default=False,
+        metavar="RECIPE|ROWS", help="A recipe, or a file of rows to look at as gemma-tiny would be trained on it."
     ),
 ]
 
@@ -31,9 +29,7 @@ def preview(
     overrides: Overrides = None,
     num_rows: Annotated[int, typer.Option("--rows", min=1, help="How many rows to show.")] = 3,
     side: Annotated[Literal["train", "eval"], typer.Option(help="Which rows.")] = "train",
-    at: Annotated[
-        str | None, typer.Option(help="Show the row that stands here, such as rows.jsonl:12.", show_default=False)
-    ] = None,
+    at: Annotated[str | None, typer.Option(help="Show the row that stands here, such as rows.jsonl:12.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show rows as the model will see them, token by token, with what is trained marked; and the counts of all rows."""
@@ -69,15 +65,12 @@ def preview(
 def audit(
     recipe: RowsOrRecipe,
     overrides: Overrides = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Also write the report as a web page.", metavar="FILE", show_default=False)
-    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the report as a web page.", metavar="FILE")] = None,
     fail_on: Annotated[
         str | None,
         typer.Option(
             metavar="error|warning|KIND=N",
             help="End with exit code 1 at a finding of this severity, or at N or more findings of a kind.",
-            show_default=False,
         ),
     ] = None,
     as_json: AsJson = False,

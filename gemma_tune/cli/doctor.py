@@ -23,11 +23,7 @@ _MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold
 def doctor(
     recipe: Annotated[
         Path | None,
-        typer.Argument(
-            metavar="[RECIPE]",
-            help="Also check that its model and rows are available, and that it fits.",
-            show_default=False,
-        ),
+        typer.Argument(metavar="[RECIPE]", help="Also check that its model and rows are available, and that it fits."),
     ] = None,
     overrides: Overrides = None,
     report: Annotated[bool, typer.Option("--report", help="Print a block to paste into a bug report.")] = False,
@@ -54,11 +50,7 @@ def doctor(
     verdict = worst(findings)
     if as_json:
         terminal.json(
-            {
-                "verdict": verdict,
-                "findings": [asdict(finding) for finding in findings],
-                "report": bug_report(findings),
-            }
+            {"verdict": verdict, "findings": [asdict(finding) for finding in findings], "report": bug_report(findings)}
         )
     elif report:
         terminal.plain(bug_report(findings))

@@ -11,14 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, RunPath
-from gemma_tune.runs.evaluation import (
-    METRICS,
-    Evaluation,
-    Figure,
-    Group,
-    format_estimate,
-    read_evaluation,
-)
+from gemma_tune.runs.evaluation import METRICS, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 
@@ -35,24 +28,17 @@ _NOTE = (
 
 def evaluate(
     run: RunPath,
-    rows: Annotated[
-        int | None,
-        typer.Option("--rows", min=1, help="The first N rows; all of them unless given.", show_default=False),
-    ] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="The first N rows; all of them unless given.")] = None,
     source: Annotated[
         str | None,
-        typer.Option(
-            "--source",
-            help="Rows of this file (.jsonl, .json, .csv, .parquet…) instead of those that the run held out.",
-            show_default=False,
-        ),
+        typer.Option(help="Rows of this file (.jsonl, .json, .csv, .parquet…) instead of those that the run held out."),
     ] = None,
-    what: Annotated[str, typer.Option("--what", help="Which models, separated by commas.")] = "base,tuned",
+    what: Annotated[str, typer.Option(help="Which models, separated by commas.")] = "base,tuned",
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer in tokens; the recipe's unless given.", show_default=False)
+        int | None, typer.Option(min=1, help="Longest answer in tokens; the recipe's unless given.")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass; the recipe's unless given.", show_default=False)
+        int | None, typer.Option(min=1, help="Rows per forward pass; the recipe's unless given.")
     ] = None,
     expect_json: Annotated[bool, typer.Option("--expect-json", help="Count answers that are valid JSON.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure again what is stored in the run already.")] = False,

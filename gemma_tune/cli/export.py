@@ -23,10 +23,7 @@ if TYPE_CHECKING:
     from gemma_tune.exporting.verify.parity import Distance
 
 SourcePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RUN|ADAPTER", help="A run that `gemma-tune train` made, or a PEFT adapter.", show_default=False
-    ),
+    Path, typer.Argument(metavar="RUN|ADAPTER", help="A run that `gemma-tune train` made, or a PEFT adapter.")
 ]
 OutputDir = Annotated[
     Path | None,
@@ -34,7 +31,6 @@ OutputDir = Annotated[
         "--output",
         "-o",
         help="Directory that gets a directory a format; by default RUN/export, or ADAPTER-export next to the adapter.",
-        show_default=False,
     ),
 ]
 MergeDtypeOption = Annotated[
@@ -43,18 +39,13 @@ MergeDtypeOption = Annotated[
 ]
 MaxShardGb = Annotated[float, typer.Option(min=0.001, help="Largest safetensors file, in 10^9 bytes.")]
 BaseName = Annotated[
-    str | None,
-    typer.Option("--base", help="Base model of an adapter that names none, or a wrong one.", show_default=False),
+    str | None, typer.Option("--base", help="Base model of an adapter that names none, or a wrong one.")
 ]
 Verify = Annotated[
-    bool,
-    typer.Option("--verify/--skip-verify", help="Run every export and compare it with base + adapter."),
+    bool, typer.Option("--verify/--skip-verify", help="Run every export and compare it with base + adapter.")
 ]
 Positions = Annotated[
-    int | None,
-    typer.Option(
-        "--positions", min=8, help="Tokens of eval rows to compare logits at; 200 unless given.", show_default=False
-    ),
+    int | None, typer.Option("--positions", min=8, help="Tokens of eval rows to compare logits at; 200 unless given.")
 ]
 
 
@@ -67,7 +58,6 @@ def export(
             "-f",
             help="One or several, by commas: adapter, merged-16bit, merged-4bit, ollama, gguf-q8_0, gguf-f16, "
             "gguf-q4_k_m, and other GGUF quantizations, which a wrong name lists.",
-            show_default=False,
         ),
     ],
     output: OutputDir = None,
@@ -76,22 +66,14 @@ def export(
     base: BaseName = None,
     others: Annotated[
         list[Path] | None,
-        typer.Option(
-            "--with",
-            help="Another run or adapter to combine with, into OUTPUT/combined; several times.",
-            show_default=False,
-        ),
+        typer.Option("--with", help="Another run or adapter to combine with, into OUTPUT/combined; several times."),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Weight of each combined adapter, such as 0.7,0.3.", show_default=False)
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Weight of each combined adapter, such as 0.7,0.3.")] = None,
     combine: Annotated[
         Literal["linear", "cat", "ties", "dare_linear", "dare_ties"],
         typer.Option(help="How adapters are combined, as PEFT defines it; cat is the exact weighted sum."),
     ] = "linear",
-    density: Annotated[
-        float | None, typer.Option(help="Share of values that ties and dare keep.", show_default=False)
-    ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of values that ties and dare keep.")] = None,
     verify: Verify = True,
     positions: Positions = None,
     as_json: AsJson = False,
@@ -139,13 +121,7 @@ def run_export(
     terminal = Terminal()
     with TerminalReporter(terminal) as reporter, libraries_to(None):
         outcome = export_model(
-            source,
-            formats,
-            settings=settings,
-            reporter=reporter,
-            output=output,
-            base=base,
-            combination=combination,
+            source, formats, settings=settings, reporter=reporter, output=output, base=base, combination=combination
         )
     print_outcome(terminal, outcome, as_json=as_json)
 

@@ -27,7 +27,6 @@ def generate(
             "--prompt",
             "-p",
             help="A question; may be given several times. Without it and without --file, stdin is the question.",
-            show_default=False,
         ),
     ] = None,
     context: Annotated[str, typer.Option(help="Text the question is about, where the template has a context.")] = "",
@@ -38,7 +37,6 @@ def generate(
             "-f",
             help="Questions: rows with the template's fields or a column prompt (.jsonl, .json, .csv, .parquet), a .txt"
             " with one a line, or - for stdin.",
-            show_default=False,
         ),
     ] = None,
     output: OutputFile = None,

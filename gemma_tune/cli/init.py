@@ -34,15 +34,13 @@ def init(
         typer.Argument(
             metavar="ROWS",
             help="A .jsonl, .json, .csv, .tsv or .parquet file, a pattern, a hub id owner/name, or tiny-world.",
-            show_default=False,
         ),
     ] = None,
     goal: Annotated[
         Literal["chat", "instruct", "complete"] | None,
         typer.Option(
             help="chat: an -it model answers in chat turns; instruct: a base model learns to follow instructions; "
-            "complete: a base model goes on with text.",
-            show_default=False,
+            "complete: a base model goes on with text."
         ),
     ] = None,
     gpu: Annotated[
@@ -50,19 +48,16 @@ def init(
         typer.Option(
             metavar="NAME|GB=N|none",
             help="The card to train on, as in `gemma-tune plan`; none for a processor. Unless given, this machine's.",
-            show_default=False,
         ),
     ] = None,
     model: Annotated[
-        str | None,
-        typer.Option(help="A model instead of the largest that fits with room to spare.", show_default=False),
+        str | None, typer.Option(help="A model instead of the largest that fits with room to spare.")
     ] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FIELD=COLUMN",
             help="Where rows have other names: --column instruction=question --column response=answer.",
-            show_default=False,
         ),
     ] = None,
     output: Annotated[

@@ -58,10 +58,7 @@ def launch(
     grace: Annotated[
         int | None,
         _option(
-            _STOPPED,
-            "Time to save before the end, 180 unless given (slurm, kubernetes).",
-            metavar="SECONDS",
-            min=30,
+            _STOPPED, "Time to save before the end, 180 unless given (slurm, kubernetes).", metavar="SECONDS", min=30
         ),
     ] = None,
     restarts: Annotated[

@@ -63,9 +63,7 @@ def _millions(count: int) -> str:
 
 @models_app.command("show")
 def show(
-    name: Annotated[
-        str, typer.Argument(metavar="NAME", help="A name, hub id, Keras preset, or a directory.", show_default=False)
-    ],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name, hub id, Keras preset, or a directory.")],
     modules: Annotated[
         bool, typer.Option("--modules", help="One row a module instead of one a decoder layer.")
     ] = False,
@@ -111,9 +109,7 @@ def download(
     name: Annotated[
         str,
         typer.Argument(
-            metavar="NAME",
-            help="A name, a hub id owner/name, or a Kaggle handle owner/model/transformers/variation.",
-            show_default=False,
+            metavar="NAME", help="A name, a hub id owner/name, or a Kaggle handle owner/model/transformers/variation."
         ),
     ],
     revision: Annotated[str | None, typer.Option(help="Hub commit, tag or branch; the newest by default.")] = None,

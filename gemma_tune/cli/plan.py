@@ -35,10 +35,9 @@ def plan(
             metavar="NAME|GB=N",
             help="A card, such as t4, l4, a100-40, h100, rtx-4090, or a memory such as GB=12; without it the card of "
             "this machine, or a table over cards.",
-            show_default=False,
         ),
     ] = None,
-    nproc: Annotated[int, typer.Option("--nproc", metavar="N", min=1, help="Cards that train together.")] = 1,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Cards that train together.")] = 1,
     as_json: AsJson = False,
 ) -> None:
     """Say before anything is downloaded whether a recipe fits on a card, how long it takes, and what would help.
@@ -165,8 +164,7 @@ def _print_rest(terminal: Terminal, planned: Plan) -> None:
     table.add_row("time", Text(_time(planned)))
     if schedule.rows is not None and schedule.mean_tokens is not None:
         table.add_row(
-            "rows",
-            Text(f"{schedule.rows:,} of about {schedule.mean_tokens:,.0f} tokens ({schedule.rows_source})"),
+            "rows", Text(f"{schedule.rows:,} of about {schedule.mean_tokens:,.0f} tokens ({schedule.rows_source})")
         )
     else:
         table.add_row("rows", Text(schedule.rows_source))

@@ -16,19 +16,12 @@ from gemma_tune.text import counted, format_bytes
 
 def push(
     path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN_OR_DIR", help="An exported directory, or a run with one export.", show_default=False
-        ),
+        Path, typer.Argument(metavar="RUN_OR_DIR", help="An exported directory, or a run with one export.")
     ],
-    repo_id: Annotated[
-        str, typer.Argument(metavar="OWNER/NAME", help="The repository, made where there is none.", show_default=False)
-    ],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository, made where there is none.")],
     private: Annotated[bool, typer.Option("--private", help="Only you may see it; a public one is refused.")] = False,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch to push to; main unless given.", show_default=False)
-    ] = None,
-    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.", show_default=False)] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to; main unless given.")] = None,
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Of the commit.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Push even what did not pass its check.")] = False,
     as_json: AsJson = False,
 ) -> None:

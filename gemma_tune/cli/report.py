@@ -26,19 +26,12 @@ from gemma_tune.text import format_bytes, format_seconds, shorten
 
 
 def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(metavar="RUN...", help="One run, or several to lay side by side.", show_default=False),
-    ],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="One run, or several to lay side by side.")],
     html: Annotated[
-        Path | None,
-        typer.Option(
-            "--html", help="Write the page to this file; one run's own is RUN/report.html.", show_default=False
-        ),
+        Path | None, typer.Option(help="Write the page to this file; one run's own is RUN/report.html.")
     ] = None,
     md: Annotated[
-        Path | None,
-        typer.Option("--md", help="Write Markdown to this file; one run's own is RUN/report.md.", show_default=False),
+        Path | None, typer.Option(help="Write Markdown to this file; one run's own is RUN/report.md.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

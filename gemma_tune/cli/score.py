@@ -20,18 +20,13 @@ _COLUMNS = ("tokens", "log-likelihood", "perplexity")
 
 def score(
     target: TargetName,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A question.", show_default=False)] = None,
-    response: Annotated[
-        str | None, typer.Option("--response", "-r", help="An answer to it.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="A question.")] = None,
+    response: Annotated[str | None, typer.Option("--response", "-r", help="An answer to it.")] = None,
     context: Annotated[str, typer.Option(help="Text the question is about, where the template has a context.")] = "",
     file: Annotated[
         str | None,
         typer.Option(
-            "--file",
-            "-f",
-            help="Rows with questions and answers, as for training (.jsonl, .json, .csv, .parquet).",
-            show_default=False,
+            "--file", "-f", help="Rows with questions and answers, as for training (.jsonl, .json, .csv, .parquet)."
         ),
     ] = None,
     template: TemplateName = None,

@@ -24,27 +24,14 @@ def train(
     from_checkpoint: Annotated[
         int | None,
         typer.Option(
-            "--from-checkpoint",
-            metavar="STEP",
-            min=0,
-            help="As --resume, from the checkpoint of this step; newer ones are set aside.",
-            show_default=False,
+            metavar="STEP", min=0, help="As --resume, from the checkpoint of this step; newer ones are set aside."
         ),
     ] = None,
-    nproc: Annotated[
-        int, typer.Option("--nproc", metavar="N", min=1, help="Processes on this machine, one a GPU.")
-    ] = 1,
-    nnodes: Annotated[
-        int, typer.Option("--nnodes", metavar="N", min=1, help="Machines, each with the same --nproc.")
-    ] = 1,
-    node_rank: Annotated[
-        int, typer.Option("--node-rank", metavar="R", min=0, help="Number of this machine, from 0.")
-    ] = 0,
+    nproc: Annotated[int, typer.Option(metavar="N", min=1, help="Processes on this machine, one a GPU.")] = 1,
+    nnodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines, each with the same --nproc.")] = 1,
+    node_rank: Annotated[int, typer.Option(metavar="R", min=0, help="Number of this machine, from 0.")] = 0,
     rendezvous: Annotated[
-        str | None,
-        typer.Option(
-            "--rendezvous", metavar="HOST:PORT", help="Where the machines meet: machine 0.", show_default=False
-        ),
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the machines meet: machine 0.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -14,15 +14,9 @@ from gemma_tune.terminal import Terminal, TerminalReporter
 
 def verify(
     path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN|ADAPTER|EXPORT", help="What was exported, or an exported directory.", show_default=False
-        ),
+        Path, typer.Argument(metavar="RUN|ADAPTER|EXPORT", help="What was exported, or an exported directory.")
     ],
-    of: Annotated[
-        Path | None,
-        typer.Option(help="The run or adapter that an EXPORT outside of its run is of.", show_default=False),
-    ] = None,
+    of: Annotated[Path | None, typer.Option(help="The run or adapter that an EXPORT outside of its run is of.")] = None,
     base: BaseName = None,
     positions: Positions = None,
     as_json: AsJson = False,
