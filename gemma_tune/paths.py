@@ -1,7 +1,8 @@
-"""Where the shipped files are: in a checkout next to the package, in a wheel inside it."""
+"""Where the shipped files are, in a checkout next to the package, in a wheel inside it; and where the cache is."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -17,3 +18,12 @@ def _shipped(name: str) -> Path:
 
 RECIPES_DIR = _shipped("recipes")
 DATA_TEMPLATES_DIR = _shipped("data_templates")
+CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
+
+
+def cache_dir() -> Path:
+    """`$GEMMA_TUNE_CACHE`, or `gemma-tune` in the user's cache directory."""
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return Path(named).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-tune"

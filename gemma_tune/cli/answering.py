@@ -7,11 +7,16 @@ import inspect
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin
 
 import typer
+from rich.markup import escape
 
 from gemma_tune.inference.answer_settings import SAMPLER, AnswerSettings, Option, Sampling, options_of
+from gemma_tune.terminal import Terminal
+
+if TYPE_CHECKING:
+    from gemma_tune.inference.target import GgufTarget, Target
 
 TargetName = Annotated[
     str, typer.Argument(metavar="TARGET", help="A run, an adapter, a merged directory, a GGUF file, or a model name.")
@@ -25,6 +30,12 @@ OutputFile = Annotated[
         "--output", "-o", help="Write JSON lines to this file; the same command resumes where a killed one stopped."
     ),
 ]
+
+
+def note_base(terminal: Terminal, target: Target | GgufTarget) -> None:
+    """Say what of a target's base could not be compared with the training of its adapter."""
+    if target.note is not None:
+        terminal.note(f"[yellow]![/] {escape(target.note)}")
 
 
 def with_answer_settings(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:

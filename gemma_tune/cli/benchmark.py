@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from gemma_tune.cli.answering import TargetName
+from gemma_tune.cli.answering import TargetName, note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, PUBLISHED_MODELS, PUBLISHED_SOURCE
@@ -80,6 +80,7 @@ def benchmark(
     )
     # The harness asks no model with a data template, so one that has none is as good.
     found = find_target(target, default_template="completion")
+    note_base(terminal, found)
     run = open_run(Path(target)) if (Path(target) / "manifest.json").is_file() else None
     with libraries_to(run.library_log if run else None), TerminalReporter(terminal) as reporter:
         chosen, left_out = choose_tasks(names, settings=settings)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from gemma_tune.cli.answering import Base, TargetName, TemplateName, with_answer_settings
+from gemma_tune.cli.answering import Base, TargetName, TemplateName, note_base, with_answer_settings
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.terminal import Terminal
@@ -31,6 +31,7 @@ def chat(target: TargetName, template: TemplateName = None, base: Base = False, 
     is_person = sys.stdin.isatty()
     with libraries_to(None):
         found = find_target(target, template=template, without_adapter=base)
+        note_base(terminal, found)
         require_turns(found.template, target=target)
 
         from gemma_tune.inference.load_target import load_target

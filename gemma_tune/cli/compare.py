@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 from rich.text import Text
 
+from gemma_tune.cli.answering import note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
@@ -95,6 +96,8 @@ def compare(
         prompts = load_prompt_sets(PROMPT_SETS if sets is None else [name.strip() for name in sets.split(",")])
     with libraries_to(None):
         contenders = find_contenders(models, default_template=template)
+        for contender in contenders:
+            note_base(terminal, contender.target)
         chosen = find_judge(
             judge,
             person=PersonJudge(terminal),

@@ -107,8 +107,8 @@ def audit(
 @data_app.command("clear-cache")
 def clear_cache() -> None:
     """Remove the token cache; the next training encodes its rows again."""
-    from gemma_tune.data.encode.cache import cache_dir
     from gemma_tune.data.encode.cache import clear_cache as clear
+    from gemma_tune.paths import cache_dir
 
     num_entries, num_bytes = clear()
     Terminal().note(f"[green]✓[/] removed {num_entries} entries, {format_bytes(num_bytes)}, of {cache_dir()}")

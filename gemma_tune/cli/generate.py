@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from gemma_tune.cli.answering import Base, OutputFile, TargetName, TemplateName, with_answer_settings
+from gemma_tune.cli.answering import Base, OutputFile, TargetName, TemplateName, note_base, with_answer_settings
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_settings import AnswerSettings
@@ -57,6 +57,7 @@ def generate(
         raise DataError("give either --prompt or --file", hint='for example: --prompt "What does a baker make?"')
     with libraries_to(None):
         found = find_target(target, template=template, without_adapter=base)
+        note_base(terminal, found)
         if file is not None:
             questions = read_questions(found.template, file)
         else:

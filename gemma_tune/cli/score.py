@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_tune.cli.answering import Base, TargetName, TemplateName
+from gemma_tune.cli.answering import Base, TargetName, TemplateName, note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
@@ -45,6 +45,7 @@ def score(
         raise DataError("give either --file, or --prompt with --response", hint='-p "2 + 2?" -r "4" for example')
     with libraries_to(None):
         found = find_target(target, template=template, without_adapter=base)
+        note_base(terminal, found)
         rows = read_whole(open_source(file)) if file is not None else []
 
         from gemma_tune.inference.load_target import load_target

@@ -93,7 +93,7 @@ def probe_places(tell: Send) -> None:
     tell(step="importing huggingface_hub")
     from huggingface_hub import constants
 
-    from gemma_tune.data.encode.cache import cache_dir
+    from gemma_tune.paths import cache_dir
 
     tell(hub_cache=str(constants.HF_HUB_CACHE), token_cache=str(cache_dir()))
 

@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.disk import read_json, to_json_lines, write_text
-from gemma_tune.errors import DataError, ModelError
+from gemma_tune.errors import DataError
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
 from gemma_tune.identity import files_sha256, installed_version
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
-from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import (
@@ -98,7 +96,6 @@ def evaluate_run(
 
     from gemma_tune.inference.load_target import load_target
 
-    _require_same_base(target.base, read_json(run.lock)["base"]["files"])
     reporter.stage("model")
     loaded = load_target(target)
     eval_rows = rows.load(loaded.tokenizer, loaded.encoder).first(settings.num_rows)
@@ -131,19 +128,6 @@ def evaluate_run(
     _write_rows(run, eval_rows, results)
     write_evaluation(run, evaluation)
     return evaluation, True
-
-
-def _require_same_base(base: LocalModel, trained_on: Mapping[str, str]) -> None:
-    """A directory may hold other weights by now; a commit of the hub never changes."""
-    if base.revision is not None:
-        return
-    found = file_hashes(base.directory)
-    changed = sorted(name for name, digest in trained_on.items() if found.get(name) != digest)
-    if changed:
-        raise ModelError(
-            f"{base.directory} is not the base of this run any more: {', '.join(changed)} changed",
-            hint="restore it: with another base the adapter means something else",
-        )
 
 
 def _find_rows(run: RunDir, recipe: Recipe, target: Target, *, settings: EvaluateSettings) -> FoundRows:

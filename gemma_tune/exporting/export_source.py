@@ -11,10 +11,10 @@ from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.prove import Reference
 from gemma_tune.identity import json_sha256
-from gemma_tune.models.fetch import LocalModel, fetch_model
+from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.resolve import refuse_other, resolve_model
-from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.adapter_base import find_base
 from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir, open_run
 
@@ -28,11 +28,12 @@ class ExportSource:
 
     Attributes:
         name: what exported files are called after.
-        base_files: SHA-256 of the base's files: as the run's lock has them, else as they are now.
+        base_files: SHA-256 of the base's files.
         run: the run that trained it; None for an adapter of unknown origin.
         tokenizer: directory of the tokenizer that it was trained with.
         template: the data template as text, where it is known.
         trained_dtype: what the run computed in when it trained on a 4-bit base, else None.
+        note: what of the base could not be compared with the adapter's training, in a sentence.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ExportSource:
     tokenizer: Path
     template: str | None
     trained_dtype: str | None
+    note: str | None = None
 
     @property
     def default_output(self) -> Path:
@@ -53,7 +55,8 @@ class ExportSource:
     def base_name(self) -> str:
         """The base's hub id, or the last part of a local path: an export names no folder of this machine."""
         name = public_name(self.base)
-        return Path(name).name if Path(name).is_dir() else name
+        is_path = Path(name).is_dir() or (self.base.revision is None and self.base.directory.name == Path(name).name)
+        return Path(name).name if is_path else name
 
     @property
     def reference(self) -> Reference:
@@ -67,6 +70,8 @@ class ExportSource:
 
 def public_name(base: LocalModel) -> str:
     """How others find the base: its hub id, whichever alias the recipe names; a local path as it was given."""
+    if base.revision is None and base.model is None:
+        return base.name
     location = resolve_model(base.name).location
     return base.name if Path(location).is_dir() else location
 
@@ -104,7 +109,7 @@ def combine_sources(source: ExportSource, combination: Combination, *, directory
 
 
 def open_source(path: Path, *, base: str | None = None) -> ExportSource:
-    """Open a run directory or an adapter directory; `base` names the base of an adapter that does not.
+    """Open a run directory or an adapter directory; `base` names its base, which is compared with that of the training.
 
     Raises:
         GemmaTuneError: there is neither at `path`, the run has no adapter yet, or the base cannot be had.
@@ -117,38 +122,35 @@ def open_source(path: Path, *, base: str | None = None) -> ExportSource:
 
 
 def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
-    if base is not None:
-        raise ExportError(
-            f"{run.path} knows its base, and --base names another", hint="leave --base out; it is for bare adapters"
-        )
     adapter = open_run_adapter(run)
-    lock = read_json(run.lock)
+    found = find_base(adapter, named=base)
     recipe = load_recipe(run.resolved_recipe).recipe
     # float16 is autocast over float32 weights, which a CPU has not.
-    compute = "bfloat16" if lock["precision"]["compute"] == "bfloat16" else "float32"
+    compute = "bfloat16" if read_json(run.lock)["precision"]["compute"] == "bfloat16" else "float32"
     return ExportSource(
         name=run.name,
-        base=fetch_model(lock["base"]["name"], revision=lock["base"]["revision"]),
-        base_files=lock["base"]["files"],
+        base=found.model,
+        base_files=found.files,
         adapter=adapter.path,
         run=run,
         tokenizer=adapter.path,
         template=run.template.read_text(encoding="utf-8"),
         trained_dtype=compute if recipe.model.load_in_4bit else None,
+        note=found.note,
     )
 
 
 def _from_adapter(adapter: AdapterDir, *, base: str | None) -> ExportSource:
-    name = base or adapter.require_base_name(hint="name it with --base")
-    model = fetch_model(name, revision=None if base else adapter.base_revision)
+    found = find_base(adapter, named=base)
     template = adapter.template_file
     return ExportSource(
         name=adapter.path.absolute().name,
-        base=model,
-        base_files=file_hashes(model.directory),
+        base=found.model,
+        base_files=found.files,
         adapter=adapter.path,
         run=None,
-        tokenizer=adapter.choose_tokenizer(model.directory),
+        tokenizer=adapter.choose_tokenizer(found.model.directory),
         template=template.read_text(encoding="utf-8") if template.is_file() else None,
         trained_dtype=None,
+        note=found.note,
     )

@@ -16,11 +16,11 @@ from gemma_tune.machine.cards import detect_card
 from gemma_tune.machine.device import detect_device
 from gemma_tune.machine.world import World
 from gemma_tune.models.fetch import LocalModel
-from gemma_tune.models.safetensors import file_hashes
 from gemma_tune.planning.known_base import Base
 from gemma_tune.planning.plan import plan_recipe
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.runs.adapter_base import base_record
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.warm_start import StartAdapter, find_adapter
@@ -66,6 +66,7 @@ def decide(loaded: LoadedRecipe) -> Decisions:
     find_formats(recipe.export.formats)  # a wrong name is refused before the training, not after it
     require_trackers(recipe.logging.trackers)
     base, inputs = open_data(recipe)
+    adapter = find_adapter(recipe.model.adapter, lora=recipe.lora, base=base) if recipe.model.adapter else None
     require_rows(inputs, recipe.method_facts)
     return Decisions(
         loaded=loaded,
@@ -73,7 +74,7 @@ def decide(loaded: LoadedRecipe) -> Decisions:
         inputs=inputs,
         engine=decide_engine(recipe, device=detect_device()),
         notes=check_base(recipe, base.config, base.directory),
-        adapter=find_adapter(recipe.model.adapter, lora=recipe.lora) if recipe.model.adapter else None,
+        adapter=adapter,
         started=started,
     )
 
@@ -101,7 +102,7 @@ def lock_of(decisions: Decisions, *, data: dict[str, Any], world: World) -> Lock
     return Lock(
         recipe=decisions.loaded.name,
         overrides=list(decisions.loaded.overrides),
-        base={"name": base.name, "revision": base.revision, "files": file_hashes(base.directory)},
+        base=base_record(base),
         method=decisions.recipe.method.name,
         data=data,
         engine=asdict(decisions.engine.choice),

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gemma_tune.data.encode.encoder import Encoder
-from gemma_tune.data.open import load_data, open_data
+from gemma_tune.data.inputs import open_inputs
+from gemma_tune.data.open import load_data
 from gemma_tune.errors import DataError
 from gemma_tune.exporting.export_formats import (
     PARTS_DIR,
@@ -39,6 +40,8 @@ def export_model(
     With a combination the exports go into `output/combined` and are compared on the rows of the first run.
     """
     source = first = open_source(path, base=base)
+    if source.note is not None:
+        reporter.warn(source.note)
     output = output or source.default_output
     if combination is not None:
         find_formats(formats)  # a wrong name is told before anything is written
@@ -59,6 +62,8 @@ def verify_model(
 ) -> ExportOutcome:
     """Prove exports again: those of a run, or those at `path`, which are of the run or adapter `of`."""
     source, directories = find_exports(path, of=of, base=base)
+    if source.note is not None:
+        reporter.warn(source.note)
     probe = _make_probe(source, num_positions or ExportSettings.num_positions, reporter=reporter)
     reporter.stage("verify")
     siblings = {directory.name: directory for directory in directories}
@@ -74,8 +79,8 @@ def _make_probe(source: ExportSource, num_positions: int, *, reporter: Reporter)
     if source.run is not None:
         recipe = load_recipe(source.run.resolved_recipe).recipe
         try:
-            base, inputs = open_data(recipe)
-            _, _, datasets = load_data(recipe, base=base, inputs=inputs)
+            inputs = open_inputs(recipe.data, prefers_chat=source.base.knows_chat_turns)
+            _, _, datasets = load_data(recipe, base=source.base, inputs=inputs)
         except DataError as error:
             reporter.warn(f"the run's rows cannot be read, so built-in text is compared: {error.message}")
         else:

@@ -122,8 +122,8 @@ def _load_model(context: RunContext, decisions: Decisions, *, engine: Engine) ->
     if adapter is not None:
         read_adapter(attached.loaded.model, adapter.directory)
         reporter.detail(f"starting from the adapter {adapter.name}")
-        if adapter.base != base.name:
-            reporter.warn(f"it says that it was trained on {adapter.base}, and the base here is {base.name}")
+        if adapter.note is not None:
+            reporter.warn(adapter.note)
     if world.size > 1:
         rows_per_step = recipe.training.batch_size * recipe.training.gradient_accumulation * world.size
         what = "packs" if recipe.training.packing else "rows"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gemma_tune.disk import to_json_lines, write_text
 from gemma_tune.flows.decide import Decisions
 from gemma_tune.reporting.loss_curve import draw_loss_curve
+from gemma_tune.runs.adapter_base import write_base_record
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
 from gemma_tune.training.parts import TrainerParts
 
@@ -30,6 +31,7 @@ def summarise(
     from gemma_tune.evaluation.answers import choose_examples, pair_answers, spread_over_categories
 
     run, section, datasets = parts.context.run, decisions.recipe.evaluation, parts.datasets
+    write_base_record(run.adapter, decisions.base)
     write_text(run.adapter / run.template.name, decisions.inputs.template.source_text)
     answers = pair_answers(choose_examples(datasets.eval_examples, section=section), before, after)
     write_text(run.answers, to_json_lines(map(asdict, answers)))

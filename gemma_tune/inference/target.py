@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.data.rows.template import DataTemplate, load_template
-from gemma_tune.disk import read_json
 from gemma_tune.errors import ModelError
 from gemma_tune.identity import file_stamp, files_sha256
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.resolve import resolve
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import ModelSection
+from gemma_tune.runs.adapter_base import find_base
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE, AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir, open_run
 
@@ -31,6 +31,7 @@ class Target:
         tokenizer: directory of the tokenizer and its chat template.
         template: the data template it was trained with, or that fits it.
         section: how the base is loaded.
+        note: what of the base could not be compared with the adapter's training, in a sentence.
     """
 
     base: LocalModel
@@ -38,6 +39,7 @@ class Target:
     tokenizer: Path
     template: DataTemplate
     section: ModelSection
+    note: str | None = None
 
     def identity(self) -> dict[str, Any]:
         """Return what decides its answers: adapter by hash, the base's by stamp (17 GB take a minute to hash)."""
@@ -62,6 +64,7 @@ class GgufTarget:
 
     path: Path
     template: DataTemplate
+    note: None = None  # there is no adapter
 
     def identity(self) -> dict[str, Any]:
         """Return what decides its answers."""
@@ -105,26 +108,28 @@ def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> Gg
 def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Target:
     adapter = None if without_adapter else open_run_adapter(run).path
     recipe = load_recipe(run.resolved_recipe).recipe
-    locked = read_json(run.lock)["base"]
-    base = fetch_model(locked["name"], revision=locked["revision"])
+    found = find_base(AdapterDir(run.adapter, ModelError), with_adapter=not without_adapter)
     return Target(
-        base=base,
+        base=found.model,
         adapter=adapter,
-        tokenizer=adapter or base.directory,
+        tokenizer=adapter or found.model.directory,
         template=load_template(template or run.template),
         section=recipe.model,
+        note=found.note,
     )
 
 
 def _from_adapter(adapter: AdapterDir, *, template: str | None, default: str | None, without_adapter: bool) -> Target:
-    name = adapter.require_base_name(hint="set base_model_name_or_path in its adapter_config.json")
-    base = fetch_model(name, revision=adapter.base_revision)
+    hint = "set base_model_name_or_path in its adapter_config.json"
+    found = find_base(adapter, with_adapter=not without_adapter, hint=hint)
+    base = found.model
     return Target(
         base=base,
         adapter=None if without_adapter else adapter.path,
         tokenizer=base.directory if without_adapter else adapter.choose_tokenizer(base.directory),
         template=_template(template, directory=adapter.path, base=base, default=default),
-        section=ModelSection(name=name, load_in_4bit=base.config.quantization is not None),
+        section=ModelSection(name=base.name, load_in_4bit=base.config.quantization is not None),
+        note=found.note,
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ModelError
 from gemma_tune.identity import files_sha256
+from gemma_tune.models.hash_cache import cached_sha256
 
 CONFIG_FILE = "config.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
@@ -181,7 +182,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 def file_hashes(directory: Path) -> dict[str, str]:
     """File name -> sha256 (hex) of the weights, the index, the configs and the tokenizer: the model's identity."""
     others = (INDEX_FILE, CONFIG_FILE, GENERATION_CONFIG_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
-    return files_sha256(weight_files(directory) + [directory / name for name in others if (directory / name).is_file()])
+    return cached_sha256(
+        weight_files(directory) + [directory / name for name in others if (directory / name).is_file()]
+    )
 
 
 def tokenizer_hashes(directory: Path) -> dict[str, str]:

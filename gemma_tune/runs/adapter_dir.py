@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from gemma_tune.errors import ExportError, GemmaTuneError, RunError
 from gemma_tune.identity import files_sha256
 from gemma_tune.models.safetensors import StoredTensor, read_header
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.text import listed
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,6 +28,20 @@ _KEY_PATTERN = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|original_module\.weight|modules_to_save\.weight)"
 )
+# What a value of the config is, where it is there and not null.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "peft_type": str,
+    "base_model_name_or_path": str,
+    "revision": str,
+    "r": int,
+    "lora_alpha": (int, float),
+    "target_modules": (list, str),
+    "exclude_modules": (list, str),
+    "layers_to_transform": (list, int),
+    "modules_to_save": list,
+    "rank_pattern": dict,
+    "alpha_pattern": dict,
+}
 _EMBEDDING_MODULES = ("embed_tokens", "lm_head")
 
 # Settings that describe the training or the adapter's reach, but not the arithmetic of the merge.
@@ -97,6 +112,7 @@ class LoraAdapter:
         base_copies: module -> the base's weight as the adapter file carries it (embeddings saved next to their change).
         modules_to_save: the names given as PEFT's modules_to_save.
         ties_embeddings: whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying).
+        config: its adapter_config.json.
     """
 
     directory: Path
@@ -106,6 +122,7 @@ class LoraAdapter:
     base_copies: Mapping[str, StoredTensor]
     modules_to_save: tuple[str, ...]
     ties_embeddings: bool
+    config: Mapping[str, Any]
 
     def tensors(self) -> list[StoredTensor]:
         """Every tensor of the adapter file."""
@@ -149,8 +166,17 @@ class AdapterDir:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """adapter_config.json."""
-        return read_json_object(self.config_file, error=self.error, hint=_HINT)
+        """adapter_config.json, whose values are of the kinds that PEFT writes."""
+        config = read_json_object(self.config_file, error=self.error, hint=_HINT)
+        for name, kinds in _KINDS.items():
+            if config.get(name) is not None and not isinstance(config[name], kinds):
+                raise self.error(f"{self.config_file} is damaged: {name} is {config[name]!r}", hint=_HINT)
+        if "peft_type" not in config:
+            raise self.error(
+                f"{self.config_file} has no peft_type, so PEFT did not write it",
+                hint=f"{_HINT}; an adapter of mlx-lm has another format",
+            )
+        return config
 
     @property
     def base_name(self) -> str | None:
@@ -196,10 +222,32 @@ class AdapterDir:
         """Return what was trained, by module.
 
         Raises:
-            ExportError: merging it is something else than the sums in `LoraFactors`, or its tensors have no place.
+            ExportError: merging it is something else than the sums in `LoraFactors`, its tensors have no place, or
+                their values are NaN, infinite or change nothing.
         """
         _refuse_unsupported(self.path, self.config)
-        return _group_tensors(self.path, self.config, self.read_header())
+        adapter = _group_tensors(self.path, self.config, self.read_header())
+        _require_values(self.path, adapter.tensors())
+        if not adapter.trained and not any(map(_changes_something, adapter.factors.values())):
+            raise ExportError(
+                f"{self.path}: the adapter changes nothing: every lora_B is zero", hint="was it trained at all?"
+            )
+        return adapter
+
+    def require_sound(self) -> LoraAdapter | None:
+        """Return what was trained; None for an adapter that PEFT can run and nobody can merge.
+
+        Raises:
+            GemmaTuneError: `error`, where anything of it is missing or damaged.
+        """
+        try:
+            header, config = self.read_header(), self.config
+            if config["peft_type"] == "LORA" and config.get("bias", "none") == "none" and not _unsupported(config):
+                return self.read_lora() if config.get("init_lora_weights", True) in _PLAIN_INITS else None
+            _require_values(self.path, [tensor for tensor in header.values() if tensor.dtype in FLOAT_DTYPES])
+        except GemmaTuneError as cause:
+            raise self.error(cause.message, hint=cause.hint) from None
+        return None
 
 
 def open_run_adapter(run: RunDir) -> AdapterDir:
@@ -228,12 +276,49 @@ def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
             "training, so the adapter does not belong to the plain base",
             hint="save it as a plain LoRA first: save_pretrained(..., path_initial_model_for_weight_conversion=...)",
         )
-    known = _HARMLESS_SETTINGS | _MERGED_SETTINGS
-    # megatron_core names a package and is written in every config; qalora_group_size counts only under use_qalora.
-    unsupported = sorted(name for name, value in config.items() if value and name not in known)
+    unsupported = _unsupported(config)
     if unsupported:
         told = ", ".join(f"{name}={config[name]!r}"[:80] for name in unsupported)
         raise ExportError(f"{where}: cannot merge an adapter with {told}", hint="train without it, or use PEFT's merge")
+
+
+def _unsupported(config: Mapping[str, Any]) -> list[str]:
+    # megatron_core names a package and is written in every config; qalora_group_size counts only under use_qalora.
+    return sorted(name for name, value in config.items() if value and name not in _HARMLESS_SETTINGS | _MERGED_SETTINGS)
+
+
+def _require_values(directory: Path, tensors: Iterable[StoredTensor]) -> None:
+    """Refuse NaN and infinity, whose bits of the exponent are all set."""
+    bad = [
+        tensor.name
+        for tensor in tensors
+        for bits, exponent in [_bits(tensor)]
+        if bool(((bits & exponent) == exponent).any())
+    ]
+    if bad:
+        raise ExportError(
+            f"{directory / ADAPTER_WEIGHTS_FILE}: NaN or infinity in {len(bad)} adapter tensors: {listed(bad)}",
+            hint="training diverged, or the file is damaged: take an earlier checkpoint, or copy it again",
+        )
+
+
+def _changes_something(factors: LoraFactors) -> bool:
+    # A shift drops the sign of a zero.
+    return factors.magnitude is not None or all(bool((_bits(each)[0] << 1).any()) for each in (factors.a, factors.b))
+
+
+def _bits(tensor: StoredTensor) -> tuple[Any, Any]:
+    """A tensor's values as unsigned integers, and the bits of the exponent."""
+    import numpy as np
+
+    kind, exponent = {
+        "F64": (np.uint64, 0x7FF << 52),
+        "F32": (np.uint32, 0xFF << 23),
+        "F16": (np.uint16, 0x1F << 10),
+        "BF16": (np.uint16, 0xFF << 7),
+    }[tensor.dtype]
+    bits = np.fromfile(tensor.file, dtype=kind, count=tensor.num_elements, offset=tensor.offset_bytes)
+    return bits, kind(exponent)
 
 
 def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[str, StoredTensor]) -> LoraAdapter:
@@ -275,6 +360,7 @@ def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[s
         base_copies=copies,
         modules_to_save=modules_to_save,
         ties_embeddings=bool(config.get("ensure_weight_tying")),
+        config=config,
     )
 
 

@@ -34,7 +34,8 @@ _ALLOWED_SECTIONS = ("evaluation", "export", "logging", "run")
 # equal bit for bit, and are told.
 _REQUIRED_PARTS = ("base", "adapter", "data", "engine.name", "method", "seed", "processes")
 _IGNORED_PARTS = (
-    "recipe", "overrides", "base.name", "adapter.name", "data.label", "engine.reason", "precision.reason",
+    "recipe", "overrides", "base.name", "base.directory", "adapter.name", "data.label", "engine.reason",
+    "precision.reason",
 )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from gemma_tune.errors import RunError
 from gemma_tune.identity import file_sha256
+from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.resolve import refuse_other
 from gemma_tune.recipe.schema import LoraSection
+from gemma_tune.runs.adapter_base import require_base
 from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.layout import RunDir
 
@@ -22,19 +24,21 @@ class StartAdapter:
         name: as the recipe gives it.
         base: the base that it says it was trained on.
         sha256: of its weights.
+        note: what of the base could not be compared with the adapter's own, in a sentence.
     """
 
     name: str
     directory: Path
     base: str | None
     sha256: str
+    note: str | None = None
 
 
-def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
-    """Find the adapter of a run, or in a directory such as a checkpoint, and compare its shape with the recipe.
+def find_adapter(name: str, *, lora: LoraSection, base: LocalModel | None = None) -> StartAdapter:
+    """Find the adapter of a run, or in a directory such as a checkpoint, and compare it with the recipe and the base.
 
     Raises:
-        RunError: there is none, its weights are a pickle, or it was trained with other settings.
+        RunError: there is none, it is damaged, or it was trained with other settings or on another base.
     """
     path = Path(name)
     directory = RunDir(path).adapter if RunDir(path).manifest.is_file() else path
@@ -49,7 +53,8 @@ def find_adapter(name: str, *, lora: LoraSection) -> StartAdapter:
     ]
     if different:
         raise RunError(f"model.adapter={name}: {'; '.join(different)}", hint="set lora to what the adapter has")
-    return StartAdapter(name, directory, adapter.base_name, file_sha256(weights))
+    note = require_base(adapter, base) if base is not None else None
+    return StartAdapter(name, directory, adapter.base_name, file_sha256(weights), note)
 
 
 def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -122,7 +122,7 @@ def test_a_bare_adapter_and_its_exports_elsewhere(gemma: Gemma, run: str) -> Non
     [
         (("export", "run", "--format", "gguf-q4_k_n"), "did you mean 'q4_k"),
         (("export", "run", "--format", "merged"), "did you mean 'merged-"),
-        (("export", "run", "--format", "adapter", "--base", "gemma-2b"), "leave --base out"),
+        (("export", "run", "--format", "adapter", "--base", "nowhere"), "nowhere"),
         (("export", "nowhere", "--format", "adapter"), "no such run: nowhere"),
         (("verify", "run"), "has no export yet"),
         (("verify", "nowhere"), "no such run: nowhere"),

@@ -249,7 +249,7 @@ def test_another_base_is_refused(drawn_run: DrawnRun) -> None:
     changed = lock | {"base": lock["base"] | {"files": lock["base"]["files"] | {"model.safetensors": "0" * 64}}}
     drawn_run.run.lock.write_text(json.dumps(changed), encoding="utf-8")
     try:
-        with pytest.raises(ModelError, match=r"is not the base of this run any more: model.safetensors changed"):
+        with pytest.raises(ModelError, match=r"is not the base that .*: these files differ: model.safetensors"):
             evaluate_run(drawn_run.run, settings=EvaluateSettings(), reporter=SilentReporter())
     finally:
         drawn_run.run.lock.write_text(json.dumps(lock), encoding="utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,9 +30,9 @@ from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, exa
 from gemma_tune.disk import directory_bytes
 from gemma_tune.errors import DataError
 from gemma_tune.identity import files_sha256, json_sha256
+from gemma_tune.paths import CACHE_VARIABLE, cache_dir
 from gemma_tune.recipe.schema import DataSection
 
-CACHE_VARIABLE = "GEMMA_TUNE_CACHE"
 _FACTS = "facts.json"
 _TOKEN_IDS, _SUPERVISED, _ROWS = "token_ids.int32", "supervised.bool", "rows.npz"
 _LINES: Mapping[Side, str] = {"train": "train_places.jsonl", "eval": "eval_examples.jsonl"}
@@ -45,14 +44,6 @@ ENCODING_FORMAT = 1
 # What renders and tokenizes; a new release of one of them may read the same rows otherwise.
 _PACKAGES = ("jinja2", "tokenizers", "transformers")
 _PII_PACKAGES, _ENCODING_PACKAGES = ("phonenumbers", "python-stdnum"), ("ftfy",)
-
-
-def cache_dir() -> Path:
-    """`$GEMMA_TUNE_CACHE`, or `gemma-tune` in the user's cache directory."""
-    named = os.environ.get(CACHE_VARIABLE)
-    if named:
-        return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-tune"
 
 
 def cache_key(section: DataSection, inputs: Inputs, *, tokenizer_files: Mapping[str, str]) -> str:

@@ -18,7 +18,7 @@ from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import DEFAULT_SETTINGS
 from gemma_tune.exporting.export_source import ExportSource, public_name
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
-from gemma_tune.exporting.merge.merge_plan import plan_merge, refuse_strangers
+from gemma_tune.exporting.merge.merge_plan import plan_merge
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.exporting.verify.forms import PLAIN, Form
 from gemma_tune.exporting.verify.parity import LIMITS
@@ -27,6 +27,7 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.safetensors import read_config, stored_tensors
 from gemma_tune.reporting.card import CardFormat
 from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterDir, LoraAdapter
+from gemma_tune.runs.adapter_fit import require_fit
 
 
 def export_adapter(
@@ -36,12 +37,9 @@ def export_adapter(
 
     `more_texts` (name -> content) become files of the output. Raises ExportError or ModelError; then nothing is left.
     """
-    from gemma_tune.exporting.merge.write import check_adapter_values
-
     refuse_existing(output_dir)
     adapter = AdapterDir(adapter_dir).read_lora()
     check_keys(adapter, base.directory)
-    check_adapter_values(adapter)
     weights = adapter_dir / ADAPTER_WEIGHTS_FILE
     texts = tokenizer_files(base.directory, adapter_dir) | licence_files(base.directory)
     needed_bytes = sum(path.stat().st_size for path in (weights, *texts.values()))
@@ -58,8 +56,8 @@ def export_adapter(
 def check_keys(adapter: LoraAdapter, base_dir: Path) -> None:
     """Refuse an adapter with a tensor that has no module in the base, or another shape. Reads headers only."""
     base, config = stored_tensors(base_dir), read_config(base_dir)
+    require_fit(adapter, base, base_config=config)
     if config.get("quantization_config"):
-        refuse_strangers(adapter, base.keys())  # packed weights have shapes of their own
         return
     # A merge checks all of it before it begins; which tensors end up tied does not matter here.
     plan_merge(adapter, base=base, base_config=config, settings=DEFAULT_SETTINGS, same_values=lambda *_: True)

@@ -35,10 +35,9 @@ def _estimate_bytes(source: ExportSource, dtype: MergeDtype) -> int:
 
 
 def _write(task: ExportTask) -> Facts:
-    from gemma_tune.exporting.merge.write import merge_adapter, require_same_base
+    from gemma_tune.exporting.merge.write import merge_adapter
 
     source = task.source
-    require_same_base(source.base.directory, source.base_files)
     return merge_adapter(
         source.base.directory,
         source.adapter,

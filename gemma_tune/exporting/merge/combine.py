@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from gemma_tune.disk import output_directory, refuse_existing, require_free_disk, write_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.tensor_io import read_tensor, same_values
-from gemma_tune.exporting.merge.write import check_adapter_values
 from gemma_tune.exporting.text_files import licence_files, portable_settings, tokenizer_files, write_text_files
 from gemma_tune.models.safetensors import StoredTensor
 from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, AdapterDir, LoraAdapter, LoraFactors
@@ -52,8 +51,6 @@ def combine_adapters(
     refuse_existing(output_dir)
     _refuse_options(adapter_dirs, weights=weights, method=method, density=density)
     adapters = [AdapterDir(directory).read_lora() for directory in adapter_dirs]
-    for adapter in adapters:
-        check_adapter_values(adapter)
     _refuse_mixture(adapters)
     modules = sorted({module for adapter in adapters for module in adapter.factors})
     first = adapter_dirs[0]
@@ -75,7 +72,7 @@ def combine_adapters(
         write_text_files(partial_dir, copied=texts)
         write_json(partial_dir / ADAPTER_CONFIG_FILE, _config(first, ranks))
         save_file(tensors, partial_dir / ADAPTER_WEIGHTS_FILE, metadata={"format": "pt"})
-        check_adapter_values(AdapterDir(partial_dir).read_lora())
+        AdapterDir(partial_dir).read_lora()
 
 
 def module_seed(seed: int, module: str) -> int:

@@ -19,15 +19,13 @@ from gemma_tune.exporting.merge.shards import fill_shards
 from gemma_tune.models.families.known import canonical_name, find_family
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 from gemma_tune.runs.adapter_dir import FLOAT_DTYPES, LoraAdapter, LoraFactors
-from gemma_tune.text import listed
+from gemma_tune.runs.adapter_fit import EMBEDDING, HEAD, refuse_missing, refuse_strangers
 
 # (a, b, transposed) -> whether b holds a's values, or those of a.T
 SameValues = Callable[[StoredTensor, StoredTensor, bool], bool]
 
 STORED_DTYPE_OF = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "float64": "F64"}
 _DTYPE_NAME_OF = {stored: name for name, stored in STORED_DTYPE_OF.items()}
-_EMBEDDING = "model.embed_tokens.weight"
-_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -87,18 +85,19 @@ def plan_merge(
     planned = {name: PlannedTensor(name, tensor, tensor, None, tensor.dtype) for name, tensor in base.items()}
     factors, trained, copies = _by_canonical_name(adapter)
     refuse_strangers(adapter, base.keys())
+    refuse_missing(adapter, base.keys(), base_config=base_config)
 
     for canonical, name in name_of.items():
-        if canonical not in (_EMBEDDING, _HEAD):
+        if canonical not in (EMBEDDING, HEAD):
             stored = base[name]
             source = trained.get(canonical) or _changed_copy(stored, copies.get(canonical), same_values)
             planned[name] = replace(planned[name], source=source, factors=factors.get(canonical))
 
     config = dict(base_config)
     notes: tuple[str, ...] = ()
-    if _EMBEDDING in name_of:
+    if EMBEDDING in name_of:
         ends = _plan_ends(adapter, base=base, name_of=name_of, base_config=base_config, same_values=same_values)
-        planned.pop(name_of.get(_HEAD, ""), None)
+        planned.pop(name_of.get(HEAD, ""), None)
         planned |= {tensor.name: tensor for tensor in (ends.embedding, ends.head) if tensor is not None}
         config, notes = _with_ends(config, ends), ends.notes
     for output in planned.values():
@@ -129,7 +128,8 @@ def _refuse_base(base: Mapping[str, StoredTensor], config: Mapping[str, Any], ad
         named = re.sub(r"(-unsloth)?-(bnb-4bit|bnb-8bit|4bit|8bit)$", "", adapter.base_name or "")
         raise ExportError(
             f"{where}: the base is quantised ({found}); merging into it would round away part of what was trained",
-            hint="merge into the 16-bit base" + (f": {named}" if named and named != adapter.base_name else ""),
+            hint="merge into the 16-bit base"
+            + (f": {named}" if named != (adapter.base_name or "") else ": --base DIR"),
         )
     if find_family(config.get("model_type")) is None:
         raise ExportError(
@@ -174,19 +174,6 @@ def _by_canonical_name(
     return factors, trained, copies
 
 
-def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
-    """Refuse adapter tensors that have no weight in the base. A head may be new: a tied base stores none."""
-    wanted = [module + ".weight" for module in (*adapter.factors, *adapter.base_copies)] + list(adapter.trained)
-    known = {canonical_name(name) for name in base_names} | {_HEAD}
-    strangers = sorted({name for name in wanted if canonical_name(name) not in known})
-    if strangers:
-        raise ExportError(
-            f"{adapter.directory}: {len(strangers)} of {len(wanted)} adapter tensors have no weight in the base: "
-            f"{listed(strangers)}",
-            hint=f"was it trained on another model? The adapter names {adapter.base_name or 'no base'}",
-        )
-
-
 @dataclass(frozen=True)
 class _Ends:
     """The two ends of the model. `head` is None when the output ties it to the embedding."""
@@ -213,8 +200,8 @@ def _plan_ends(
     on one end changes that end alone, unless ensure_weight_tying made them one.
     """
     factors, trained, copies = _by_canonical_name(adapter)
-    stored = base[name_of[_EMBEDDING]]
-    stored_head = base[name_of[_HEAD]] if _HEAD in name_of else None
+    stored = base[name_of[EMBEDDING]]
+    stored_head = base[name_of[HEAD]] if HEAD in name_of else None
     says_tied = _says_tied(base_config)
     if stored_head is None and not says_tied:
         raise ExportError(
@@ -224,8 +211,8 @@ def _plan_ends(
     # transformers ties only where the file holds no head, or an equal one (tie_weights in modeling_utils.py, 5.x).
     was_tied = stored_head is None or (says_tied and same_values(stored, stored_head, False))
 
-    whole_in, whole_out = trained.get(_EMBEDDING), trained.get(_HEAD)
-    copy_in, copy_out = copies.get(_EMBEDDING), copies.get(_HEAD)
+    whole_in, whole_out = trained.get(EMBEDDING), trained.get(HEAD)
+    copy_in, copy_out = copies.get(EMBEDDING), copies.get(HEAD)
     if was_tied:
         wholes, both_copies = (whole_in, whole_out), (copy_in, copy_out)
         shared = _shared_end(adapter, stored, wholes=wholes, copies=both_copies, same_values=same_values)
@@ -246,9 +233,9 @@ def _plan_ends(
             hint="save both after resizing the vocabulary (save_embedding_layers=True)",
         )
 
-    embedding = _planned_end(name_of[_EMBEDDING], source_in, stored, factors.get(_EMBEDDING))
-    head_name = name_of.get(_HEAD) or ("language_model." if stored.name.startswith("language_model.") else "") + _HEAD
-    head = _planned_end(head_name, source_out, stored_head or stored, factors.get(_HEAD))
+    embedding = _planned_end(name_of[EMBEDDING], source_in, stored, factors.get(EMBEDDING))
+    head_name = name_of.get(HEAD) or ("language_model." if stored.name.startswith("language_model.") else "") + HEAD
+    head = _planned_end(head_name, source_out, stored_head or stored, factors.get(HEAD))
     stays_tied = was_tied and _is_one(adapter, embedding, head, same_values)
     notes = []
     if was_tied and not stays_tied:

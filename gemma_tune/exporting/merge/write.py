@@ -39,7 +39,6 @@ from gemma_tune.exporting.merge.tensor_io import (
     MAX_WORKERS,
     TORCH_DTYPE,
     is_finite,
-    largest_abs,
     one_thread_an_operation,
     read_elements,
     read_into,
@@ -53,7 +52,6 @@ from gemma_tune.models.safetensors import (
     BYTES_OF_DTYPE,
     CONFIG_FILE,
     StoredTensor,
-    file_hashes,
     read_config,
     stored_tensors,
 )
@@ -92,7 +90,6 @@ def merge_adapter(
     _check_vocabulary(texts, plan)
     needed_bytes = plan.num_bytes + sum(path.stat().st_size for path in texts.values())
     require_free_disk(output_dir, needed_bytes, what="the merged model")
-    check_adapter_values(adapter)
     with output_directory(output_dir, fingerprint=_fingerprint(plan, adapter)) as partial_dir:
         write_text_files(partial_dir, copied=texts, given=more_texts)
         write_json(partial_dir / CONFIG_FILE, plan.config)
@@ -124,34 +121,6 @@ def _check_vocabulary(texts: Mapping[str, Path], plan: MergePlan) -> None:
         raise ExportError(
             f"{path}: token {token!r} has id {index}, the embedding has {rows} rows",
             hint="the tokenizer was extended: save the resized embedding with the adapter (save_embedding_layers=True)",
-        )
-
-
-def require_same_base(base_dir: Path, expected: Mapping[str, str]) -> None:
-    """Refuse a base other than the expected one: sha256 by file name, as `file_hashes` gives it."""
-    found = file_hashes(base_dir)
-    differ = sorted(name for name, digest in expected.items() if found.get(name) != digest)
-    if differ:
-        told = ", ".join(name if name in found else f"{name} (missing)" for name in differ[:4])
-        raise ExportError(
-            f"{base_dir} is not the base that the adapter was trained on; these files differ: {told}",
-            hint="merge into the base that the run's lock names",
-        )
-
-
-def check_adapter_values(adapter: LoraAdapter) -> None:
-    """Refuse NaN, infinity, and an adapter that changes nothing (training never moved it)."""
-    largest = {tensor.name: largest_abs(tensor) for tensor in adapter.tensors()}
-    bad = [name for name, value in largest.items() if not value < float("inf")]
-    if bad:
-        raise ExportError(
-            f"{adapter.directory}: NaN or infinity in {len(bad)} adapter tensors: {', '.join(bad[:4])}",
-            hint="training diverged; take an earlier checkpoint",
-        )
-    moves = any((largest[f.a.name] and largest[f.b.name]) or f.magnitude is not None for f in adapter.factors.values())
-    if not moves and not adapter.trained:
-        raise ExportError(
-            f"{adapter.directory}: the adapter changes nothing: every lora_B is zero", hint="was it trained at all?"
         )
 
 

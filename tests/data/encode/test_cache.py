@@ -20,13 +20,13 @@ from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.open import build_datasets
-from gemma_tune.paths import DATA_TEMPLATES_DIR, PACKAGE_DIR
+from gemma_tune.paths import CACHE_VARIABLE, DATA_TEMPLATES_DIR, PACKAGE_DIR
 from gemma_tune.recipe.schema import DataSection
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "tokens"
 
 
@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file" / "below"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file" / "below"))
     assert len(build(save(tmp_path / "rows.jsonl", 60), tokenizer).train)
 
 

@@ -20,6 +20,7 @@ from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
 from gemma_tune.data.rows.spool import Chosen, ExampleSpool, Lines, LineWriter
 from gemma_tune.errors import DataError
+from gemma_tune.paths import CACHE_VARIABLE
 from gemma_tune.recipe.schema import DataSection
 
 
@@ -98,7 +99,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(cache.EntryWriter, "add", full)
     path = tmp_path / "rows.jsonl"
     path.write_text(
@@ -106,5 +107,5 @@ def test_a_full_disk_is_told_and_leaves_nothing(
     )
     with pytest.raises(DataError, match=r"no space is left for the encoded rows in .*cache/tokens") as caught:
         build(path, tokenizer)
-    assert caught.value.hint is not None and cache.CACHE_VARIABLE in caught.value.hint
+    assert caught.value.hint is not None and CACHE_VARIABLE in caught.value.hint
     assert not list((tmp_path / "cache" / "tokens").iterdir())

@@ -10,10 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.merge.tensor_io import (
-    BLOCK_ELEMENTS,
-    abs_max,
     is_finite,
-    largest_abs,
     read_elements,
     read_tensor,
     same_values,
@@ -48,16 +45,6 @@ def test_a_file_that_ends_too_early(tmp_path: Path) -> None:
         file.truncate(path.stat().st_size - 40)
     with pytest.raises(ExportError, match="ended while it was read"):
         read_tensor(tensor)
-
-
-def test_the_largest_value_of_all_blocks(tmp_path: Path) -> None:
-    values = torch.zeros(2 * BLOCK_ELEMENTS + 5)
-    values[-1] = -3.0
-    assert largest_abs(stored(tmp_path / "a.safetensors", values=values)["values"]) == 3.0
-    values[BLOCK_ELEMENTS] = float("nan")
-    assert not largest_abs(stored(tmp_path / "b.safetensors", values=values)["values"]) < float("inf")
-    assert float(abs_max(torch.tensor([1.0, -float("inf")]))) == float("inf")
-    assert float(abs_max(torch.tensor([]))) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
