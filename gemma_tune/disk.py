@@ -19,8 +19,9 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from gemma_tune.text import format_bytes
 
 ErrorClass = type[GemmaTuneError]
 _RECORD_FILE = ".finished.json"
+_MARK = ".made-by-gemma-tune"  # in a working directory that is ours to empty and to remove
 
 
 # --- text and JSON --------------------------------------------------------------------------------------------------
@@ -137,27 +139,27 @@ def sync_tree(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, flags: int = os.O_RDONLY) -> Iterator[bool]:
-    """Open a file or directory and lock it; yield whether it is ours alone for the block.
+def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Open a file or directory and lock it; yield whether it is ours alone, or `shared` with others, for the block.
 
     The system drops the lock with its process, however that ends, and there is no lock file to be left behind. Where
     there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
     """
-    descriptor = os.open(path, flags, 0o666)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         # The second test: its last holder may have renamed or removed it between our opening and locking it.
-        yield _take_lock(descriptor) and _is_at(descriptor, path)
+        yield _take_lock(descriptor, shared=shared) and _is_at(descriptor, path)
     finally:
         os.close(descriptor)
 
 
-def _take_lock(descriptor: int) -> bool:
+def _take_lock(descriptor: int, *, shared: bool) -> bool:
     if sys.platform == "win32":
         return True
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:
@@ -217,6 +219,47 @@ def _allocated_bytes(path: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in files if file.exists())
 
 
+# --- whose directory it is ------------------------------------------------------------------------------------------
+
+
+def claim_directory(directory: Path, *, error: ErrorClass) -> None:
+    """Make a working directory and mark it as ours, or find it so; one that holds something else is refused."""
+    directory.mkdir(parents=True, exist_ok=True)
+    mark = directory / _MARK
+    if directory.is_symlink() or (not mark.is_file() and any(directory.iterdir())):
+        raise error(
+            f"{directory} is needed for work in progress, and holds what gemma-tune did not make",
+            hint="move it away, or give another output",
+        )
+    mark.touch()
+
+
+@contextmanager
+def shared_directory(
+    directory: Path, *, sweeps: Sequence[Path] = (), error: ErrorClass = ExportError
+) -> Iterator[None]:
+    """Claim a directory that several processes work in; the last one to leave without an error removes it.
+
+    Args:
+        sweeps: finished outputs from which the last one removes what a killed process left.
+    """
+    with ExitStack() as stack:
+        is_here = False
+        while not is_here:  # again while another process removes it
+            with suppress(FileNotFoundError):
+                claim_directory(directory, error=error)
+                is_here = stack.enter_context(locked(directory, shared=True))
+            time.sleep(0 if is_here else 0.05)
+        yield
+    with suppress(OSError), locked(directory) as is_last:
+        if is_last:
+            for output in sweeps:
+                _sweep_leftovers(output)
+            _empty(directory, all_but={_MARK})
+            (directory / _MARK).unlink()
+            directory.rmdir()
+
+
 # --- directories that replace another -------------------------------------------------------------------------------
 
 
@@ -225,7 +268,7 @@ def replaced_directory(
     directory: Path,
     *,
     explain: Callable[[Exception], Exception],
-    displace: Callable[[Path], object] = shutil.rmtree,
+    displace: Callable[[Path], object] | None = None,
 ) -> Iterator[Path]:
     """Yield an empty directory next to `directory`; at the end of the block it is flushed and takes its place.
 
@@ -239,8 +282,8 @@ def replaced_directory(
         partial.mkdir(parents=True)
         yield partial
         sync_tree(partial)
-        if directory.exists():
-            displace(directory)
+        if directory.is_symlink() or directory.exists():
+            (displace or _remove)(directory)
         partial.rename(directory)
         sync_directory(directory.parent)
     except Exception as cause:
@@ -263,10 +306,10 @@ def output_directory(
 
     With a fingerprint, what a killed process with the same one finished is still there: see `finished_files`.
     """
-    with _renamed_when_complete(output, is_directory=True, error=error) as partial_dir:
+    with _renamed_when_complete(output, error=error) as partial_dir:
         is_ours = fingerprint is not None and _read_record(partial_dir)["fingerprint"] == fingerprint
         kept = finished_files(partial_dir) if is_ours else set()
-        _empty(partial_dir, all_but=kept)
+        _empty(partial_dir, all_but={_MARK, *kept, *([_RECORD_FILE] if kept else [])})
         if fingerprint and not kept:
             write_json(partial_dir / _RECORD_FILE, {"fingerprint": fingerprint, "files": {}}, error=error)
         yield partial_dir
@@ -276,8 +319,10 @@ def output_directory(
 @contextmanager
 def output_file(output: Path, *, error: ErrorClass = ExportError) -> Iterator[Path]:
     """Yield a file next to the output, to be written in place; it becomes the output, which must not exist."""
-    with _renamed_when_complete(output, is_directory=False, error=error) as partial_file:
-        os.truncate(partial_file, 0)
+    with _renamed_when_complete(output, file_name=output.name, error=error) as partial_dir:
+        _empty(partial_dir, all_but={_MARK})
+        partial_file = partial_dir / output.name
+        partial_file.touch()
         yield partial_file
 
 
@@ -318,16 +363,16 @@ def _partial_path(output: Path) -> Path:
 
 
 @contextmanager
-def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClass) -> Iterator[Path]:
+def _renamed_when_complete(output: Path, *, error: ErrorClass, file_name: str = "") -> Iterator[Path]:
+    """Yield a directory that becomes the output at the end; with `file_name` that file in it does."""
     partial = _partial_path(output)
     try:
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        if is_directory:
-            partial.mkdir(exist_ok=True)
+        partial.mkdir(parents=True, exist_ok=True)
         # Two writers of one output are kept apart by a lock on what they write, which therefore is written in place.
-        with locked(partial, flags=os.O_RDONLY if is_directory else os.O_RDWR | os.O_CREAT) as is_ours:
+        with locked(partial) as is_ours:
             if not is_ours:
                 raise error(f"another process is writing {output}", hint="wait for it, or give another path")
+            claim_directory(partial, error=error)
             try:
                 refuse_existing(output, error=error)
                 yield partial
@@ -335,7 +380,10 @@ def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClas
                 refuse_existing(output, error=error)
                 if output.is_dir():
                     output.rmdir()
-                partial.rename(output)
+                (partial / file_name).rename(output)
+                (partial if file_name else output).joinpath(_MARK).unlink()  # now: without it nobody may remove it
+                if file_name:
+                    partial.rmdir()
                 sync_directory(partial.parent)
             except BaseException:
                 with suppress(OSError):
@@ -350,17 +398,28 @@ def _renamed_when_complete(output: Path, *, is_directory: bool, error: ErrorClas
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    """Remove a file, a directory with what is in it, or a link alone."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _empty(partial_dir: Path, *, all_but: set[str]) -> None:
-    """Remove what is in a directory, but for the files to keep and the record of them."""
-    for child in partial_dir.iterdir():
-        if not all_but or child.name not in (*all_but, _RECORD_FILE):
+def _empty(directory: Path, *, all_but: set[str]) -> None:
+    for child in directory.iterdir():
+        if child.name not in all_but:
             _remove(child)
+
+
+def _sweep_leftovers(directory: Path) -> None:
+    for path in filter(is_leftover, list(directory.iterdir())):
+        if path.is_file() or (path / _MARK).is_file() or not any(path.iterdir()):
+            _remove(path)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file of an output is what a killed process left: our mark, or the next content of a file of ours."""
+    return path.name == _MARK or (path.name.startswith(".") and path.suffix in (".tmp", ".partial"))
 
 
 def _read_record(partial_dir: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def output(tmp_path: Path) -> Path:
 def test_the_name_appears_with_the_end(open_output: Opener, output: Path) -> None:
     with open_output(output) as partial:
         fill(partial)
-        assert not output.exists() and partial.parent == output.parent
+        assert not output.exists() and partial.is_relative_to(output.parent)
     assert content(output) == "whole" and names(output.parent) == ["output"]
 
 
@@ -186,7 +186,7 @@ def kill_in_the_middle(output: Path, kind: str, fingerprint: str = "") -> None:
 def test_leftovers_of_a_killed_process_are_tidied(open_output: Opener, output: Path) -> None:
     kill_in_the_middle(output, "file" if open_output is output_file else "directory", "any")
     with open_output(output) as partial:
-        assert not (names(partial) if partial.is_dir() else partial.read_bytes())
+        assert names(partial) == [".made-by-gemma-tune"] if partial.is_dir() else not partial.read_bytes()
         fill(partial)
     assert content(output) == "whole" and names(output.parent) == ["output"]
 

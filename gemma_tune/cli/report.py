@@ -18,8 +18,8 @@ from gemma_tune.errors import RunError
 from gemma_tune.reporting.facts import differing_settings, gather_facts, results_side_by_side
 from gemma_tune.reporting.write_report import write_report, write_reports
 from gemma_tune.runs.evaluation import read_evaluation
+from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.terminal import Terminal, make_table
 from gemma_tune.text import format_bytes, format_seconds, shorten
@@ -68,7 +68,7 @@ def _write_own_report(terminal: Terminal, run: RunDir) -> None:
 
 def _as_json(run: RunDir) -> dict[str, Any]:
     if not run.summary.is_file():
-        return asdict(read_manifest(run))
+        return asdict(describe_state(run))
     summary = read_summary(run)
     return {"run": str(run.path), **asdict(summary), "tokens_per_second": summary.tokens_per_second}
 
@@ -78,7 +78,7 @@ def _print_one(terminal: Terminal, run: RunDir) -> None:
         print_results(terminal, run, as_json=False)
         print_files(terminal, run)
         return
-    manifest = read_manifest(run)
+    manifest = describe_state(run)
     done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
     terminal.plain(f"{run.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else ""))
 

@@ -6,12 +6,11 @@ written to `.parts` and removed at the end. A killed export is resumed: what was
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_tune.disk import directory_bytes, require_free_disk
+from gemma_tune.disk import directory_bytes, require_free_disk, shared_directory
 from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
 from gemma_tune.exporting import export_record as records
 from gemma_tune.exporting.export_settings import ExportSettings
@@ -99,28 +98,30 @@ def export_formats(
     missing = [step.format for step in steps.values() if not step.kept]
     needed_bytes = sum(each.estimate_bytes(source, settings.dtype) for each in missing)
     require_free_disk(output / PARTS_DIR, needed_bytes, what=", ".join(each.name for each in missing) or "nothing")
-    for step in steps.values():
-        if step.kept:
-            _finish_if_killed(step.output)
-            reporter.detail(f"{step.format.name}: finished already")
-        else:
-            _write(step, source, settings, reporter=reporter)
-    wanted = [steps[each.name] for each in asked]
-    unproven = [step.output for step in wanted if settings.verify and not records.read_record(step.output).passed]
-    parity = None
-    if unproven:
-        reporter.stage("verify")
-        parity = verify_directories(
-            source,
-            unproven,
-            siblings={name: step.output for name, step in steps.items()},
-            probe=make_probe(),
-            reporter=reporter,
-            measure=measure,
-        )
-    for step in wanted:
-        _write_card(step.output, source, reporter=reporter)
-    shutil.rmtree(output / PARTS_DIR, ignore_errors=True)
+    with shared_directory(output / PARTS_DIR, sweeps=[output / each.name for each in asked]):
+        if not all(step.output.is_dir() for step in steps.values() if step.kept):  # another export has just removed it
+            steps = _plan(source, asked, output=output, settings=settings)
+        wanted = [steps[each.name] for each in asked]
+        for step in steps.values():
+            if step.kept:
+                _finish_if_killed(step.output)
+                reporter.detail(f"{step.format.name}: finished already")
+            else:
+                _write(step, source, settings, reporter=reporter)
+        unproven = [step.output for step in wanted if settings.verify and not records.read_record(step.output).passed]
+        parity = None
+        if unproven:
+            reporter.stage("verify")
+            parity = verify_directories(
+                source,
+                unproven,
+                siblings={name: step.output for name, step in steps.items()},
+                probe=make_probe(),
+                reporter=reporter,
+                measure=measure,
+            )
+        for step in wanted:
+            _write_card(step.output, source, reporter=reporter)
     return ExportOutcome(tuple(_exported(step.output, kept=step.kept) for step in wanted), parity)
 
 

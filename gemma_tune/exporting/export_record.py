@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import read_json, to_json, write_json
+from gemma_tune.disk import is_leftover, read_json, to_json, write_json
 from gemma_tune.errors import ExportError, RunError
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
@@ -79,8 +79,12 @@ def finish_record(directory: Path, record: ExportRecord, facts: Mapping[str, Any
 
 
 def list_files(directory: Path) -> dict[str, int]:
-    """Name -> bytes of the files of an export, its record and its model card aside, which may change later."""
-    return {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.name not in _CHANGING}
+    """Name -> bytes of the files of an export: without record and model card, which may change, and leftovers."""
+    return {
+        path.name: path.stat().st_size
+        for path in sorted(directory.iterdir())
+        if path.name not in _CHANGING and not is_leftover(path)
+    }
 
 
 def require_unchanged(directory: Path, record: ExportRecord) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.inputs import open_inputs
 from gemma_tune.data.open import load_data
+from gemma_tune.disk import shared_directory
 from gemma_tune.errors import DataError
 from gemma_tune.exporting.export_formats import (
     PARTS_DIR,
@@ -43,18 +45,20 @@ def export_model(
     if source.note is not None:
         reporter.warn(source.note)
     output = output or source.default_output
-    if combination is not None:
-        find_formats(formats)  # a wrong name is told before anything is written
-        output = output / "combined"
-        source = combine_sources(source, combination, directory=output / PARTS_DIR)
-    return export_formats(
-        source,
-        formats,
-        output=output,
-        settings=settings,
-        make_probe=lambda: _make_probe(first, settings.num_positions, reporter=reporter),
-        reporter=reporter,
-    )
+    with ExitStack() as stack:
+        if combination is not None:
+            find_formats(formats)  # a wrong name is told before anything is written
+            output = output / "combined"
+            stack.enter_context(shared_directory(output / PARTS_DIR))
+            source = combine_sources(source, combination, directory=output / PARTS_DIR)
+        return export_formats(
+            source,
+            formats,
+            output=output,
+            settings=settings,
+            make_probe=lambda: _make_probe(first, settings.num_positions, reporter=reporter),
+            reporter=reporter,
+        )
 
 
 def verify_model(

@@ -100,7 +100,7 @@ def train_run(
 
 
 def _train_and_summarise(context: RunContext, decisions: Decisions, found: FoundRun, *, from_step: int | None) -> None:
-    with discarding_when_refused(found, context.run):
+    with discarding_when_refused(context.run):
         resumption = begin_run(context, decisions, found, from_step=from_step)
         parts = prepare(context, decisions, resumption=resumption)
     with recording_the_end(context, decisions.loaded):

@@ -131,6 +131,14 @@ def end_with_the_starter() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def stop_signals() -> list[signal.Signals]:
+    """Return the signals that ask to stop: Ctrl-C, the scheduler's, and a closed terminal's."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if sys.platform != "win32" and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        numbers.append(signal.SIGHUP)
+    return numbers
+
+
 def is_one_of_several() -> bool:
     """Whether this process was started to train together with others, by us or by torchrun."""
     return "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
@@ -165,7 +173,7 @@ def _passing_signals(workers: Sequence[_Worker]) -> Iterator[None]:
     def pass_on(number: int, frame: object) -> None:
         _signal(workers, signal.Signals(number))
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         yield
     finally:

@@ -11,8 +11,9 @@ from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
 from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, smoothed
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
+from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.manifest import Manifest, read_manifest
+from gemma_tune.runs.manifest import Manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
 from gemma_tune.text import counted, format_bytes, format_seconds
@@ -80,7 +81,7 @@ def gather_facts(run: RunDir) -> RunFacts:
     recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
     return RunFacts(
         name=run.path.resolve().name,
-        manifest=read_manifest(run),
+        manifest=describe_state(run),
         lock=read_json(run.lock) if run.lock.is_file() else None,
         data=read_json(run.data_report) if run.data_report.is_file() else None,
         plan=read_json(run.plan) if run.plan.is_file() else None,

@@ -143,8 +143,8 @@ def named_checkpoint(run: RunDir, step: int) -> Path:
 
 
 def has_checkpoints(run: RunDir) -> bool:
-    """Whether a run lists any checkpoint, complete or damaged."""
-    return bool(_listed(run))
+    """Whether a run lists any checkpoint that was finished, whole or damaged since."""
+    return any((path / SEAL).exists() for path in _listed(run))
 
 
 def go_back_to(run: RunDir, checkpoint: Path | None) -> list[str]:

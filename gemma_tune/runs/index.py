@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from gemma_tune.disk import locked
 from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.runs.manifest import read_manifest
+from gemma_tune.runs.manifest import Manifest, read_manifest
 
 # `dead`: the manifest says running, but no process holds the run.
 RunState = Literal["running", "finished", "stopped", "failed", "dead"]
@@ -22,6 +23,14 @@ def state_of(run: RunDir) -> RunState:
         return "running"
     status = read_manifest(run).status
     return "dead" if status == "running" else status
+
+
+def describe_state(run: RunDir) -> Manifest:
+    """Return the manifest as it is shown: a run whose process is gone was stopped."""
+    manifest, state = read_manifest(run), state_of(run)
+    if state == "dead":
+        return replace(manifest, status="stopped", error="its process is gone")
+    return replace(manifest, status=state)
 
 
 @contextlib.contextmanager

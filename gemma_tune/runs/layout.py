@@ -23,6 +23,11 @@ class RunDir:
         return self.path.name
 
     @property
+    def made(self) -> Path:
+        """Which folders were made for the run: its first file, gone once it is ready to train."""
+        return self.path / ".made.json"
+
+    @property
     def recipe(self) -> Path:
         """The recipe file as it was given."""
         return self.path / "recipe.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma_tune.disk import reason_of, require_free_disk
-from gemma_tune.errors import GemmaTuneError, RunError, TrainingInterrupted
+from gemma_tune.disk import reason_of, require_free_disk, to_json
+from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import World, explain_lost_processes
 from gemma_tune.recipe.load import LoadedRecipe, load_recipe
@@ -23,6 +24,7 @@ from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.index import find_begun, hold_run, interrupted_run, numbered_runs
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Status, read_manifest, update_manifest
+from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.runs.resume import recipe_differences, resume_command
 
@@ -52,7 +54,7 @@ def find_or_create_run(loaded: LoadedRecipe, *, asked: bool, reporter: Reporter)
     section = loaded.recipe.run
     begun = _run_to_resume(loaded, asked=asked, reporter=reporter)
     if begun is not None:
-        return FoundRun(begun, "begun")
+        return FoundRun(begun, "new" if not asked and _made_no_step(begun) else "begun")
     if not asked and section.resume == "auto" and section.name is not None:
         named = RunDir(Path(section.output_dir) / section.name)
         if _has_finished(named, loaded.recipe):
@@ -76,7 +78,14 @@ def _run_to_resume(loaded: LoadedRecipe, *, asked: bool, reporter: Reporter) -> 
     if asked:
         return find_begun(output_dir, name=section.name, recipe_name=loaded.name)
     run = interrupted_run(output_dir, name=section.name, recipe_name=loaded.name)
-    if run is None or section.resume == "auto":
+    if run is None:
+        return None
+    if _made_no_step(run):
+        if section.name is None and section.resume != "auto":
+            return None
+        reporter.warn(f"{run.path} ended before its first checkpoint: it starts again from step 0")
+        return run
+    if section.resume == "auto":
         return run
     manifest = read_manifest(run)
     told = f"{run.path} was interrupted" + (
@@ -88,6 +97,10 @@ def _run_to_resume(loaded: LoadedRecipe, *, asked: bool, reporter: Reporter) -> 
     if has_checkpoints(run):
         reporter.warn(f"{told}, and this is a new run; {how}")
     return None
+
+
+def _made_no_step(run: RunDir) -> bool:
+    return not (run.checkpoints.is_dir() and any(run.checkpoints.iterdir())) and not read_metrics(run)
 
 
 @contextlib.contextmanager
@@ -109,14 +122,16 @@ def working_in(found: FoundRun, *, reporter: Reporter, world: World) -> Iterator
 
 
 @contextlib.contextmanager
-def discarding_when_refused(found: FoundRun, run: RunDir) -> Iterator[None]:
-    """Remove a new run that is refused within the block."""
+def discarding_when_refused(run: RunDir) -> Iterator[None]:
+    """Remove a run that never trained when the block raises; record the error in one that had begun to write again."""
+    before = run.manifest.read_bytes() if run.manifest.is_file() else None
     try:
         yield
-    except (GemmaTuneError, KeyboardInterrupt):
-        if found.state == "new":
-            discard_run(run)
+    except BaseException as error:
+        if not discard_run(run) and run.manifest.is_file() and run.manifest.read_bytes() != before:
+            _mark(run, "failed", f"{type(error).__name__}: {error}")
         raise
+    run.made.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -155,24 +170,20 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
     """
     if name is not None and name.split(".")[0].lower() in _DEVICE_NAMES:
         raise RunError(f"run.name={name} is the name of a device on Windows", hint="choose another name")
-    if name is not None and (output_dir / name).exists():
-        if _was_never_begun(output_dir / name):
-            return RunDir(output_dir / name)
-        raise RunError(
-            f"the run {output_dir / name} exists already, and a run is never overwritten",
-            hint="choose another run.name, leave it out for a numbered one, or continue it with --resume",
-        )
     try:
+        if name is not None and os.path.lexists(output_dir / name):
+            return _take_existing(RunDir(output_dir / name))
         made = _make_parents(output_dir)
         try:
             require_free_disk(
                 output_dir, needed_bytes, what="the run", error=RunError, spare_bytes=0,
                 hint="free some space, or set run.output_dir to another disk",
             )  # fmt: skip
-            if name is None:
-                return RunDir(_make_numbered(output_dir, recipe_name))
-            (output_dir / name).mkdir()
-            return RunDir(output_dir / name)
+            run = RunDir(_make_numbered(output_dir, recipe_name) if name is None else output_dir / name)
+            if name is not None:
+                run.path.mkdir()
+            _record_made(run, [*made, run.path])
+            return run
         except (RunError, OSError):
             for folder in reversed(made):  # leave nothing behind that was not there
                 folder.rmdir()
@@ -184,18 +195,57 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
         ) from None
 
 
-def _was_never_begun(path: Path) -> bool:
-    """Whether a run ended before it had a manifest: nothing but the first files of a run is there."""
-    run = RunDir(path)
-    first = {file.name for file in (run.recipe, run.resolved_recipe, run.template, run.library_log)}
-    return path.is_dir() and all(entry.name in first or entry.name.endswith(".tmp") for entry in path.iterdir())
+def _take_existing(run: RunDir) -> RunDir:
+    """Return an empty folder, or a run that a kill ended before its first step, as a new run; refuse anything else."""
+    entries = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else None
+    if entries == set():
+        _record_made(run, [])
+        return run
+    if entries and run.made.name in entries and all(entry in _first_names(run) for entry in entries):
+        return run
+    if run.manifest.is_file():
+        raise RunError(
+            f"the run {run.path} exists already, and a run is never overwritten",
+            hint="choose another run.name, leave it out for a numbered one, or continue it with --resume",
+        )
+    raise RunError(
+        f"{run.path} exists already and is not a run: nothing is written into it",
+        hint="choose another run.name, or leave it out for a numbered run",
+    )
 
 
-def discard_run(run: RunDir) -> None:
-    """Remove a run that was refused before its first step, and its output folder when nothing else is in it."""
-    shutil.rmtree(run.path)
-    with contextlib.suppress(OSError):  # not empty
-        run.path.parent.rmdir()
+def _record_made(run: RunDir, folders: list[Path]) -> None:
+    """Write which folders were made for a run, before anything else of it; raises where another process did."""
+    with run.made.open("x", encoding="utf-8") as file:
+        file.write(to_json([str(folder.absolute()) for folder in folders]))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _first_names(run: RunDir) -> set[str]:
+    """The names of all files that a run writes before its first step."""
+    files = (run.recipe, run.resolved_recipe, run.template, run.manifest, run.data_report, run.plan, run.lock)
+    return {run.made.name, run.library_log.name, *(name for file in files for name in (file.name, f".{file.name}.tmp"))}
+
+
+def discard_run(run: RunDir) -> bool:
+    """Remove what was made for a run that never trained: its folders, or its files in a folder that was there before.
+
+    Returns:
+        False where there is no record of what was made: nothing is removed.
+    """
+    if not run.made.is_file():
+        return False
+    with contextlib.suppress(ValueError):  # a record that a kill cut short names no folder
+        folders = [Path(folder) for folder in json.loads(run.made.read_text(encoding="utf-8"))]
+        if run.path.absolute() in folders:
+            shutil.rmtree(run.path)
+        for folder in reversed(folders):
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+    for name in _first_names(run) if run.path.is_dir() else ():
+        (run.path / name).unlink(missing_ok=True)
+    return True
 
 
 def _make_parents(folder: Path) -> list[Path]:

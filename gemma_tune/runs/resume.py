@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import read_json, write_text
+from gemma_tune.disk import read_json_object, write_text
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -91,10 +91,13 @@ def rewind_run(context: RunContext, recipe: Recipe, *, lock: Lock, resumption: R
     """Report what differs from the start of a run, and take its files back to the step that it resumes from.
 
     Raises:
-        RunError: the run began with another base, other rows or another engine.
+        RunError: the run began with another base, other rows or another engine, or its lock is gone or damaged.
     """
     run, reporter = context.run, context.reporter
-    differences = lock_differences(read_json(run.lock), asdict(lock)) if run.lock.is_file() else Differences([], [])
+    differences = Differences([], [])
+    if resumption.checkpoint is not None or run.lock.is_file():
+        before = read_json_object(run.lock, hint="what it was trained on is not known any more: start a new run")
+        differences = lock_differences(before, asdict(lock))
     _refuse(run, differences.refused)
     for line in resumption.changed:
         reporter.detail(f"changed: {line}")

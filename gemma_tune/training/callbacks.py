@@ -13,13 +13,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma_tune.machine.main_memory import peak_memory_bytes
+from gemma_tune.machine.processes import stop_signals
 from gemma_tune.recipe.methods import MethodFacts, MethodMetric
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.manifest import update_manifest
 from gemma_tune.runs.metrics_log import append_metrics
 from gemma_tune.runs.reporter import StepProgress
 
-_SECONDS_OF_ONE_SIGTERM = 3.0
+_SECONDS_OF_ONE_STOP = 3.0
 
 
 class MetricsCallback(TrainerCallback):
@@ -179,16 +180,16 @@ class InterruptCallback(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch SIGINT and SIGTERM; a second one acts at once, as if nothing listened.
+        """Catch what asks to stop; a second SIGINT, or a later signal, acts at once, as if nothing listened.
 
-        That does no harm: a checkpoint that is being written then is not in the list. A SIGTERM that repeats one within
-        moments is not a second one: a scheduler sends it to every process of a job, and the process that started this
-        one passes on its own.
+        That does no harm: a checkpoint that is being written then is not in the list. A SIGTERM or SIGHUP that follows
+        another signal within moments is not a second one: a scheduler sends it to every process of a job, the process
+        that started this one passes on its own, and a terminal that closes is heard of more than once.
         """
         if threading.current_thread() is not threading.main_thread():
             yield  # only the main thread may set handlers; a notebook's worker keeps its own
             return
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.getsignal(number) for number in stop_signals()}
 
         signalled_at = 0.0
 
@@ -197,7 +198,7 @@ class InterruptCallback(TrainerCallback):
             if self.signal is None:
                 self.signal, signalled_at = signal.Signals(number), time.monotonic()
                 self.reporter.warn(f"{self.signal.name}: saving after this step; once more leaves at once")
-            elif number != signal.SIGTERM or time.monotonic() - signalled_at > _SECONDS_OF_ONE_SIGTERM:
+            elif number == signal.SIGINT or time.monotonic() - signalled_at > _SECONDS_OF_ONE_STOP:
                 for known, handler in before.items():
                     signal.signal(known, handler)
                 signal.raise_signal(number)

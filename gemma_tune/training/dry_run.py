@@ -6,15 +6,17 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gemma_tune.disk import reason_of, sync_tree
 from gemma_tune.errors import RunError, TrainingStopped
 from gemma_tune.machine.precision import Precision
 from gemma_tune.runs.checkpoints import require_free
+from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
 from gemma_tune.training.guards import likely_cause
 from gemma_tune.training.loop import Loop
@@ -39,9 +41,9 @@ def rehearse(trainer: Loop, *, parts: TrainerParts) -> float | None:
     """
     num_weights = sum(weight.numel() for weight in trained_weights(trainer.model).values())
     kept = (trainer.args.save_total_limit or 1) + 1  # an old one goes after the new one is there
-    folder, precision = parts.context.run.path, parts.loaded.precision
-    require_free(folder, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
-    _rehearse_saving(trainer.model, folder=folder / ".rehearsal", tokenizer=parts.tokenizer)
+    run, precision = parts.context.run, parts.loaded.precision
+    require_free(run.path, kept * _CHECKPOINT_BYTES_PER_WEIGHT * num_weights, what=f"{kept} checkpoints")
+    _rehearse_saving(trainer.model, run=run, tokenizer=parts.tokenizer)
     with _explaining_memory(trainer):
         if parts.shards_model:
             trainer.add_callback(_RehearseStep(trainer, precision=precision))
@@ -63,16 +65,31 @@ def _explaining_memory(trainer: Loop) -> Iterator[None]:
         ) from None
 
 
-def _rehearse_saving(model: Any, *, folder: Path, tokenizer: Any) -> None:
+def _rehearse_saving(model: Any, *, run: RunDir, tokenizer: Any) -> None:
+    """Write, flush, rename and read back, where and as a checkpoint will be."""
     before = {name: weight.detach().clone() for name, weight in trained_weights(model).items()}
-    shutil.rmtree(folder, ignore_errors=True)
+    parent = run.checkpoints if run.checkpoints.is_dir() else run.path
+    folder, partial = parent / ".rehearsal", parent / ".rehearsal.partial"
+    fault, hint = "cannot be saved", "make space, lift the quota or the limit of a file's size, or set run.output_dir"
     try:
-        folder.mkdir()
-        write_adapter(model, folder)
-        tokenizer.save_pretrained(str(folder))
+        for path in (folder, partial):
+            shutil.rmtree(path, ignore_errors=True)
+        partial.mkdir()
+        write_adapter(model, partial)
+        tokenizer.save_pretrained(str(partial))
+        sync_tree(partial)
+        fault, hint = "cannot be renamed once it is whole", "its file system may not do that: set run.output_dir"
+        partial.rename(folder)
         read_adapter(model, folder)
+    except Exception as cause:
+        # The tokenizers library has no exception of its own.
+        if not isinstance(cause, OSError | SafetensorError) and type(cause) is not Exception:
+            raise
+        reason = reason_of(cause) if isinstance(cause, OSError) else cause
+        raise RunError(f"a checkpoint in {parent} {fault}: {reason}", hint=f"{hint} to a folder elsewhere") from None
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, partial):
+            shutil.rmtree(path, ignore_errors=True)
     changed = [name for name, weight in trained_weights(model).items() if not torch.equal(weight, before[name])]
     if changed:
         raise RunError(f"the adapter's weight {changed[0]} does not come back as it was saved", hint="report this")

@@ -27,7 +27,7 @@ from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.rows.read import examples_sha256
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, example_to_json
-from gemma_tune.disk import directory_bytes
+from gemma_tune.disk import directory_bytes, locked
 from gemma_tune.errors import DataError
 from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.paths import CACHE_VARIABLE, cache_dir
@@ -70,12 +70,12 @@ def read_entry(key: str) -> Datasets | None:
     try:
         facts: dict[str, Any] = json.loads((path / _FACTS).read_text(encoding="utf-8"))
         if facts["sha256"] != _hashes(path):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_entry(path)
             return None
         return _map_entry(path, TypeAdapter(DataReport).validate_python(facts["report"]), cached=True)
     except FileNotFoundError:
         if path.exists():  # a file of it is gone
-            shutil.rmtree(path, ignore_errors=True)
+            _remove_entry(path)
         return None
     except (OSError, ValueError, KeyError):
         return None
@@ -123,6 +123,7 @@ def new_entry(*, cached: bool) -> Iterator[EntryWriter]:
     directory = _new_directory(cached=cached)
     try:
         with ExitStack() as files:
+            files.enter_context(locked(directory))
             yield EntryWriter(directory, files)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -173,13 +174,28 @@ def _map_entry(path: Path, report: DataReport, *, cached: bool) -> Datasets:
 
 
 def clear_cache() -> tuple[int, int]:
-    """Remove every entry; returns how many there were and their bytes."""
+    """Remove every entry that no process is writing; returns how many there were and their bytes."""
     root = _entries()
-    entries = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    num_bytes = sum(map(directory_bytes, entries))
-    for path in entries:
+    removed = num_bytes = 0
+    for path in [path for path in root.iterdir() if _is_entry(path)] if root.is_dir() else []:
+        with locked(path) as is_ours:
+            if is_ours:
+                removed, num_bytes = removed + 1, num_bytes + directory_bytes(path)
+                shutil.rmtree(path, ignore_errors=True)
+    return removed, num_bytes
+
+
+def _remove_entry(path: Path) -> None:
+    if _is_entry(path):
         shutil.rmtree(path, ignore_errors=True)
-    return len(entries), num_bytes
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether a directory is an entry, or one that a killed process left: it holds files of entries and no others."""
+    if path.is_symlink() or not path.is_dir():
+        return False
+    names = {child.name for child in path.iterdir()}
+    return names <= {*_FILES, _FACTS} and (bool(names) or path.name.startswith("."))
 
 
 def _hashes(directory: Path) -> dict[str, str]:
