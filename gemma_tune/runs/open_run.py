@@ -124,11 +124,11 @@ def working_in(found: FoundRun, *, reporter: Reporter, world: World) -> Iterator
 @contextlib.contextmanager
 def discarding_when_refused(run: RunDir) -> Iterator[None]:
     """Remove a run that never trained when the block raises; record the error in one that had begun to write again."""
-    before = run.manifest.read_bytes() if run.manifest.is_file() else None
+    before = run.manifest.stat().st_mtime_ns if run.manifest.is_file() else None
     try:
         yield
     except BaseException as error:
-        if not discard_run(run) and run.manifest.is_file() and run.manifest.read_bytes() != before:
+        if not discard_run(run) and run.manifest.is_file() and run.manifest.stat().st_mtime_ns != before:
             _mark(run, "failed", f"{type(error).__name__}: {error}")
         raise
     run.made.unlink(missing_ok=True)
