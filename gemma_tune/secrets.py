@@ -57,9 +57,16 @@ SECRET_KINDS = (
         "-----BEGIN RSA PRIVATE KEY-----\n{64}\n-----END RSA PRIVATE KEY-----",
     ),
     SecretKind(
+        "key in a web address",
+        r"[?&][\w-]{0,32}(?i:token|api_?key|access_?key|sig|signature|credential|secret|password)=",
+        r"(?<=[?&])(?i:[\w-]{0,32}(?:token|api_?key|access_?key|sig|signature|credential|secret|password))=[^\s&\"'<>]{8,512}",
+        "https://host.example/rows.jsonl?access_token={24}",
+        needs_digit=True,
+    ),
+    SecretKind(
         "web address with a password",
         "://",
-        r"(?<=://)[^\s/@:\"'<>]{0,64}:[^\s/@\"'<>]{1,256}(?=@)",
+        r"(?<=://)(?:[^\s/@:\"'<>]{0,64}:[^\s/\"'<>]{1,256}|[A-Za-z0-9_-]{20,256})(?=@)",
         "https://someone:{12}@host.example/rows.jsonl",
         needs_digit=True,
     ),

@@ -32,6 +32,20 @@ def test_tokens_are_known_by_their_form(secret: str) -> None:
     assert mask_secrets(f"login with '{secret}', please") == "login with '***', please"
 
 
+@pytest.mark.parametrize(
+    ("address", "masked"),
+    [
+        ("https://ada:p4ss@w0rd@host/x", "https://***@host/x"),
+        ("https://0a1b2c3d4e5f6a7b8c9d0e@host/x", "https://***@host/x"),
+        ("https://host/x?v=1&X-Amz-Signature=0a1b2c3d4e5f&n=2", "https://host/x?v=1&***&n=2"),
+        ("https://host/x?sig=0a1b2c3d%3D", "https://host/x?***"),
+        ("ssh://git@host/x https://host/x?page=12345678", "ssh://git@host/x https://host/x?page=12345678"),
+    ],
+)
+def test_credentials_in_web_addresses(address: str, masked: str) -> None:
+    assert mask_secrets(address) == masked
+
+
 def test_other_secrets_are_known_by_their_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mask_secrets(f"commit {WANDB}") == f"commit {WANDB}"
     monkeypatch.setenv("WANDB_API_KEY", WANDB)

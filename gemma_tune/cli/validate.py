@@ -27,4 +27,4 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     terminal.plain(dump_recipe(loaded.recipe), end="")
     for note in notes:
         terminal.note(f"[yellow]![/] {escape(note)}")
-    terminal.note(f"[green]✓[/] {loaded.path} is valid; above, every setting with its value")
+    terminal.note(f"[green]✓[/] {escape(loaded.given)} is valid; above, every setting with its value")

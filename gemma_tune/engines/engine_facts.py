@@ -65,7 +65,7 @@ ENGINES: Members[EngineFacts] = Members(
             about="hand-written kernels for Gemma 1 and 2, and a fused loss",
             location="gemma_tune.engines.unsloth:UnslothEngine",
             packages=("unsloth", "unsloth_zoo"),
-            install="pip install 'gemma-tune[unsloth]'",
+            install="pip install 'unsloth==2026.10.9' 'unsloth_zoo==2026.10.9'",
             why_not_sharded="unsloth's kernels need whole weights",
             own_checkpointing="unsloth",
             has_own_forward=True,

@@ -15,7 +15,7 @@ from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchma
 from gemma_tune.identity import file_sha256, installed_version, text_sha256
 from gemma_tune.text import did_you_mean
 
-INSTALL_HINT = "pip install 'gemma-tune[eval]'"
+INSTALL_HINT = "pip install 'lm-eval[math]==0.4.13'"
 _OPTION_CODE = "--allow-code"
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_tune.data.encode.arrays import EncodedRows
-from gemma_tune.disk import read_json, to_json_lines, write_text
+from gemma_tune.disk import to_json_lines, write_text
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, measure_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
@@ -26,6 +26,7 @@ from gemma_tune.runs.evaluation import (
     write_evaluation,
 )
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.text import did_you_mean, utc_now
 
@@ -133,7 +134,7 @@ def evaluate_run(
 def _find_rows(run: RunDir, recipe: Recipe, target: Target, *, settings: EvaluateSettings) -> FoundRows:
     if settings.source is not None:
         return rows_of_source(settings.source, template=target.template, section=recipe.data)
-    return held_out_rows(recipe.data, base=target.base, trained_sha256=read_json(run.lock)["data"]["sha256"])
+    return held_out_rows(recipe.data, base=target.base, trained_sha256=read_lock(run)["data"]["sha256"])
 
 
 def _key(
@@ -142,7 +143,7 @@ def _key(
     """Everything that decides the figures. The batch size is not among it: it moves a loss in its last digits."""
     return {
         "adapter": files_sha256(sorted(run.adapter.glob("adapter_*"))),
-        "base": read_json(run.lock)["base"],
+        "base": read_lock(run)["base"],
         "template": target.template.sha256,
         "rows": rows.key,
         "general": general.sha256,

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.prove import Reference
 from gemma_tune.identity import json_sha256
@@ -17,6 +16,7 @@ from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter_base import find_base
 from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir, open_run
+from gemma_tune.runs.lock import read_lock
 
 if TYPE_CHECKING:
     from gemma_tune.exporting.merge.combine import CombineMethod
@@ -126,7 +126,7 @@ def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
     found = find_base(adapter, named=base)
     recipe = load_recipe(run.resolved_recipe).recipe
     # float16 is autocast over float32 weights, which a CPU has not.
-    compute = "bfloat16" if read_json(run.lock)["precision"]["compute"] == "bfloat16" else "float32"
+    compute = "bfloat16" if read_lock(run)["precision"]["compute"] == "bfloat16" else "float32"
     return ExportSource(
         name=run.name,
         base=found.model,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
 from gemma_tune.flows.decide import decide, lock_of
 from gemma_tune.flows.train import train_run
@@ -14,6 +13,7 @@ from gemma_tune.machine.world import ALONE
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter_dir import AdapterDir
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.reporter import Reporter
 from gemma_tune.runs.resume import lock_differences
@@ -47,7 +47,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     weights = AdapterDir(run.adapter).weights_file
     if not weights.is_file():
         raise RunError(f"{run.path} has no adapter to compare with", hint="a run has one when it has finished")
-    before = read_json(run.lock)
+    before = read_lock(run)
     fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
     loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
     with libraries_to(None):
@@ -69,6 +69,6 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
             hint="restore what it was trained on",
         )
     again = train_run(loaded, reporter=reporter)
-    rows = lock_differences(before, read_json(again.lock)).refused
+    rows = lock_differences(before, read_lock(again)).refused
     hashes = [file_sha256(each.adapter / weights.name) for each in (run, again)]
     return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))

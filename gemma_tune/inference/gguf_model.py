@@ -48,7 +48,7 @@ class GgufModel:
         if importlib.util.find_spec("llama_cpp") is None:
             raise EngineError(
                 f"{path.name} is a GGUF file, which llama-cpp-python runs, and that is not installed",
-                hint="pip install 'gemma-tune[gguf-quant]' (compiles llama.cpp, about 10 minutes), or ask the run",
+                hint="pip install 'llama-cpp-python==0.3.36' (compiles llama.cpp, about 10 minutes), or ask the run",
             )
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":

@@ -12,6 +12,7 @@ from gemma_tune.errors import GemmaTuneError, ModelError
 from gemma_tune.models.catalogue import LIST_HINT, NOT_KNOWN, GemmaModel, look_up, unknown_name
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.directory import check_directory
+from gemma_tune.text import did_you_mean
 
 Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf-file", "exports"]
 Wanted = Literal["a model", "a run", "a run or an adapter"]
@@ -119,12 +120,23 @@ def resolve(name: str) -> Resolved:
         return Resolved(name, "kaggle", name)
     if name.lower().endswith(".gguf"):
         raise ModelError(f"no such file: {name}", hint="gemma-tune export RUN --format gguf-q8_0 makes one")
+    if path is not None and len(path.parts) > 1 and _holds_runs(path.parent):
+        near = did_you_mean(path.name, (run.parent.name for run in path.parent.glob("*/manifest.json")))
+        raise ModelError(
+            f"there is no run {name}" + (f"; {near}" if near else ""),
+            hint="gemma-tune train RECIPE makes one; of a model on the hub give owner/name",
+        )
     is_path = name.startswith((".", "/", "~")) or name.endswith("/") or "\\" in name or name.count("/") > 1
     if is_below_here or is_path:
         raise ModelError(f"{name}: no such directory", hint=LIST_HINT)
     if not _HUB_ID.fullmatch(name):
         raise unknown_name(name)
     return Resolved(name, "hub", name)
+
+
+def _holds_runs(directory: Path) -> bool:
+    """Whether runs are there, or would be: `runs` is where they are made."""
+    return directory.name == "runs" or next(directory.glob("*/manifest.json"), None) is not None
 
 
 def _look_at(name: str, path: Path) -> Resolved:

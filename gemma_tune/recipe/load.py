@@ -35,6 +35,7 @@ class LoadedRecipe:
         recipe: the validated settings, defaults filled in.
         name: the file's stem; names the run when the recipe does not.
         path: the file that was read.
+        given: the file or the name, as it was written.
         text: the file exactly as it was given.
         overrides: the `section.field=value` arguments, in order.
     """
@@ -44,6 +45,7 @@ class LoadedRecipe:
     path: Path
     text: str
     overrides: tuple[str, ...]
+    given: str
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -54,13 +56,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
     Raises:
         RecipeError: the file cannot be read, is not YAML, or holds mistakes; all mistakes are in the one message.
     """
-    path = find_recipe(path)
+    given, path = str(path), find_recipe(path)
     text = read_yaml_text(path, max_bytes=MAX_RECIPE_BYTES, what="a recipe", error=RecipeError)
     values, lines = parse_yaml(text, label=str(path))
     for override in overrides:
         _apply_override(values, lines, override)
     recipe = _validate(values, label=str(path), lines=lines)
-    return LoadedRecipe(recipe=recipe, name=path.stem, path=path, text=text, overrides=tuple(overrides))
+    return LoadedRecipe(recipe, path.stem, path, text, tuple(overrides), given)
 
 
 def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -77,7 +79,7 @@ def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedReci
     for override in overrides:
         _apply_override(values, lines, override)
     recipe = _validate(values, label="command line", lines=lines)
-    return LoadedRecipe(recipe=recipe, name=path.name, path=path, text="", overrides=tuple(overrides))
+    return LoadedRecipe(recipe, path.name, path, "", tuple(overrides), str(path))
 
 
 def find_recipe(path: Path) -> Path:
@@ -195,6 +197,8 @@ def _texts_in(path: str, value: Any, key: str = "") -> Iterator[tuple[str, str, 
     """Path, last key and value of every text of a recipe."""
     if isinstance(value, str):
         yield path, key, value
+    if key == "columns":
+        return  # names of the rows' columns, which are masked where they are shown
     for name, item in value.items() if isinstance(value, dict) else enumerate(value if isinstance(value, list) else ()):
         yield from _texts_in(f"{path}.{name}" if path else str(name), item, str(name))
 

@@ -22,6 +22,7 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
 from gemma_tune.reporting.pages import TEMPLATES_DIR
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.secrets import mask_private
 from gemma_tune.templates import render_template
@@ -104,7 +105,7 @@ def build_model_card(run: RunDir, export: CardExport) -> str:
     """
     facts = _Facts(
         export=export,
-        lock=read_json(run.lock),
+        lock=read_lock(run),
         data=read_json(run.data_report),
         recipe=load_recipe(run.resolved_recipe).recipe,
         summary=read_summary(run) if run.summary.is_file() else None,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gemma_tune.disk import read_json
@@ -13,6 +15,7 @@ from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, 
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.manifest import Manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
@@ -28,6 +31,7 @@ class RunFacts:
     """One run.
 
     Attributes:
+        path: of its directory, as it was given.
         lock, data, plan: as their JSON files have them.
         metrics: lines of metrics.jsonl.
         recipe: the resolved recipe, as text.
@@ -35,6 +39,7 @@ class RunFacts:
     """
 
     name: str
+    path: Path
     manifest: Manifest
     lock: Mapping[str, Any] | None
     data: Mapping[str, Any] | None
@@ -81,8 +86,9 @@ def gather_facts(run: RunDir) -> RunFacts:
     recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
     return RunFacts(
         name=run.path.resolve().name,
+        path=run.path,
         manifest=describe_state(run),
-        lock=read_json(run.lock) if run.lock.is_file() else None,
+        lock=read_lock(run) if run.lock.is_file() else None,
         data=read_json(run.data_report) if run.data_report.is_file() else None,
         plan=read_json(run.plan) if run.plan.is_file() else None,
         summary=read_summary(run) if run.summary.is_file() else None,
@@ -364,9 +370,12 @@ def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
 def reproduce_steps(run: RunFacts) -> list[str]:
     """Return commands that re-run it, each with what it does."""
     packages = (run.lock or {}).get("packages", {})
-    pins = " ".join(f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version)
+    pins = " ".join(
+        f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version and name != "gemma-tune"
+    )
+    path = shlex.quote(str(run.path))
     return [
         *([f"pip install {pins}"] if pins else []),
-        f"gemma-tune train {run.name}/resolved.yaml  # the same recipe as a new run",
-        f"gemma-tune reproduce {run.name}  # the same, and compares the adapters bit for bit",
+        f"gemma-tune train {path}/resolved.yaml run.name={run.name}-again  # the same recipe as a new run",
+        f"gemma-tune reproduce {path}  # the same, and compares the adapters bit for bit",
     ]

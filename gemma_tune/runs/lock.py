@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
+from gemma_tune.disk import read_json_object
 from gemma_tune.engines.engine_facts import ENGINES
+from gemma_tune.errors import RunError
 from gemma_tune.identity import installed_version
 from gemma_tune.recipe.methods import DEFAULT_METHOD
+from gemma_tune.runs.layout import RunDir
 
 # The packages whose versions decide what a run computes.
 RECORDED_PACKAGES = (
@@ -48,3 +52,35 @@ class Lock:
     packages: dict[str, str | None] = field(
         default_factory=lambda: {name: installed_version(name) for name in RECORDED_PACKAGES}
     )
+
+
+# What is read of the parts.
+_KEYS_OF = {
+    "base": ("name", "revision", "files"),
+    "data": ("label", "sha256"),
+    "engine": ("name", "reason"),
+    "precision": ("compute", "reason"),
+    "hardware": ("name",),
+    "packages": (),
+}
+
+
+def read_lock(run: RunDir) -> dict[str, Any]:
+    """Read a lock.json; a key that came later has its default.
+
+    Raises:
+        RunError: there is none, or it lacks what every run has recorded.
+    """
+    defaults = {each.name: each.default for each in fields(Lock) if each.default is not MISSING}
+    lock = {**defaults, **read_json_object(run.lock)}
+    missing = [each.name for each in fields(Lock) if each.name not in lock]
+    for part, keys in _KEYS_OF.items():
+        if part in lock:
+            content = lock[part] if isinstance(lock[part], Mapping) else {}
+            missing += [f"{part}.{key}" for key in keys if key not in content]
+    if missing:
+        raise RunError(
+            f"{run.lock} does not say {missing[0]}: it is damaged, or not of a run of gemma-tune",
+            hint="restore it from a copy of the run, or train the recipe again",
+        )
+    return lock

@@ -60,12 +60,13 @@ class Resumption:
 
 
 def resume_command(loaded: LoadedRecipe, run: RunDir, *, world: World = ALONE) -> str:
-    """Return the command line that continues a run."""
-    overrides = [override for override in loaded.overrides if not override.startswith("run.name=")]
+    """Return the shortest command line that continues a run: what the recipe says already is left out."""
+    overrides = list({override.partition("=")[0]: override for override in loaded.overrides}.values())
+    section = loaded.recipe.run
+    if section.name != run.name:
+        overrides = [each for each in overrides if not each.startswith("run.name=")] + [f"run.name={run.name}"]
     processes = ["--nproc", str(world.size)] if world.size > 1 else []
-    return shlex.join(
-        ["gemma-tune", "train", str(loaded.path), *overrides, f"run.name={run.name}", *processes, "--resume"]
-    )
+    return shlex.join(["gemma-tune", "train", loaded.given, *overrides, *processes, "--resume"])
 
 
 def plan_resumption(run: RunDir, recipe: Recipe, *, from_step: int | None, reporter: Reporter) -> Resumption:

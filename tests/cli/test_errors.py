@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -129,3 +130,28 @@ def test_unknown_command_and_option(folder: Path) -> None:
         done = run(folder, *arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stderr
+
+
+def test_hints_install_what_the_extras_name_and_never_the_package_itself() -> None:
+    """gemma-tune is on no package index."""
+    root = Path(__file__).resolve().parents[2]
+    sources = {path: path.read_text(encoding="utf-8") for path in (root / "gemma_tune").rglob("*.py")}
+    assert [str(path) for path, text in sources.items() if "pip install 'gemma-tune" in text] == []
+    extras = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    text = "".join(sources.values())
+    for name in ("unsloth", "gguf-quant", "eval", "kaggle"):
+        assert f"pip install {' '.join(map(repr, extras[name]))}" in text
+
+
+def test_a_missing_run_is_not_a_hub_id(folder: Path) -> None:
+    told = refused(folder, "generate", "runs/nope", "--prompt", "x")
+    assert "there is no run runs/nope" in told and "hub_id" not in told
+    (folder / "mine" / "first").mkdir(parents=True)
+    (folder / "mine" / "first" / "manifest.json").write_text("{}", encoding="utf-8")
+    assert "did you mean 'first'?" in refused(folder, "generate", "mine/frist", "--prompt", "x")
+
+
+def test_rows_and_recipe_mixed_up(folder: Path) -> None:
+    assert "gemma-tune init rows.jsonl writes a recipe" in refused(folder, "train", "rows.jsonl")
+    told = refused(folder, "train", "mine.yaml", "data.source=mine.yaml")
+    assert "mine.yaml is a recipe or a data template, and rows are expected" in told

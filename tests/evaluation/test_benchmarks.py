@@ -223,7 +223,7 @@ def test_a_missing_harness_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_tasks, "installed_version", lambda _: None)
     with pytest.raises(EngineError, match=r"lm-evaluation-harness, which is not installed") as told:
         require_harness()
-    assert told.value.hint == "pip install 'gemma-tune[eval]'"
+    assert told.value.hint == "pip install 'lm-eval[math]==0.4.13'"
 
 
 def test_a_gguf_is_refused(tmp_path: Path) -> None:

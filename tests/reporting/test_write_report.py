@@ -66,7 +66,7 @@ def test_a_run_is_told_whole(make_run: MakeRun) -> None:
         "mine-001", "gemma-tiny · unsloth · NF4 · float32", "0.0 % → 75.0 %", "2.500 → 0.500", "Who bakes?", "No idea.",
         "rows.jsonl", "near duplicates", "a note", "a" * 64, "d" * 64, "2.0 GB ± 100 MB", "900 MB", "open_qa",
         "plain prose", "general text got less likely", "torch==2.13.0 peft==0.21.2", "training.epochs=2",
-        "gemma-tune train mine-001/resolved.yaml",
+        f"gemma-tune train {run.path}/resolved.yaml run.name=mine-001-again", f"gemma-tune reproduce {run.path}",
     ):  # fmt: skip
         assert told in page.text
     for told in ("0.0 % → 75.0 %", "2.500 → 0.500", "near duplicates", "2.0 GB ± 100 MB", "general text got less"):

@@ -84,6 +84,8 @@ def find_file(path: Path, *, name: str | None = None) -> RowFile:
         raise DataError(f"{path} is not a regular file", hint="save it as a file first")
     try:
         stamp = file_stamp(path)
+        if path.suffix.lower() in (".yaml", ".yml"):
+            raise DataError(f"{path} is a recipe or a data template, and rows are expected", hint=known_kinds())
         if not is_row_file(path):
             raise DataError(f"{path}: unknown kind of file", hint=f"rename or convert it; known: {known_kinds()}")
         return RowFile(path, name or path.name, file_sha256(path), stamp)

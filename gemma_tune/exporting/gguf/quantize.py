@@ -67,11 +67,11 @@ _PLAIN_TYPES = {"F32", "F16", "BF16"}
 # llama.cpp keeps at most this much of a tensor in memory; its own limit is 8 GiB.
 _BUFFER_BYTES = 256 << 20
 _LAST_LINES = 6
-_GGUF = RequiredPackage("gguf", "gguf", "pip install 'gemma-tune[gguf]'")
+_GGUF = RequiredPackage("gguf", "gguf", "pip install 'gguf>=0.19,<0.20'")
 _LLAMA_CPP = RequiredPackage(
     "llama_cpp",
     "llama-cpp-python",
-    "pip install 'gemma-tune[gguf-quant]' (compiles for about ten minutes), or export q8_0",
+    "pip install 'gguf>=0.19,<0.20' 'llama-cpp-python==0.3.36' (compiles for about ten minutes), or export q8_0",
 )
 
 

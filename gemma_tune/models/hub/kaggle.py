@@ -26,7 +26,8 @@ def download_kaggle_model(handle: str) -> Path:
         )
     if importlib.util.find_spec("kagglehub") is None:
         raise ModelError(
-            f"{handle} is on Kaggle, and its client kagglehub is not installed", hint="pip install 'gemma-tune[kaggle]'"
+            f"{handle} is on Kaggle, and its client kagglehub is not installed",
+            hint="pip install 'kagglehub>=1,<2'",
         )
     import kagglehub
 

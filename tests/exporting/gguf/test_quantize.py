@@ -62,11 +62,11 @@ def test_missing_packages_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> N
     require_gguf_packages("q8_0")
     with pytest.raises(ExportError, match=r"llama-cpp-python") as caught:
         require_gguf_packages("q4_k_m")
-    assert "pip install 'gemma-tune[gguf-quant]'" in str(caught.value.hint)
+    assert "pip install 'gguf>=0.19,<0.20' 'llama-cpp-python==0.3.36'" in str(caught.value.hint)
     without(monkeypatch, "gguf")
     with pytest.raises(ExportError, match=r"needs the package `gguf`") as caught:
         require_gguf_packages("q8_0")
-    assert "pip install 'gemma-tune[gguf]'" in str(caught.value.hint)
+    assert "pip install 'gguf>=0.19,<0.20'" in str(caught.value.hint)
 
 
 @needs_llama_cpp

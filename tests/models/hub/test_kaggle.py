@@ -84,7 +84,7 @@ def test_kagglehub_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ModelError, match=r"kagglehub is not installed") as caught:
         fetch_model(HANDLE)
-    assert caught.value.hint == "pip install 'gemma-tune[kaggle]'"
+    assert caught.value.hint == "pip install 'kagglehub>=1,<2'"
 
 
 @pytest.mark.parametrize(
