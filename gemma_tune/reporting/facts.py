@@ -15,7 +15,6 @@ from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, 
 from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.manifest import Manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
@@ -83,6 +82,8 @@ def gather_facts(run: RunDir) -> RunFacts:
     Raises:
         RunError: a file of it is damaged.
     """
+    from gemma_tune.runs.lock import read_lock  # here: it knows the recipe, and --help loads no pydantic
+
     recipe = run.resolved_recipe.read_text(encoding="utf-8") if run.resolved_recipe.is_file() else ""
     return RunFacts(
         name=run.path.resolve().name,
