@@ -26,7 +26,7 @@ from gemma_tune.runs.index import hold_run
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.runs.metrics_log import read_metrics
-from gemma_tune.runs.reporter import SilentReporter
+from gemma_tune.runs.reporter import SilentReporter, StepProgress
 
 AT_ONCE = "training.max_minutes=1e-9"  # stops after one step
 
@@ -265,6 +265,61 @@ def test_a_second_signal_leaves_at_once_and_loses_nothing(recipe: Path, whole: P
     assert "Traceback" not in err
     train(recipe)
     assert outcome(Path()) == outcome(whole)
+
+
+class HangUp(SilentReporter):
+    """Closes the terminal at a moment."""
+
+    def __init__(self, moment: str) -> None:
+        self.moment = moment
+
+    def step(self, progress: StepProgress) -> None:
+        self._hang_up(f"step {progress.step}")
+
+    def evaluated(self, *, step: int, loss: float) -> None:
+        self._hang_up(f"evaluation at {step}")
+
+    def _hang_up(self, moment: str) -> None:
+        if moment == self.moment:
+            for _ in range(3):  # the kernel and the shell both tell
+                signal.raise_signal(signal.SIGHUP)
+
+
+def test_a_closed_terminal_loses_nothing(recipe: Path, whole: Path) -> None:
+    for moment in ("step 3", "evaluation at 5", "step 12"):
+        with pytest.raises(TrainingInterrupted, match="stopped by SIGHUP after step"):
+            flow.train(load_recipe(recipe), reporter=HangUp(moment))
+    train(recipe)
+    assert outcome(Path()) == outcome(whole)
+
+
+class Crash(SilentReporter):
+    def __init__(self, at: str) -> None:
+        self.at = at
+
+    def stage(self, title: str) -> None:
+        if title == self.at:
+            raise ValueError("a fault of ours")
+
+
+def test_a_crash_before_the_first_step_does_not_block_the_command(recipe: Path) -> None:
+    settings = ["run.resume=never", "training.max_steps=2", "evaluation.num_questions=1"]
+    for stage, is_kept in (("model", False), ("before training", True)):
+        with pytest.raises(ValueError, match="of ours"):
+            flow.train(load_recipe(recipe, settings), reporter=Crash(stage))
+        assert Path("runs/chaos").exists() == is_kept
+    assert read_manifest(RunDir(Path("runs/chaos"))).status == "failed"
+    other = load_recipe(recipe, [*settings, "training.seed=7"])
+    assert read_manifest(flow.train(other, reporter=SilentReporter()).run).status == "finished"
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]"])
+def test_a_run_without_its_lock_is_not_resumed(recipe: Path, content: str | None) -> None:
+    run = interrupt(recipe)
+    run.lock.unlink() if content is None else run.lock.write_text(content, encoding="utf-8")
+    with pytest.raises(RunError, match=r"lock\.json") as told:
+        train(recipe)
+    assert "start a new run" in (told.value.hint or "")
 
 
 def test_a_run_is_made_again_and_compared(recipe: Path) -> None:

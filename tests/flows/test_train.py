@@ -217,7 +217,7 @@ def cli(*arguments: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path: Path, number: signal.Signals) -> None:
     process = cli(
         "train", "quickstart", *SHORT, "training.max_steps=500", "evaluation.exact_match=false", folder=tmp_path

@@ -78,6 +78,24 @@ def test_a_save_that_does_not_come_back_is_told(base: Path, tmp_path: Path, monk
     assert losses_of(tmp_path / "r") == []
 
 
+@pytest.mark.parametrize(("call", "told"), [("rename", "cannot be renamed"), ("mkdir", "cannot be saved")])
+def test_a_folder_that_takes_no_checkpoint_is_found(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, told: str
+) -> None:
+    """A file system that does not rename directories, and a quota."""
+    real = getattr(Path, call)
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if ".rehearsal" in path.name:
+            raise OSError(1, "Operation not permitted", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, call, refuse)
+    with pytest.raises(RunError, match=f"{told}.*operation not permitted") as error:
+        train(base, tmp_path / "r", rows=ROWS, recipe=recipe_of())
+    assert "set run.output_dir" in (error.value.hint or "") and losses_of(tmp_path / "r") == []
+
+
 def test_room_for_the_checkpoints_is_asked_for_first(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
