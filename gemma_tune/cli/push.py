@@ -37,7 +37,7 @@ def push(
         reporter.detail(f"{directory} → {repo_id}")
         report = hub.push(directory, repo_id, private=private, revision=revision, commit_message=message, force=force)
     if as_json:
-        terminal.json(asdict(report))
+        terminal.json({"repo_id": repo_id} | asdict(report))
         return
     if CARD_FILE not in report.files:
         terminal.note(f"[yellow]![/] no model card: {escape(str(directory))} has no {CARD_FILE}")

@@ -69,8 +69,9 @@ def _allowed(error: ErrorDetails, field: FieldInfo | None) -> str:
     """The rule that a value broke, in words."""
     kind = error["type"]
     if kind in (*_WHOLE_NUMBER, *_OUT_OF_BOUNDS, "float_type", "float_parsing"):
-        is_whole = kind in _WHOLE_NUMBER or (kind != "float_type" and isinstance(error["input"], int))
-        bounds = bounds_of(field) if field else in_words(error.get("ctx", {}))
+        limits = error.get("ctx", {})
+        is_whole = kind in _WHOLE_NUMBER or (bool(limits) and all(isinstance(limit, int) for limit in limits.values()))
+        bounds = bounds_of(field) if field else in_words(limits)
         return f"must be a {'whole ' if is_whole else ''}number {bounds}".rstrip()
     if kind == "literal_error":
         return "must be one of " + str(error["ctx"]["expected"]).replace(" or ", ", ")

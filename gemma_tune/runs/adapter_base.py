@@ -69,7 +69,7 @@ def base_record(base: LocalModel) -> dict[str, Any]:
         "name": base.name,
         "revision": base.revision,
         "files": file_hashes(base.directory),
-        "directory": None if base.revision else str(base.directory.absolute()),
+        "directory": None if base.revision or base.model else str(base.directory.absolute()),
         "quantized": base.config.quantization is not None,
     }
 

@@ -127,7 +127,8 @@ def _train(trainer: Loop, parts: TrainerParts, *, resume_from: Path | None) -> N
             f"everything is saved",
             hint=None,
         )
-    if resume_from is None:  # one last step may be too small to move anything
+    # One last step after a resume may be too small to move anything; the best checkpoint may be of a warm-up step.
+    if resume_from is None and not trainer.args.load_best_model_at_end:
         require_changed_adapter(trainer.model, before=before, step=trainer.state.global_step, world=context.world)
 
 

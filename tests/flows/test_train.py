@@ -176,7 +176,7 @@ def test_another_recipe_is_not_resumed(run: RunDir) -> None:
 class SecondOfTwo(World):
     first: Any = None
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         return [self.first, value]
 
 

@@ -88,4 +88,4 @@ def test_it_is_in_the_schema_and_its_keys_are_its_own(
     assert gemma_tune(monkeypatch, "validate", "quickstart", "method.scale=2") == 2
     assert "method: scale is a key of the method scaled, and the method sft has: name" in capsys.readouterr().err
     assert gemma_tune(monkeypatch, "validate", "quickstart", "method={name: scaled, scale: -1}") == 2
-    assert "method.scale: must be above 0" in capsys.readouterr().err
+    assert "method.scale: must be a number above 0.0, found -1" in capsys.readouterr().err
