@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -22,6 +22,7 @@ from gemma_tune.paths import TINY_MODEL_DIR, TINY_ROWS_DIR
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import Lock
 from gemma_tune.runs.manifest import start_manifest, update_manifest
 
 NUM_ROWS = 10
@@ -63,10 +64,18 @@ def drawn_run(tmp_path_factory: pytest.TempPathFactory) -> DrawnRun:
     )
     write_json(
         run.lock,
-        {
-            "base": {"name": "gemma-tiny", "revision": None, "files": file_hashes(base.directory)},
-            "data": {"label": datasets.report.label, "sha256": datasets.sha256},
-        },
+        asdict(
+            Lock(
+                recipe="drawn",
+                overrides=[],
+                base={"name": "gemma-tiny", "revision": None, "files": file_hashes(base.directory)},
+                data={"label": datasets.report.label, "sha256": datasets.sha256},
+                engine={"name": "transformers", "reason": ""},
+                precision={"compute": "float32", "reason": ""},
+                hardware={"name": "cpu"},
+                seed=0,
+            )
+        ),
     )
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")

@@ -49,7 +49,7 @@ def run(tmp_path: Path) -> RunDir:
         base={"name": "gemma-tiny", "revision": None, "files": {}},
         data={"label": "tiny-world[train]", "sha256": "b" * 64, "template_sha256": "c" * 64},
         engine={"name": "transformers", "reason": ""},
-        precision={"compute": "float32"},
+        precision={"compute": "float32", "reason": ""},
         hardware={"name": "cpu"},
         seed=0,
     )

@@ -52,16 +52,17 @@ def test_names_are_taken_once_in_any_case() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "name", "extra"), [("gguf", "ollama", "[gguf]"), ("llama_cpp", "gguf-q4_k_m", "[gguf-quant]")]
+    ("package", "name", "command"),
+    [("gguf", "ollama", "pip install 'gguf>="), ("llama_cpp", "gguf-q4_k_m", "'llama-cpp-python==")],
 )
-def test_a_missing_package_is_named_with_its_extra(
-    package: str, name: str, extra: str, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_package_is_named_with_the_command_that_installs_it(
+    package: str, name: str, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == package else find(module))
     with pytest.raises(ExportError) as caught:
         find_formats([name])
-    assert extra in str(caught.value.hint)
+    assert command in str(caught.value.hint)
 
 
 def test_ollama_takes_the_gguf_that_is_asked_for_beside_it() -> None:
