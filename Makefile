@@ -14,7 +14,7 @@ export VENV PYTHON CUDA TORCH_INDEX
 READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 # A process a core and one thread each: the models of the tests are too small for more, and waiting threads spin.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 .PHONY: tree help demo test test-quick lint format bench set-up clean force
 .DEFAULT_GOAL := help

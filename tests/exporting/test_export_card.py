@@ -122,6 +122,7 @@ def test_the_snippets_run_and_answer(run: RunDir, tmp_path: Path) -> None:
     answer = answer_of(snippets(card)["transformers"], OWNER_NAME=str(merged))
     assert answer == greedy_answer(model, DOLLY_PROMPT) != ""
 
+    torch.manual_seed(3)
     tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
     tuned.save_pretrained(run.adapter)
     (run.adapter / "README.md").unlink()
