@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from gemma_tune.errors import GemmaTuneError
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 
 class Named(Protocol):
@@ -55,9 +55,8 @@ class Members(Mapping[str, Member], Generic[Member]):
         """
         if name in self._members:
             return self._members[name]
-        near = did_you_mean(name, self._members)
         raise error(
-            f"there is no {self.kind} {name!r}" + (f"; {near}" if near else ""),
+            f"there is no {self.kind} {name!r}{suggestion(name, self._members)}",
             hint=f"choose from: {', '.join(self._members)}",
         )
 

@@ -13,6 +13,12 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?` for the end of a message, or an empty string when no choice is near."""
+    near = did_you_mean(name, choices)
+    return f"; {near}" if near else ""
+
+
 def counted(count: int, noun: str) -> str:
     """Return `1 row`, `1,250 rows`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import did_you_mean, listed
+from gemma_tune.text import listed, suggestion
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.audit import AuditReport
@@ -80,9 +80,9 @@ def parse_threshold(text: str) -> Threshold:
     kind, _, limit = text.partition("=")
     if kind in FINDING_KINDS and limit.isascii() and limit.isdigit() and int(limit) > 0:
         return Threshold(kind=kind, count=int(limit))
-    near = did_you_mean(kind, FINDING_KINDS) if kind not in FINDING_KINDS else ""
+    near = suggestion(kind, FINDING_KINDS) if kind not in FINDING_KINDS else ""
     raise DataError(
-        f"--fail-on {text!r} is not known" + (f"; {near}" if near else ""),
+        f"--fail-on {text!r} is not known{near}",
         hint=f"give error, warning, or KIND=N, N at least 1, with a KIND of: {', '.join(FINDING_KINDS)}",
     )
 

@@ -10,7 +10,7 @@ from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import METHODS, ROW_KINDS, MethodFacts
 from gemma_tune.recipe.schema import DataSection, MixSection
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 # What `template: auto` tries, in this order: for a base model, and before those for a model that knows chat turns.
 _AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "text")
@@ -172,9 +172,8 @@ def _check_columns(columns: Mapping[str, str], template: DataTemplate, source: S
             fault, wrong, choices = f"data.columns.{name}: {source.label} has no column", column, source.columns
         else:
             continue
-        near = did_you_mean(wrong, choices)
         raise DataError(
-            f"{fault} {wrong!r}" + (f"; {near}" if near else ""),
+            f"{fault} {wrong!r}{suggestion(wrong, choices)}",
             hint=f"its {'fields' if choices is known else 'columns'}: {', '.join(choices)}",
         )
     missing = [column for name in template.required if (column := columns.get(name, name)) not in source.columns]

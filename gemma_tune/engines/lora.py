@@ -11,7 +11,7 @@ from gemma_tune.engines.base import AttachedLora, LoadedModel
 from gemma_tune.errors import EngineError
 from gemma_tune.models.families.known import tower_names
 from gemma_tune.recipe.schema import LoraSection
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 _INIT = {"default": True, "gaussian": "gaussian", "pissa": "pissa", "olora": "olora"}
 
@@ -50,9 +50,8 @@ def require_targets(model: torch.nn.Module, *, section: LoraSection) -> None:
         ("lora.modules_to_save", set(section.modules_to_save), sorted(names - {""})),
     ):
         for name in sorted(wanted - set(allowed)):
-            near = did_you_mean(name, allowed)
             raise EngineError(
-                f"{field}: the model has no module named {name!r}" + (f"; {near}" if near else ""),
+                f"{field}: the model has no module named {name!r}{suggestion(name, allowed)}",
                 hint=f"linear modules of this model: {', '.join(linear)}",
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
 from gemma_tune.members import Members
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 # A refusal says so at its beginning. Phrases of English models; a refusal in other words counts as an answer.
 _REFUSAL_CHARS = 300
@@ -126,8 +126,7 @@ def check_rules(rules: object, *, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: rules is not a mapping", hint=f'for example {{"contains": ["Canberra"]}}; {hint}')
     for name, value in rules.items():
         if name not in known:
-            near = did_you_mean(str(name), known)
-            raise DataError(f"{where}: there is no rule {name!r}" + (f"; {near}" if near else ""), hint=hint)
+            raise DataError(f"{where}: there is no rule {name!r}{suggestion(str(name), known)}", hint=hint)
         if not RULES[name].accepts(value):
             raise DataError(f"{where}: the rule {name} has the value {value!r}", hint=f"it takes {RULES[name].takes}")
     return dict(rules)

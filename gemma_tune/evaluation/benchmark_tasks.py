@@ -13,7 +13,7 @@ from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError, EngineError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchmark
 from gemma_tune.identity import file_sha256, installed_version, text_sha256
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 INSTALL_HINT = "pip install 'lm-eval[math]==0.4.13'"
 _OPTION_CODE = "--allow-code"
@@ -129,11 +129,11 @@ def _choose(name: str, local: Mapping[str, ChosenTask], *, settings: BenchmarkSe
     manager = task_manager(settings)
     if name in manager.task_index:
         return ChosenTask(name, name, None, _harness_source(settings))
-    near = did_you_mean(name, [*BENCHMARKS, PAPER_SET, *local, *manager.all_tasks])
+    near = suggestion(name, [*BENCHMARKS, PAPER_SET, *local, *manager.all_tasks])
     hint = f"benchmarks: {', '.join(BENCHMARKS)}; all of them: {PAPER_SET}; your own: --task-dir DIRECTORY"
     if settings.task_dir is not None and not settings.allow_code and any(settings.task_dir.rglob("*.yaml")):
         hint = f"a .yaml task is a program: read those of {settings.task_dir}, and allow them with {_OPTION_CODE}"
-    raise DataError(f"there is no benchmark {name!r}" + (f"; {near}" if near else ""), hint=hint)
+    raise DataError(f"there is no benchmark {name!r}{near}", hint=hint)
 
 
 def _runs_code(name: str) -> DataError:

@@ -28,7 +28,7 @@ from gemma_tune.runs.evaluation import (
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.reporter import Reporter
-from gemma_tune.text import did_you_mean, utc_now
+from gemma_tune.text import suggestion, utc_now
 
 if TYPE_CHECKING:
     from gemma_tune.inference.load_target import LoadedTarget
@@ -63,10 +63,7 @@ def parse_sides(text: str) -> tuple[Side, ...]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in SIDES:
-            near = did_you_mean(name, SIDES)
-            raise DataError(
-                f"cannot evaluate {name!r}" + (f"; {near}" if near else ""), hint="give base, tuned or both"
-            )
+            raise DataError(f"cannot evaluate {name!r}{suggestion(name, SIDES)}", hint="give base, tuned or both")
     if not names:
         raise DataError("nothing to evaluate", hint="give base, tuned or both")
     return tuple(side for side in SIDES if side in names)

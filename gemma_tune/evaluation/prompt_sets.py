@@ -11,7 +11,7 @@ from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import check_rules
 from gemma_tune.identity import json_sha256
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 _FOLDER = Path(__file__).with_name("prompts")
 PROMPT_SETS = ("factuality", "instruction_following", "safety", "creativity")
@@ -69,9 +69,8 @@ def load_prompt_sets(names: Sequence[str]) -> Prompts:
     items: list[Prompt] = []
     for name in dict.fromkeys(names):
         if name not in PROMPT_SETS:
-            near = did_you_mean(name, PROMPT_SETS)
             raise DataError(
-                f"there is no prompt set {name!r}" + (f"; {near}" if near else ""),
+                f"there is no prompt set {name!r}{suggestion(name, PROMPT_SETS)}",
                 hint=f"sets: {', '.join(PROMPT_SETS)}; your own prompts with --file",
             )
         items += _read(str(_FOLDER / f"{name}.jsonl"), group=name)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, get_type_hints
 
 from gemma_tune.errors import DataError
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 # Logits [batch, vocabulary] -> token ids [batch], or logits [batch, vocabulary] that a token is drawn from.
 Sampler = Callable[[Any], Any]
@@ -167,9 +167,8 @@ def check_bounds(settings: type[Any], values: Mapping[str, Any]) -> None:
     options = options_of(settings)
     for name, value in values.items():
         if name not in options:
-            near = did_you_mean(name, options)
             raise DataError(
-                f"there is no setting {name!r}" + (f"; {near}" if near else ""), hint=f"settings: {', '.join(options)}"
+                f"there is no setting {name!r}{suggestion(name, options)}", hint=f"settings: {', '.join(options)}"
             )
         _, option = options[name]
         if value is None:

@@ -13,7 +13,7 @@ from gemma_tune.disk import to_json_lines
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 if TYPE_CHECKING:
     from gemma_tune.data.rows.chat_template import ChatRenderer
@@ -148,9 +148,8 @@ def obey(talk: Talk, line: str) -> str:
     """
     name, _, rest = line.partition(" ")
     if name not in COMMANDS:
-        near = did_you_mean(name, COMMANDS)
         raise DataError(
-            f"there is no command {name}" + (f"; {near}" if near else ""), hint=f"commands: {' '.join(COMMANDS)}"
+            f"there is no command {name}{suggestion(name, COMMANDS)}", hint=f"commands: {' '.join(COMMANDS)}"
         )
     return COMMANDS[name].run(talk, rest.strip())
 

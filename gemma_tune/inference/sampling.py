@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_settings import AnswerSettings, Sampler, Sampling, check_bounds, options_of
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def choose_sampling(sampler: str | Sampler | None = None, **settings: Any) -> Sa
     named = _CUSTOM if custom else SAMPLERS.get(name)
     if named is None:
         raise DataError(
-            f"there is no sampler {name!r}" + (f"; {near}" if (near := did_you_mean(name, SAMPLERS)) else ""),
+            f"there is no sampler {name!r}{suggestion(name, SAMPLERS)}",
             hint=f"samplers: {', '.join(SAMPLERS)}, or your own as module:function",
         )
     if name == "greedy" and given.get("temperature") == 0:
@@ -116,8 +116,8 @@ def load_sampler(name: str) -> Sampler:
         ) from error
     function = getattr(module, function_name, None)
     if function is None:
-        near = did_you_mean(function_name, [each for each in vars(module) if not each.startswith("_")])
-        raise DataError(f"{module_name} has no {function_name!r}" + (f"; {near}" if near else ""), hint=shape)
+        near = suggestion(function_name, [each for each in vars(module) if not each.startswith("_")])
+        raise DataError(f"{module_name} has no {function_name!r}{near}", hint=shape)
     if not callable(function):
         raise DataError(f"{name} is {type(function).__name__}, not a function", hint=shape)
     sampler: Sampler = function

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.child import run_command
 from gemma_tune.machine.device import Device
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 _MIB = 2**20
 _GIB = 2**30
@@ -82,9 +82,8 @@ def find_card(text: str) -> Card:
     name = _slug(text)
     if name in CARDS:
         return CARDS[name]
-    near = did_you_mean(name, CARDS)
     raise EngineError(
-        f"--gpu: no card is known by the name {text!r}" + (f"; {near}" if near else ""),
+        f"--gpu: no card is known by the name {text!r}{suggestion(name, CARDS)}",
         hint=f"known: {', '.join(CARDS)}; for another one give its memory, for example --gpu GB=12",
     )
 

@@ -16,7 +16,7 @@ from gemma_tune.recipe.problems import Problem, problem_of, raise_problems
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.secrets import find_secrets
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 from gemma_tune.yaml_io import dump_yaml, read_yaml, read_yaml_text
 
 MAX_RECIPE_BYTES = 256 * 1024
@@ -99,10 +99,8 @@ def find_recipe(path: Path) -> Path:
     shipped = RECIPES_DIR / f"{path.stem}.yaml"
     if str(path) in (path.stem, f"{path.stem}.yaml", f"recipes/{path.stem}.yaml") and shipped.is_file():
         return shipped
-    near = did_you_mean(path.stem, [recipe.stem for recipe in RECIPES_DIR.glob("*.yaml")])
-    raise RecipeError(
-        f"no such recipe: {path}" + (f"; {near}" if near else ""), hint="shipped recipes: gemma-tune recipes list"
-    )
+    near = suggestion(path.stem, [recipe.stem for recipe in RECIPES_DIR.glob("*.yaml")])
+    raise RecipeError(f"no such recipe: {path}{near}", hint="shipped recipes: gemma-tune recipes list")
 
 
 def parse_yaml(text: str, *, label: str) -> tuple[dict[str, Any], dict[str, int]]:

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from gemma_tune.errors import RecipeError
 from gemma_tune.recipe.keys import bounds_of, field_at, hint_for, in_words, is_like_a_key
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import suggestion
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def problem_of(error: ErrorDetails, root: type[BaseModel]) -> Problem:
     if error["type"] == "missing":
         return Problem(path, "is required and missing")
     found = _found(error["input"])
-    near = did_you_mean(found, re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))))
-    message = f"{_allowed(error, field_at(root, error['loc']))}, found {found}" + (f"; {near}" if near else "")
+    near = suggestion(found, re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))))
+    message = f"{_allowed(error, field_at(root, error['loc']))}, found {found}{near}"
     return Problem(path, message, fix=_SERVED_BY.get(f"{path}={found}"))
 
 

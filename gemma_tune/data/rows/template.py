@@ -15,7 +15,7 @@ from gemma_tune.paths import DATA_TEMPLATES_DIR
 from gemma_tune.recipe.problems import problem_of
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.recipe.section import Names, NonEmpty, Section
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import did_you_mean, suggestion
 from gemma_tune.yaml_io import read_yaml, read_yaml_text
 
 MAX_TEMPLATE_BYTES = 64 * 1024
@@ -104,10 +104,8 @@ def _find(name: str) -> Path:
         raise DataError(
             f"no such data template: {path}", hint="give a .yaml file, or one of: " + ", ".join(list_templates())
         )
-    near = did_you_mean(name, list_templates())
-    raise DataError(
-        f"no such data template: {name}" + (f"; {near}" if near else ""), hint="shipped: " + ", ".join(list_templates())
-    )
+    near = suggestion(name, list_templates())
+    raise DataError(f"no such data template: {name}{near}", hint="shipped: " + ", ".join(list_templates()))
 
 
 def parse_template(text: str, *, label: str) -> DataTemplate:
