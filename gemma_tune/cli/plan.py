@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.terminal import Terminal
+from gemma_tune.terminal import Terminal, make_table
 from gemma_tune.text import format_seconds
 
 if TYPE_CHECKING:
@@ -158,21 +158,17 @@ def _print_verdict(terminal: Terminal, planned: Plan) -> None:
 
 def _print_rest(terminal: Terminal, planned: Plan) -> None:
     schedule = planned.schedule
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    table.add_row("time", Text(_time(planned)))
+    rows = schedule.rows_source
     if schedule.rows is not None and schedule.mean_tokens is not None:
-        table.add_row(
-            "rows", Text(f"{schedule.rows:,} of about {schedule.mean_tokens:,.0f} tokens ({schedule.rows_source})")
-        )
-    else:
-        table.add_row("rows", Text(schedule.rows_source))
-    table.add_row("host memory", Text(_sum(planned.host)))
-    table.add_row("disk", Text(_sum(planned.disk)))
-    exports = ", ".join(f"{part.name} {_gb(part.bytes, digits=1)}" for part in planned.exports)
-    table.add_row("exports, GB", Text(exports))
-    terminal.result(table)
+        rows = f"{schedule.rows:,} of about {schedule.mean_tokens:,.0f} tokens ({rows})"
+    facts = {
+        "time": _time(planned),
+        "rows": rows,
+        "host memory": _sum(planned.host),
+        "disk": _sum(planned.disk),
+        "exports, GB": ", ".join(f"{part.name} {_gb(part.bytes, digits=1)}" for part in planned.exports),
+    }
+    terminal.result(make_table(("", ""), [(Text(name, "bold"), fact) for name, fact in facts.items()]))
 
 
 def _time(planned: Plan) -> str:
@@ -217,17 +213,14 @@ def _print_table(
     if not rows:
         return
     terminal.result(Text(f"\nGB with {_batch(recipe)} of this many tokens", style="bold"))
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("card")
-    table.add_column("has", justify="right")
-    for tokens in lengths:
-        table.add_column(f"{tokens:,}", justify="right")
+    table = []
     for card, cells in rows:
         shown = [Text(_gb(cell.need_bytes, digits=1), style=_STYLES[cell.verdict or ""]) for cell in cells]
         for cell, text in zip(cells, shown, strict=True):
             text.append({"fits": " ", "tight": "~", "does not fit": "✗"}[cell.verdict or ""])
-        table.add_row(Text(card.name), Text(_gb(card.usable_bytes, digits=1)), *shown)
-    terminal.result(table)
+        table.append((card.name, _gb(card.usable_bytes, digits=1), *shown))
+    columns = ("card", "has", *(f"{tokens:,}" for tokens in lengths))
+    terminal.result(make_table(columns, table, right=range(1, len(columns))))
     terminal.result(Text("✗ does not fit, ~ may not", style="dim"))
 
 

@@ -44,7 +44,10 @@ def report(
     if html is not None or md is not None:
         write_reports(opened, html=html, text=md)
     elif len(opened) == 1 and not as_json:
-        _write_own_report(terminal, opened[0])
+        try:
+            write_report(opened[0])
+        except RunError as error:  # a run that is read-only is shown, too
+            terminal.note(f"no report.html: {error.message}")
     if as_json:
         values = [_as_json(run) for run in opened]
         terminal.json(values[0] if len(values) == 1 else values)
@@ -56,14 +59,6 @@ def report(
         terminal.note(f"written: {path}")
     if len(opened) > 1 and html is None:
         terminal.note("their curves in one picture: add --html FILE")
-
-
-def _write_own_report(terminal: Terminal, run: RunDir) -> None:
-    """Write it into the run; what is shown does not depend on it, so a run that is read-only is shown, too."""
-    try:
-        write_report(run)
-    except RunError as error:
-        terminal.note(f"no report.html: {error.message}")
 
 
 def _as_json(run: RunDir) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -37,17 +38,11 @@ def to_lora_settings(section: LoraSection) -> dict[str, Any]:
 
 def require_targets(model: torch.nn.Module, *, section: LoraSection) -> None:
     """Refuse a target or a module to save that the model does not have, before anything is attached (F32)."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if not is_in_tower(name)}
-    linear = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and not is_in_tower(name)
-        }
-    )
+    modules = [(name.rpartition(".")[2], module) for name, module in model.named_modules() if not is_in_tower(name)]
+    linear = sorted({name for name, module in modules if isinstance(module, torch.nn.Linear)})
     for field, wanted, allowed in (
         ("lora.targets", set(section.targets) - {"all-linear"}, linear),
-        ("lora.modules_to_save", set(section.modules_to_save), sorted(names - {""})),
+        ("lora.modules_to_save", set(section.modules_to_save), sorted({name for name, _ in modules} - {""})),
     ):
         for name in sorted(wanted - set(allowed)):
             raise EngineError(
@@ -59,11 +54,8 @@ def require_targets(model: torch.nn.Module, *, section: LoraSection) -> None:
 def check_attached(loaded: LoadedModel, *, section: LoraSection) -> AttachedLora:
     """Count what got an adapter; a target without one, or a trained tower, stops the run (F32)."""
     model = loaded.model
-    num_modules: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            leaf = name.rpartition(".")[2]
-            num_modules[leaf] = num_modules.get(leaf, 0) + 1
+    adapted = (name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    num_modules = dict(Counter(name.rpartition(".")[2] for name in adapted))
     missing = [target for target in section.targets if target != "all-linear" and target not in num_modules]
     if missing or not num_modules:
         raise EngineError(f"no adapter was attached to {', '.join(missing) or 'any module'}")

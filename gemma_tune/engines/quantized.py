@@ -10,17 +10,12 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from gemma_tune.errors import EngineError
 
 
-def count_quantized_layers(model: torch.nn.Module) -> int:
-    """Linear layers that hold their weight in 4 or 8 bits."""
-    return sum(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules())
-
-
 def require_quantized(model: torch.nn.Module, *, wanted: bool) -> int:
     """Return the number of quantised layers; refuse a model that did not become what the recipe asks.
 
     Unsloth's CPU backend falls back to 16 bits with a printed line only, for example for layers narrower than 64.
     """
-    found = count_quantized_layers(model)
+    found = sum(isinstance(module, Linear4bit | Linear8bitLt) for module in model.modules())
     if wanted and not found:
         raise EngineError(
             "model.load_in_4bit or load_in_8bit is set, but no layer could be quantised on this machine",

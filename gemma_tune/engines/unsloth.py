@@ -65,10 +65,7 @@ class UnslothEngine:
         self._checkpointing = _CHECKPOINTING[ENGINES[self.name].checkpointing(gradient_checkpointing)]
         # FastLanguageModel leaves the towers of a multimodal Gemma alone by itself.
         model = FastLanguageModel.get_peft_model(
-            loaded.model,
-            use_gradient_checkpointing=self._checkpointing,
-            random_state=seed,
-            **to_lora_settings(section),
+            loaded.model, use_gradient_checkpointing=self._checkpointing, random_state=seed, **to_lora_settings(section)
         )
         attached = LoadedModel(model, self.name, loaded.precision, loaded.num_quantized_layers)
         return check_attached(attached, section=section)

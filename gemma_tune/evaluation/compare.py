@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.disk import read_json, reason_of, write_json
@@ -30,15 +29,11 @@ from gemma_tune.runs.reporter import Reporter
 _BASE_SUFFIX = "@base"
 
 
-@dataclass(frozen=True)
-class Contender:
-    """One of the models; `label` is what the user called it."""
-
-    label: str
-    target: Target | GgufTarget
+# The models by what the user called them.
+Contenders = Mapping[str, Target | GgufTarget]
 
 
-def find_contenders(names: Sequence[str], *, default_template: str | None = None) -> tuple[Contender, ...]:
+def find_contenders(names: Sequence[str], *, default_template: str | None = None) -> Contenders:
     """Resolve what the user named; `RUN@base` is the base of a run, asked with the run's own template.
 
     Raises:
@@ -49,17 +44,16 @@ def find_contenders(names: Sequence[str], *, default_template: str | None = None
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"{twice[0]} is named twice", hint="name each model once")
-    return tuple(Contender(name, _find(name, default_template)) for name in names)
-
-
-def _find(name: str, default_template: str | None) -> Target | GgufTarget:
-    without_adapter = name.endswith(_BASE_SUFFIX) and not Path(name).exists()
-    path = name.removesuffix(_BASE_SUFFIX) if without_adapter else name
-    return find_target(path, default_template=default_template, without_adapter=without_adapter)
+    found = {}
+    for name in names:
+        is_base = name.endswith(_BASE_SUFFIX) and not Path(name).exists()
+        path = name.removesuffix(_BASE_SUFFIX) if is_base else name
+        found[name] = find_target(path, default_template=default_template, without_adapter=is_base)
+    return found
 
 
 def compare_models(
-    contenders: Sequence[Contender],
+    contenders: Contenders,
     prompts: Prompts,
     *,
     settings: AnswerSettings,
@@ -77,10 +71,10 @@ def compare_models(
     """
     _open_directory(directory, contenders, prompts, settings=settings)
     answers = {}
-    for number, contender in enumerate(contenders, start=1):
-        reporter.stage(f"answers of {contender.label}")
+    for number, (label, target) in enumerate(contenders.items(), start=1):
+        reporter.stage(f"answers of {label}")
         file = directory / f"answers-{number}.jsonl"
-        answers[contender.label] = _answers(contender, prompts, file=file, settings=settings, reporter=reporter)
+        answers[label] = _answers(target, prompts, file=file, settings=settings, reporter=reporter)
     labels = tuple(answers)
     broken = _broken_rules(prompts, answers)
     if judge is None:
@@ -99,12 +93,10 @@ def compare_models(
     )
 
 
-def _open_directory(
-    directory: Path, contenders: Sequence[Contender], prompts: Prompts, *, settings: AnswerSettings
-) -> None:
+def _open_directory(directory: Path, contenders: Contenders, prompts: Prompts, *, settings: AnswerSettings) -> None:
     """Make the directory, or check that it holds this comparison."""
     deciding = {
-        "models": {contender.label: contender.target.identity() for contender in contenders},
+        "models": {label: target.identity() for label, target in contenders.items()},
         "prompts": {"label": prompts.label, "count": len(prompts.items), "sha256": prompts.sha256},
         "answers": settings.to_json(),
     }
@@ -130,13 +122,13 @@ def _open_directory(
 
 
 def _answers(
-    contender: Contender, prompts: Prompts, *, file: Path, settings: AnswerSettings, reporter: Reporter
+    target: Target | GgufTarget, prompts: Prompts, *, file: Path, settings: AnswerSettings, reporter: Reporter
 ) -> list[str]:
     if not file.is_file():
-        questions = questions_of(contender.target.template, [prompt.text for prompt in prompts.items])
-        with open_answer_file(file, contender.target, questions, settings=settings) as answers:
+        questions = questions_of(target.template, [prompt.text for prompt in prompts.items])
+        with open_answer_file(file, target, questions, settings=settings) as answers:
             answer_questions(
-                contender.target,
+                target,
                 questions,
                 settings=settings,
                 file=answers,

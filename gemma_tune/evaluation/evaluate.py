@@ -10,21 +10,14 @@ from typing import TYPE_CHECKING, Any
 from gemma_tune.data.encode.arrays import EncodedRows
 from gemma_tune.disk import to_json_lines, write_text
 from gemma_tune.errors import DataError
-from gemma_tune.evaluation.figures import RowAnswer, RowLoss, RowResult, groups_of, measure_answer
+from gemma_tune.evaluation.figures import RowAnswer, RowResult, groups_of, measure_answer
 from gemma_tune.evaluation.general import GeneralSet, encode_general, general_set
 from gemma_tune.evaluation.rows import EvalRows, FoundRows, held_out_rows, rows_of_source
 from gemma_tune.identity import files_sha256, installed_version
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.target import Target, find_target
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.recipe.schema import Recipe
-from gemma_tune.runs.evaluation import (
-    SIDES,
-    Evaluation,
-    Side,
-    read_evaluation,
-    write_evaluation,
-)
+from gemma_tune.runs.evaluation import SIDES, Evaluation, Side, read_evaluation, write_evaluation
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.reporter import Reporter
@@ -84,7 +77,10 @@ def evaluate_run(
     recipe = load_recipe(run.resolved_recipe).recipe
     target = find_target(str(run.path))
     assert isinstance(target, Target)  # a run directory
-    rows = _find_rows(run, recipe, target, settings=settings)
+    if settings.source is not None:
+        rows = rows_of_source(settings.source, template=target.template, section=recipe.data)
+    else:
+        rows = held_out_rows(recipe.data, base=target.base, trained_sha256=read_lock(run)["data"]["sha256"])
     general = general_set(target.base)
     max_new_tokens = settings.max_new_tokens or recipe.evaluation.max_new_tokens
     key = _key(run, target, rows=rows, general=general, settings=settings) | {"max_new_tokens": max_new_tokens}
@@ -113,8 +109,8 @@ def evaluate_run(
                 reporter=reporter,
             )
             general_losses = _losses(loaded, texts, batch_size=batch_size, what="texts", reporter=reporter)
-        results[side] = [RowResult(loss, answer) for loss, answer in zip(losses, answers, strict=True)]
-        general_results[side] = [RowResult(loss, None) for loss in general_losses]
+        results[side] = [RowResult(*loss, answer) for loss, answer in zip(losses, answers, strict=True)]
+        general_results[side] = [RowResult(*loss, None) for loss in general_losses]
     evaluation = Evaluation(
         made=utc_now(),
         key=key,
@@ -128,10 +124,6 @@ def evaluate_run(
     return evaluation, True
 
 
-def _find_rows(run: RunDir, recipe: Recipe, target: Target, *, settings: EvaluateSettings) -> FoundRows:
-    if settings.source is not None:
-        return rows_of_source(settings.source, template=target.template, section=recipe.data)
-    return held_out_rows(recipe.data, base=target.base, trained_sha256=read_lock(run)["data"]["sha256"])
 
 
 def _key(
@@ -153,7 +145,8 @@ def _key(
 
 def _losses(
     loaded: LoadedTarget, rows: EncodedRows, *, batch_size: int, what: str, reporter: Reporter
-) -> list[RowLoss]:
+) -> list[tuple[float, int]]:
+    """Return the summed loss in nats and the supervised tokens of each row."""
     from gemma_tune.inference.score import ScoredRow, score_rows
 
     scored = score_rows(
@@ -162,16 +155,11 @@ def _losses(
         batch_size=batch_size,
         on_progress=lambda done, total: reporter.progress(f"{what} scored", done, total),
     )
-    return [RowLoss(-score.log_likelihood, len(score.tokens)) for score in scored]
+    return [(-score.log_likelihood, len(score.tokens)) for score in scored]
 
 
 def _answers(
-    loaded: LoadedTarget,
-    rows: EvalRows,
-    settings: AnswerSettings,
-    *,
-    expects_json: bool,
-    reporter: Reporter,
+    loaded: LoadedTarget, rows: EvalRows, settings: AnswerSettings, *, expects_json: bool, reporter: Reporter
 ) -> list[RowAnswer]:
     """The last turn of every row answered greedily, and compared with the expected answer."""
     completions = loaded.complete(
@@ -203,9 +191,8 @@ def _write_rows(run: RunDir, rows: EvalRows, results: Mapping[Side, list[RowResu
             "expected": example.response,
         }
         for side, of_side in results.items():
-            answer = of_side[index].answer
-            assert isinstance(answer, RowAnswer)  # only texts of the forgetting check have none
-            loss = of_side[index].loss
-            row[side] = {**asdict(answer), "loss_nats": loss.nats, "loss_tokens": loss.tokens}
+            result = of_side[index]
+            assert result.answer is not None  # only texts of the forgetting check have none
+            row[side] = {**asdict(result.answer), "loss_nats": result.nats, "loss_tokens": result.tokens}
         lines.append(row)
     write_text(run.evaluated_rows, to_json_lines(lines))

@@ -14,14 +14,6 @@ from gemma_tune.runs.evaluation import Estimate, Figure, Group, Side
 
 
 @dataclass(frozen=True)
-class RowLoss:
-    """Summed loss of a row in nats, over its `tokens` supervised tokens."""
-
-    nats: float
-    tokens: int
-
-
-@dataclass(frozen=True)
 class RowAnswer:
     """One answer next to the expected one. `valid_json` is None where nobody asked for JSON."""
 
@@ -38,9 +30,14 @@ class RowAnswer:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What one model did with one row; there is no answer to a text of the forgetting check."""
+    """What one model did with one row; there is no answer to a text of the forgetting check.
 
-    loss: RowLoss
+    Attributes:
+        nats: summed loss over its `tokens` supervised tokens.
+    """
+
+    nats: float
+    tokens: int
     answer: RowAnswer | None
 
 
@@ -90,8 +87,8 @@ def _of_answer(read: Callable[[RowAnswer], float | None]) -> Callable[[RowResult
 
 
 _RATIOS: Mapping[str, _Ratio] = {
-    "loss": _Ratio(lambda row: row.loss.nats, lambda row: row.loss.tokens),
-    "perplexity": _Ratio(lambda row: row.loss.nats, lambda row: row.loss.tokens, transform=np.exp),
+    "loss": _Ratio(lambda row: row.nats, lambda row: row.tokens),
+    "perplexity": _Ratio(lambda row: row.nats, lambda row: row.tokens, transform=np.exp),
     "exact_match": _Ratio(_of_answer(lambda answer: answer.exact_match), is_share=True),
     "token_f1": _Ratio(_of_answer(lambda answer: answer.token_f1)),
     "rouge_l": _Ratio(_of_answer(lambda answer: answer.rouge_l)),

@@ -66,10 +66,7 @@ def encode_general(texts: Sequence[GeneralText], encoder: Encoder) -> EncodedRow
     """The texts after one BOS each, as plain text in no template."""
     return encoder.encode_rows(
         [
-            (
-                Segment(text.prompt, supervised=False, control=False),
-                Segment(text.text, supervised=True, control=False),
-            )
+            (Segment(text.prompt, supervised=False, control=False), Segment(text.text, supervised=True, control=False))
             for text in texts
         ]
     )

@@ -44,12 +44,7 @@ class GuardCallback(TrainerCallback):
         self.trained = trained_weights(model)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         step, loss = state.global_step + 1, self.take_loss()
         gradients = [weight.grad for weight in self.trained.values() if weight.grad is not None]

@@ -16,13 +16,7 @@ from transformers import Trainer, TrainerState
 
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
-from gemma_tune.runs.checkpoints import (
-    checkpoint_path,
-    fault_of,
-    remove_old_checkpoints,
-    step_of,
-    write_checkpoint,
-)
+from gemma_tune.runs.checkpoints import checkpoint_path, fault_of, remove_old_checkpoints, step_of, write_checkpoint
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.metrics_log import flush_metrics
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
@@ -111,10 +105,7 @@ class OwnCheckpoints(Trainer):
         def save() -> None:
             flush_metrics(self.run)
             write_checkpoint(
-                self.run,
-                step=step,
-                tensor_bytes=state_bytes(training) + state_bytes(weights),
-                write=write,
+                self.run, step=step, tensor_bytes=state_bytes(training) + state_bytes(weights), write=write
             )
             best = checkpoint_path(self.run, self.state.best_global_step) if self.state.best_global_step else None
             protected = [path for path in (best, self._resumed_from) if path is not None]

@@ -14,7 +14,7 @@ from gemma_tune import load
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation import compare
-from gemma_tune.evaluation.compare import Contender, compare_models, find_contenders
+from gemma_tune.evaluation.compare import compare_models, find_contenders
 from gemma_tune.evaluation.comparison import Comparison
 from gemma_tune.evaluation.judge import Duel, EndpointJudge, Judge, Ruling
 from gemma_tune.evaluation.prompt_sets import Prompt, Prompts
@@ -57,7 +57,7 @@ def run(tmp_path: Path, asked: Asked) -> Callable[..., Comparison]:
             if not (tmp_path / f"{label}.gguf").exists():
                 (tmp_path / f"{label}.gguf").write_bytes(b"weights")
         return compare_models(
-            [Contender(label, GgufTarget(tmp_path / f"{label}.gguf", load_template("chat"))) for label in labels],
+            {label: GgufTarget(tmp_path / f"{label}.gguf", load_template("chat")) for label in labels},
             prompts,
             settings=AnswerSettings(**changes),
             directory=tmp_path / "out",
@@ -269,15 +269,16 @@ def test_a_directory_of_something_else_is_left_alone(run: Callable[..., Comparis
 
 def test_a_run_against_its_base(drawn_run: DrawnRun, tmp_path: Path) -> None:
     run = str(drawn_run.run.path)
-    tuned, base = find_contenders([run, f"{run}@base"])
-    assert isinstance(tuned.target, Target) and isinstance(base.target, Target)
-    assert tuned.target.adapter == drawn_run.run.adapter and base.target.adapter is None
+    contenders = find_contenders([run, f"{run}@base"])
+    tuned, base = contenders.values()
+    assert isinstance(tuned, Target) and isinstance(base, Target)
+    assert tuned.adapter == drawn_run.run.adapter and base.adapter is None
     prompts = Prompts(
         "rows", tuple(Prompt(f"p{n}", "g", row["instruction"]) for n, row in enumerate(drawn_run.rows[:4]))
     )
     judge = ScriptedJudge(lambda _: "first")
     found = compare_models(
-        [tuned, base],
+        contenders,
         prompts,
         settings=AnswerSettings(max_new_tokens=8),
         directory=tmp_path / "out",

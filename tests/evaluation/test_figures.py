@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, measure_answer
+from gemma_tune.evaluation.figures import RowResult, groups_of, measure_answer
 from gemma_tune.runs.evaluation import METRICS, Figure, Group
 
 
 def result(text: str, expected: str, *, nats: float = 1.0, tokens: int = 2, expects_json: bool = False) -> RowResult:
     return RowResult(
-        RowLoss(nats, tokens), measure_answer("", text, expected, num_tokens=5, stopped=True, expects_json=expects_json)
+        nats, tokens, measure_answer("", text, expected, num_tokens=5, stopped=True, expects_json=expects_json)
     )
 
 
@@ -58,7 +58,7 @@ def test_categories_come_by_size_and_rows_without_one_are_a_category() -> None:
 
 
 def test_what_was_not_asked_is_left_out() -> None:
-    texts = [RowResult(RowLoss(2.0, 4), None)] * 3
+    texts = [RowResult(2.0, 4, None)] * 3
     (group,) = groups_of({"base": texts, "tuned": texts}, ["prose"] * 3)
     assert [each.metric for each in group.figures] == ["loss", "perplexity"]
     json_rows = [result('{"a": 1}', "x", expects_json=True), result("a", "x", expects_json=True)]

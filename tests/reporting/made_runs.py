@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_tune.data.data_report import DataReport, LengthBin, SourceReport
 from gemma_tune.disk import write_json
-from gemma_tune.evaluation.figures import RowLoss, RowResult, groups_of, measure_answer
+from gemma_tune.evaluation.figures import RowResult, groups_of, measure_answer
 from gemma_tune.recipe.load import dump_recipe
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.evaluation import Evaluation, Side, write_evaluation
@@ -39,9 +39,7 @@ SUMMARY = RunSummary(
 def drawn_evaluation(category: str) -> Evaluation:
     def results(answers: list[str], nats: float) -> list[RowResult]:
         return [
-            RowResult(
-                RowLoss(nats, 4), measure_answer("", text, "A baker.", num_tokens=3, stopped=True, expects_json=False)
-            )
+            RowResult(nats, 4, measure_answer("", text, "A baker.", num_tokens=3, stopped=True, expects_json=False))
             for text in answers
         ]
 
@@ -50,8 +48,8 @@ def drawn_evaluation(category: str) -> Evaluation:
         "tuned": results(["A baker."] * 6 + ["Nobody."] * 2, 1.0),
     }
     texts: dict[Side, list[RowResult]] = {
-        "base": [RowResult(RowLoss(2.0 + at, 4), None) for at in range(4)],
-        "tuned": [RowResult(RowLoss(3.0 + at, 4), None) for at in range(4)],
+        "base": [RowResult(2.0 + at, 4, None) for at in range(4)],
+        "tuned": [RowResult(3.0 + at, 4, None) for at in range(4)],
     }
     return Evaluation(
         made="2026-01-01T00:00:00+00:00",
