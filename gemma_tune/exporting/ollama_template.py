@@ -312,23 +312,14 @@ def _messages(questions: Sequence[str], answers: Sequence[str], *, system: str =
 
 # What cannot stand as it is: a Modelfile ends a value at three quotes and drops characters that do not print (its
 # parser asks Go's strconv.IsPrint; tabs and line breaks are kept); Go reads {{ as an action, also where one { is text.
-_SPECIAL = re.compile(r'\{+|"{3,}')
+_SPECIAL = r'\{+|"{3,}'
 
 
 def _go_text(text: str) -> str:
     """Text of a Go template inside of a Modelfile's quotes; what cannot stand there is written as a Go string."""
-    parts = []
-    end = 0
-    for start, stop in _special_spans(text):
-        parts += [text[end:start], '{{ "', *map(_go_char, text[start:stop]), '" }}']
-        end = stop
-    return "".join([*parts, text[end:]])
-
-
-def _special_spans(text: str) -> list[tuple[int, int]]:
-    spans = [found.span() for found in _SPECIAL.finditer(text)]
-    spans += [(index, index + 1) for index, char in enumerate(text) if not _is_kept(char)]
-    return sorted(spans)
+    dropped = {re.escape(char) for char in text if not _is_kept(char)}
+    pattern = "|".join([_SPECIAL, *dropped])
+    return re.sub(pattern, lambda found: '{{ "' + "".join(map(_go_char, found[0])) + '" }}', text)
 
 
 def _is_kept(char: str) -> bool:

@@ -398,10 +398,7 @@ def _factors(directory: Path, config: Mapping[str, Any], module: str, found: Map
 
 def _pattern_value(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that matches the end of the module path, as PEFT's get_pattern_key does."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    return next((value for end, value in patterns.items() if re.match(rf"(.*\.)?({end})$", module)), default)
 
 
 def _key_error(directory: Path, reason: str, keys: list[str]) -> ExportError:

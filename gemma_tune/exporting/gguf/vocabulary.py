@@ -44,12 +44,7 @@ class GgufVocabulary:
     tokens: tuple[str, ...]
     scores: tuple[float, ...]
     types: tuple[TokenType, ...]
-    bos_id: int
-    eos_id: int
-    unknown_id: int
-    pad_id: int | None
-    mask_id: int | None
-    end_of_turn_id: int | None
+    special_ids: Mapping[str, int]  # of bos, eos, unk; where it has them pad, mask, eot (the end of a turn)
     chat_template: str | None
     notes: tuple[str, ...]
 
@@ -96,20 +91,17 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
     if len(set(tokens)) != num_rows:
         raise ExportError(f"{path}: a token is named [PADn], which is the name of an unused row", hint=_KEEP_HINT)
 
-    special = _special_ids(config, id_of, directory)
+    special = {**_special_ids(config, id_of, directory), "unk": unknown_id}
+    if "<end_of_turn>" in id_of:
+        special["eot"] = id_of["<end_of_turn>"]
     _refuse_other_ends(tokenizer.get("post_processor"), config, path)
     return GgufVocabulary(
         tokens=tuple(tokens),
         scores=tuple(scores),
         types=tuple(types),
-        bos_id=special["bos_token"],
-        eos_id=special["eos_token"],
-        unknown_id=unknown_id,
-        pad_id=special.get("pad_token"),
-        mask_id=special.get("mask_token"),
-        end_of_turn_id=id_of.get("<end_of_turn>"),
+        special_ids=special,
         chat_template=_chat_template(directory, config),
-        notes=tuple(_stop_notes(directory, {special["eos_token"], id_of.get("<end_of_turn>")})),
+        notes=tuple(_stop_notes(directory, {special["eos"], special.get("eot")})),
     )
 
 
@@ -120,15 +112,9 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_scores(vocabulary.scores)
     writer.add_token_types(vocabulary.types)
-    writer.add_bos_token_id(vocabulary.bos_id)
-    writer.add_eos_token_id(vocabulary.eos_id)
-    writer.add_unk_token_id(vocabulary.unknown_id)
-    if vocabulary.pad_id is not None:
-        writer.add_pad_token_id(vocabulary.pad_id)
-    if vocabulary.mask_id is not None:
-        writer.add_mask_token_id(vocabulary.mask_id)
-    if vocabulary.end_of_turn_id is not None:
-        writer.add_eot_token_id(vocabulary.end_of_turn_id)
+    for name in ("bos", "eos", "unk", "pad", "mask", "eot"):
+        if name in vocabulary.special_ids:
+            getattr(writer, f"add_{name}_token_id")(vocabulary.special_ids[name])
     # What the tokenizer itself adds does not count: training puts one <bos> before every row, and asks with no <eos>.
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
@@ -244,7 +230,7 @@ def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: 
 
 def _named(token: Any, key: str, id_of: Mapping[str, int], where: Path) -> str:
     """The text of a token that a config names, plain or as an object with `content`; it must be in the vocabulary."""
-    text = token.get("content") if isinstance(token, Mapping) else token
+    text = _text(token)
     if not isinstance(text, str) or text not in id_of:
         raise ExportError(
             f"{where}: {key} is {text!r}, which is not in the vocabulary",
@@ -254,12 +240,12 @@ def _named(token: Any, key: str, id_of: Mapping[str, int], where: Path) -> str:
 
 
 def _special_ids(config: Mapping[str, Any], id_of: Mapping[str, int], directory: Path) -> dict[str, int]:
-    """Ids of the named tokens. Every token that tokenizer_config.json adds must be in tokenizer.json, too."""
+    """Ids by short name, such as bos. Every token that tokenizer_config.json adds must be in tokenizer.json, too."""
     where = directory / "tokenizer_config.json"
     ids = {}
     for key in ("bos_token", "eos_token", "pad_token", "mask_token"):
         if config.get(key) is not None or key in ("bos_token", "eos_token"):
-            ids[key] = id_of[_named(config.get(key), key, id_of, where)]
+            ids[key.removesuffix("_token")] = id_of[_named(config.get(key), key, id_of, where)]
     for key in ("extra_special_tokens", "additional_special_tokens", "added_tokens_decoder"):
         given = config.get(key) or []
         for token in given.values() if isinstance(given, Mapping) else given:

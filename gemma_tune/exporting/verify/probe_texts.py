@@ -121,7 +121,7 @@ def probe_of_rows(
         rows=ids,
         scored=scored,
         texts=(*TRICKY_STRINGS, *texts),
-        prompts=_first_prompts([prompt for prompt in prompts if len(prompt) <= _MAX_PROMPT_TOKENS]),
+        prompts=tuple(prompt for prompt in prompts if len(prompt) <= _MAX_PROMPT_TOKENS)[:_NUM_PROMPTS],
         stop_token_ids=encoder.stop_token_ids,
         origin="eval rows",
     )
@@ -135,7 +135,7 @@ def built_in_probe(encoder: Encoder, *, num_positions: int = ExportSettings.num_
         rows=ids,
         scored=scored,
         texts=(*TRICKY_STRINGS, *_BUILT_IN_TEXTS),
-        prompts=_first_prompts([tuple(row[: len(row) // 2 + 1]) for row in rows]),
+        prompts=tuple(tuple(row[: len(row) // 2 + 1]) for row in rows[:_NUM_PROMPTS]),
         stop_token_ids=encoder.stop_token_ids,
         origin="built-in text",
     )
@@ -161,7 +161,3 @@ def _fill(
         ids.append(tuple(row[:end]))
         scored.append(tuple(index for index in indices if 0 < index < end))
     return tuple(ids), tuple(scored)
-
-
-def _first_prompts(prompts: Sequence[tuple[int, ...]]) -> tuple[tuple[int, ...], ...]:
-    return tuple(prompts[:_NUM_PROMPTS])

@@ -64,9 +64,7 @@ def test_lists_hold_every_token_at_its_row() -> None:
     assert sum(kind == TokenType.BYTE for kind in types.values()) == 256
     assert types["▁▁"] == types["\n\n"] == types["▁the"] == TokenType.NORMAL
     assert types["[PAD2305]"] == TokenType.UNUSED
-    found = (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unknown_id, vocabulary.pad_id, vocabulary.mask_id)
-    assert found == (2, 1, 3, 0, 4)
-    assert vocabulary.end_of_turn_id == 107
+    assert vocabulary.special_ids == {"bos": 2, "eos": 1, "unk": 3, "pad": 0, "mask": 4, "eot": 107}
     assert vocabulary.chat_template == tokenizer.chat_template
 
 
