@@ -84,7 +84,6 @@ class TerminalReporter:
         self.console = terminal.err
         self.live: Progress | None = None
         self.last_printed = 0.0
-        self.stage_started = time.monotonic()
 
     def __enter__(self) -> TerminalReporter:
         return self
@@ -94,7 +93,6 @@ class TerminalReporter:
 
     def stage(self, title: str) -> None:
         self._end_live()
-        self.stage_started = time.monotonic()
         self.console.print(f"[bold blue]●[/] [bold]{mask_secrets(title)}[/]")
 
     def detail(self, text: str) -> None:

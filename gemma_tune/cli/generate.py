@@ -90,9 +90,7 @@ def generate(
                 file=answer_file,
                 listener=Listener(
                     on_answers=show,
-                    on_progress=lambda done, of: (
-                        None if is_single else reporter.progress("questions answered", done, of)
-                    ),
+                    on_progress=show_progress,
                     on_text=(lambda text: terminal.plain(text, end="")) if streams else None,
                 ),
             )
