@@ -265,10 +265,7 @@ def shared_directory(
 
 @contextmanager
 def replaced_directory(
-    directory: Path,
-    *,
-    explain: Callable[[Exception], Exception],
-    displace: Callable[[Path], object] | None = None,
+    directory: Path, *, explain: Callable[[Exception], Exception], displace: Callable[[Path], object] | None = None
 ) -> Iterator[Path]:
     """Yield an empty directory next to `directory`; at the end of the block it is flushed and takes its place.
 

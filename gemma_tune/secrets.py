@@ -13,21 +13,13 @@ MASK = "***"
 
 @dataclass(frozen=True)
 class SecretKind:
-    """A form of credential.
+    """A form of credential."""
 
-    Attributes:
-        name: whose it is.
-        mark: regex of what stands in every text that holds one; cheap to search.
-        pattern: regex of all of it.
-        example: what one looks like; tests fill `{34}` with as many letters and digits, `{A16}` with capitals.
-        needs_digit: without a digit it is words joined by hyphens.
-    """
-
-    name: str
-    mark: str
-    pattern: str
-    example: str
-    needs_digit: bool = False
+    name: str  # whose it is
+    mark: str  # regex of what stands in every text that holds one; cheap to search
+    pattern: str  # regex of all of it
+    example: str  # what one looks like; tests fill `{34}` with as many letters and digits, `{A16}` with capitals
+    needs_digit: bool = False  # without a digit it is words joined by hyphens
 
 
 # By their published prefixes. A bare W&B key is 40 hexadecimal digits, as is the commit of a hub model: it is known by

@@ -199,8 +199,7 @@ def test_only_a_member_knows_its_name() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "owner"),
-    [("unsloth", "gemma_tune.engines.unsloth"), ("trl", "gemma_tune.training.loop")],
+    ("library", "owner"), [("unsloth", "gemma_tune.engines.unsloth"), ("trl", "gemma_tune.training.loop")]
 )
 def test_one_file_knows_the_library(library: str, owner: str) -> None:
     users = {module for module, items in IMPORTS.items() if any(item.module.split(".")[0] == library for item in items)}

@@ -96,8 +96,8 @@ def compare(
         prompts = load_prompt_sets(PROMPT_SETS if sets is None else [name.strip() for name in sets.split(",")])
     with libraries_to(None):
         contenders = find_contenders(models, default_template=template)
-        for contender in contenders:
-            note_base(terminal, contender.target)
+        for target in contenders.values():
+            note_base(terminal, target)
         chosen = find_judge(
             judge,
             person=PersonJudge(terminal),

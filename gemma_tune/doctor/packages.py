@@ -31,20 +31,13 @@ _NOT_FOR_USERS = {"dev"}
 
 @dataclass(frozen=True)
 class KnownBad:
-    """Versions that are known to break.
+    """Versions that are known to break."""
 
-    Attributes:
-        package, versions: what must not be installed; every version of `versions` counts.
-        together_with: another package that makes it break; None where it breaks alone.
-        on: only on this kind of device; None on both.
-        because: what happens, as measured or as published.
-    """
-
-    package: str
+    package: str  # package, versions: what must not be installed; every version of `versions` counts
     versions: str
-    because: str
-    together_with: str | None = None
-    on: Literal["cpu", "cuda"] | None = None
+    because: str  # what happens, as measured or as published
+    together_with: str | None = None  # another package that makes it break; None where it breaks alone
+    on: Literal["cpu", "cuda"] | None = None  # only on this kind of device; None on both
 
 
 KNOWN_BAD = (

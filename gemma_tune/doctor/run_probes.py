@@ -14,19 +14,13 @@ from gemma_tune.machine.child import run_child
 
 @dataclass(frozen=True)
 class Probed:
-    """What a probe of worker.py reported.
+    """What a probe of worker.py reported."""
 
-    Attributes:
-        outcome: done, failed (an exception), crashed (a signal) or hung (stopped after its time).
-        step: what it was doing last, such as `importing torch`.
-        facts: everything it sent until then.
-        error: the exception in a line, the signal, or the time it had.
-    """
-
+    # done, failed (an exception), crashed (a signal) or hung (stopped after its time)
     outcome: Literal["done", "failed", "crashed", "hung"]
-    step: str
-    facts: Mapping[str, Any]
-    error: str
+    step: str  # what it was doing last, such as `importing torch`
+    facts: Mapping[str, Any]  # everything it sent until then
+    error: str  # the exception in a line, the signal, or the time it had
     seconds: float
 
     @property

@@ -12,36 +12,22 @@ from gemma_tune.recipe.schema import LoraSection, ModelSection
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in memory, possibly with an adapter attached.
+    """A base model in memory, possibly with an adapter attached."""
 
-    Attributes:
-        model: a transformers causal language model, or the PEFT model around it.
-        engine: name of the engine that loaded it.
-        precision: what it computes in.
-        num_quantized_layers: linear layers held in 4 or 8 bits; 0 for a 16- or 32-bit model.
-    """
-
-    model: Any
-    engine: str
-    precision: Precision
-    num_quantized_layers: int
+    model: Any  # a transformers causal language model, or the PEFT model around it
+    engine: str  # name of the engine that loaded it
+    precision: Precision  # what it computes in
+    num_quantized_layers: int  # linear layers held in 4 or 8 bits; 0 for a 16- or 32-bit model
 
 
 @dataclass(frozen=True)
 class AttachedLora:
-    """What got an adapter.
+    """What got an adapter."""
 
-    Attributes:
-        loaded: the model with the adapter.
-        num_modules: modules with an adapter, by target name.
-        num_trainable: trained parameters.
-        num_total: all parameters, quantised ones counted unpacked.
-    """
-
-    loaded: LoadedModel
-    num_modules: dict[str, int]
-    num_trainable: int
-    num_total: int
+    loaded: LoadedModel  # the model with the adapter
+    num_modules: dict[str, int]  # modules with an adapter, by target name
+    num_trainable: int  # trained parameters
+    num_total: int  # all parameters, quantised ones counted unpacked
 
 
 class Engine(Protocol):

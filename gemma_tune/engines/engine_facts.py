@@ -13,41 +13,28 @@ Head = Literal["chunked", "fused"]
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """What recipe, planner, trainer, card and doctor need to know of an engine.
+    """What recipe, planner, trainer, card and doctor need to know of an engine."""
 
-    Attributes:
-        name: as `model.engine` and lock.json name it.
-        about: a phrase for the user.
-        location: `module:class` of its `base.Engine`, a LEAF.
-        packages: distributions that gemma-tune does not itself require, the one to import first.
-        install: the command that installs them.
-        why_not_sharded: why it cannot train a model that is divided between processes; None: it can.
-        own_checkpointing: the value of `training.gradient_checkpointing` with which it keeps layer inputs in the host's
-            memory; every other engine takes it as `on`.
-        has_own_forward: on CUDA its own forward pass takes row lengths and keeps packed rows apart by their positions.
-        fused_families: families for which it has hand-written backward passes.
-        head: how it computes logits and loss: trl's chunks of tokens, or one fused kernel.
-        stream_in_compute_dtype: embeddings, norms and the residual stream have the compute type, not the storage type.
-        quantizes_towers: image and audio towers are quantised with the rest.
-        peak_share: share of a card's peak rate that its large matrix products reach, from the increase of the time
-            from 1,024 to 2,048 tokens (planning/schedule.py).
-        tags: of a model card on the hub.
-    """
-
-    name: str
-    about: str
-    location: str
-    packages: tuple[str, ...] = ()
-    install: str = ""
-    why_not_sharded: str | None = None
+    name: str  # as `model.engine` and lock.json name it
+    about: str  # a phrase for the user
+    location: str  # `module:class` of its `base.Engine`, a LEAF
+    packages: tuple[str, ...] = ()  # distributions that gemma-tune does not itself require, the one to import first
+    install: str = ""  # the command that installs them
+    why_not_sharded: str | None = None  # why it cannot train a model that is divided between processes; None: it can
+    # the value of `training.gradient_checkpointing` with which it keeps layer inputs in the host's memory; every other
+    # engine takes it as `on`
     own_checkpointing: str | None = None
+    # on CUDA its own forward pass takes row lengths and keeps packed rows apart by their positions
     has_own_forward: bool = False
-    fused_families: tuple[str, ...] = ()
-    head: Head = "chunked"
+    fused_families: tuple[str, ...] = ()  # families for which it has hand-written backward passes
+    head: Head = "chunked"  # how it computes logits and loss: trl's chunks of tokens, or one fused kernel
+    # embeddings, norms and the residual stream have the compute type, not the storage type
     stream_in_compute_dtype: bool = False
-    quantizes_towers: bool = True
+    quantizes_towers: bool = True  # image and audio towers are quantised with the rest
+    # share of a card's peak rate that its large matrix products reach, from the increase of the time from 1,024 to
+    # 2,048 tokens (planning/schedule.py)
     peak_share: float = 0.43
-    tags: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()  # of a model card on the hub
 
     def checkpointing(self, asked: str) -> Checkpointing:
         """Return what `training.gradient_checkpointing` means to this engine."""

@@ -26,19 +26,14 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class AnswerRule:
-    """One kind of rule.
-
-    Attributes:
-        score: a pure function of prompt, answer and what the rule expects: 1 where the answer keeps it, 0 where not.
-        accepts, takes: what may be expected, as a test and in words.
-        is_graded: whether the score may lie between 0 and 1; such a rule is neither kept nor broken.
-    """
+    """One kind of rule."""
 
     name: str
+    # a pure function of prompt, answer and what the rule expects: 1 where the answer keeps it, 0 where not
     score: Callable[[str, str, Any], float]
-    accepts: Callable[[Any], bool]
+    accepts: Callable[[Any], bool]  # accepts, takes: what may be expected, as a test and in words
     takes: str
-    is_graded: bool = False
+    is_graded: bool = False  # whether the score may lie between 0 and 1; such a rule is neither kept nor broken
 
 
 def has_words(answer: str, text: str) -> bool:

@@ -13,23 +13,17 @@ PUBLISHED_SOURCE = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark.
-
-    Attributes:
-        task: the harness's name.
-        shots: examples in front of each question as the report states them; None: it does not, and the task's own
-            number is taken.
-        metric: the harness's metric that is shown, with its filter.
-        published: percent, in the order of PUBLISHED_MODELS; None where the report has no figure.
-        runs_code: whether it executes programs that the model writes.
-    """
+    """One benchmark."""
 
     label: str
-    task: str
+    task: str  # the harness's name
+    # examples in front of each question as the report states them; None: it does not, and the task's own number is
+    # taken
     shots: int | None
-    metric: str
+    metric: str  # the harness's metric that is shown, with its filter
+    # percent, in the order of PUBLISHED_MODELS; None where the report has no figure
     published: tuple[float | None, float | None, float | None]
-    runs_code: bool = False
+    runs_code: bool = False  # whether it executes programs that the model writes
 
 
 # Mistral's SIQA, BoolQ, CQA, MBPP, GSM8K, AGIEval and BBH were measured by the report's authors. The report shows its

@@ -21,21 +21,14 @@ _OPTION_CODE = "--allow-code"
 
 @dataclass(frozen=True)
 class ChosenTask:
-    """A task to run.
+    """A task to run."""
 
-    Attributes:
-        name: as the user calls it.
-        task: the harness's name, or that of a file of rows.
-        known: its row in the table of benchmarks.
-        source: what decides its questions, for a kept result to be compared by.
-        rows: of a file of multiple-choice questions, each with `question`, `choices` and the number of the `answer`;
-            None where the harness has its own.
-    """
-
-    name: str
-    task: str
-    known: Benchmark | None
-    source: str
+    name: str  # as the user calls it
+    task: str  # the harness's name, or that of a file of rows
+    known: Benchmark | None  # its row in the table of benchmarks
+    source: str  # what decides its questions, for a kept result to be compared by
+    # of a file of multiple-choice questions, each with `question`, `choices` and the number of the `answer`; None where
+    # the harness has its own
     rows: tuple[dict[str, Any], ...] | None = None
 
     @property
@@ -69,20 +62,13 @@ class ChosenTask:
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """How the tasks are run.
+    """How the tasks are run."""
 
-    Attributes:
-        shots: examples in front of each question; None takes those of the report, else of the task.
-        limit: the first N questions of each task (and of each part of one); None takes all.
-        task_dir: a directory with task files: the harness's .yaml, or .jsonl rows.
-        allow_code: whether tasks may execute code: programs that the model writes, and local .yaml tasks.
-    """
-
-    shots: int | None = None
-    limit: int | None = None
+    shots: int | None = None  # examples in front of each question; None takes those of the report, else of the task
+    limit: int | None = None  # the first N questions of each task (and of each part of one); None takes all
     batch_size: int = 8
-    task_dir: Path | None = None
-    allow_code: bool = False
+    task_dir: Path | None = None  # a directory with task files: the harness's .yaml, or .jsonl rows
+    allow_code: bool = False  # whether tasks may execute code: programs that the model writes, and local .yaml tasks
 
 
 def require_harness() -> None:

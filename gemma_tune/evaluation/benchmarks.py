@@ -39,26 +39,18 @@ _SHOT_SEED = 1234  # the harness's default, of which questions serve as examples
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One task on one model.
-
-    Attributes:
-        label: as the table of benchmarks writes it.
-        shots: that were shown; None: the task's own, which differs between its parts.
-        metric: that `value` is of; `metrics` has all of them.
-        questions: that were asked.
-        key: everything that decides the figures.
-    """
+    """One task on one model."""
 
     name: str
-    label: str
+    label: str  # as the table of benchmarks writes it
     side: BenchmarkSide
-    shots: int | None
-    metric: str
+    shots: int | None  # that were shown; None: the task's own, which differs between its parts
+    metric: str  # that `value` is of; `metrics` has all of them
     value: Estimate
     metrics: dict[str, float]
-    questions: int
+    questions: int  # that were asked
     made: str
-    key: dict[str, Any]
+    key: dict[str, Any]  # everything that decides the figures
 
     @property
     def published(self) -> tuple[float | None, ...] | None:

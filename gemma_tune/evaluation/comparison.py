@@ -15,21 +15,15 @@ Scores = Mapping[Pair, Mapping[str, float]]
 
 @dataclass(frozen=True)
 class PairResult:
-    """One model against another on some prompts.
-
-    Attributes:
-        group: the prompts' group; None: all of them.
-        wins, ties, losses: prompts, as seen from `first`.
-        win_rate: the share of wins, a tie counting half; None where nothing was judged.
-    """
+    """One model against another on some prompts."""
 
     first: str
     second: str
-    group: str | None
-    wins: int
+    group: str | None  # the prompts' group; None: all of them
+    wins: int  # wins, ties, losses: prompts, as seen from `first`
     ties: int
     losses: int
-    win_rate: Estimate | None
+    win_rate: Estimate | None  # the share of wins, a tie counting half; None where nothing was judged
 
 
 @dataclass(frozen=True)
@@ -52,42 +46,29 @@ class Rating:
 
 @dataclass(frozen=True)
 class JudgeFacts:
-    """How the judge behaved.
-
-    Attributes:
-        prompt: what a judge model is asked, with gaps; None for rules and for a person.
-        duels: pairs of answers in one order that were ruled on; `expected`: how many there are.
-        malformed: rulings without a verdict; their pairs are not counted.
-        first_preferred: the share of clear verdicts that went to the answer shown first; 50 % is without a bias.
-        consistent: the share of pairs on which the two orders gave the same verdict.
-    """
+    """How the judge behaved."""
 
     name: str
-    prompt: str | None
-    duels: int
+    prompt: str | None  # what a judge model is asked, with gaps; None for rules and for a person
+    duels: int  # pairs of answers in one order that were ruled on; `expected`: how many there are
     expected: int
-    malformed: int
+    malformed: int  # rulings without a verdict; their pairs are not counted
+    # the share of clear verdicts that went to the answer shown first; 50 % is without a bias
     first_preferred: Estimate | None
-    consistent: Estimate | None
+    consistent: Estimate | None  # the share of pairs on which the two orders gave the same verdict
 
 
 @dataclass(frozen=True)
 class ComparedPrompt:
-    """One prompt with everything that was found.
-
-    Attributes:
-        answers: of each model, in the order of the labels.
-        broken: the rules that each answer breaks; None where the prompt has no rules.
-        scores: of each pair as (first, second, score), where it was judged.
-    """
+    """One prompt with everything that was found."""
 
     id: str
     group: str
     prompt: str
     reference: str | None
-    answers: tuple[str, ...]
-    broken: tuple[tuple[str, ...], ...] | None
-    scores: tuple[tuple[str, str, float], ...]
+    answers: tuple[str, ...]  # of each model, in the order of the labels
+    broken: tuple[tuple[str, ...], ...] | None  # the rules that each answer breaks; None where the prompt has no rules
+    scores: tuple[tuple[str, str, float], ...]  # of each pair as (first, second, score), where it was judged
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
-    """What is measured.
+    """What is measured."""
 
-    Attributes:
-        sides: which models: `base`, `tuned` or both.
-        source: rows of a file instead of the held-out ones.
-        num_rows: the first N rows; None takes all.
-        max_new_tokens, batch_size: None takes the recipe's.
-        expects_json: whether an answer has to be JSON.
-    """
-
-    sides: tuple[Side, ...] = SIDES
-    source: str | None = None
-    num_rows: int | None = None
-    max_new_tokens: int | None = None
+    sides: tuple[Side, ...] = SIDES  # which models: `base`, `tuned` or both
+    source: str | None = None  # rows of a file instead of the held-out ones
+    num_rows: int | None = None  # the first N rows; None takes all
+    max_new_tokens: int | None = None  # max_new_tokens, batch_size: None takes the recipe's
     batch_size: int | None = None
-    expects_json: bool = False
+    expects_json: bool = False  # whether an answer has to be JSON
 
 
 def parse_sides(text: str) -> tuple[Side, ...]:
@@ -122,8 +114,6 @@ def evaluate_run(
     _write_rows(run, eval_rows, results)
     write_evaluation(run, evaluation)
     return evaluation, True
-
-
 
 
 def _key(

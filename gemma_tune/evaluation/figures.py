@@ -30,13 +30,9 @@ class RowAnswer:
 
 @dataclass(frozen=True)
 class RowResult:
-    """What one model did with one row; there is no answer to a text of the forgetting check.
+    """What one model did with one row; there is no answer to a text of the forgetting check."""
 
-    Attributes:
-        nats: summed loss over its `tokens` supervised tokens.
-    """
-
-    nats: float
+    nats: float  # summed loss over its `tokens` supervised tokens
     tokens: int
     answer: RowAnswer | None
 
@@ -64,16 +60,12 @@ def measure_answer(
 
 @dataclass(frozen=True)
 class _Ratio:
-    """A metric as the sum of one thing over the sum of another; without the latter a mean over rows.
-
-    Attributes:
-        is_share: of rows that are one thing or the other.
-    """
+    """A metric as the sum of one thing over the sum of another; without the latter a mean over rows."""
 
     numerator: Callable[[RowResult], float]
     denominator: Callable[[RowResult], float] = lambda _: 1.0
     transform: Callable[[Floats], Floats] = lambda ratio: ratio
-    is_share: bool = False
+    is_share: bool = False  # of rows that are one thing or the other
 
 
 def _of_answer(read: Callable[[RowAnswer], float | None]) -> Callable[[RowResult], float]:

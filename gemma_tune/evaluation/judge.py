@@ -106,16 +106,11 @@ def parse_verdict(reply: str) -> Verdict:
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A model behind an OpenAI-compatible `POST …/chat/completions`.
+    """A model behind an OpenAI-compatible `POST …/chat/completions`."""
 
-    Attributes:
-        url: of the API, such as http://localhost:8000/v1. The key comes from KEY_VARIABLE and from nowhere else.
-        timeout_seconds: of a single request.
-    """
-
-    url: str
+    url: str  # of the API, such as http://localhost:8000/v1. The key comes from KEY_VARIABLE and from nowhere else.
     model: str
-    timeout_seconds: float = 120.0
+    timeout_seconds: float = 120.0  # of a single request
     asks_both_orders: bool = True
 
     def __post_init__(self) -> None:

@@ -19,20 +19,14 @@ PROMPT_SETS = ("factuality", "instruction_following", "safety", "creativity")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question.
+    """One question."""
 
-    Attributes:
-        id: unlike that of every other prompt of a comparison.
-        group: the set or category that it is counted under.
-        rules: what an answer has to keep, see `answer_rules.RULES`; empty where only a judge can say.
-        reference: a right answer, for the judge to see.
-    """
-
-    id: str
-    group: str
+    id: str  # unlike that of every other prompt of a comparison
+    group: str  # the set or category that it is counted under
     text: str
+    # what an answer has to keep, see `answer_rules.RULES`; empty where only a judge can say
     rules: Mapping[str, Any] = field(default_factory=dict)
-    reference: str | None = None
+    reference: str | None = None  # a right answer, for the judge to see
 
 
 @dataclass(frozen=True)

@@ -37,17 +37,11 @@ class EvalRows:
 
 @dataclass(frozen=True)
 class FoundRows:
-    """Rows that are there, before a tokenizer is loaded.
+    """Rows that are there, before a tokenizer is loaded."""
 
-    Attributes:
-        label: where they come from.
-        key: a hash of everything that decides them.
-        load: encodes them.
-    """
-
-    label: str
-    key: str
-    load: Callable[[Any, Encoder], EvalRows]
+    label: str  # where they come from
+    key: str  # a hash of everything that decides them
+    load: Callable[[Any, Encoder], EvalRows]  # encodes them
 
 
 def held_out_rows(section: DataSection, *, base: LocalModel, trained_sha256: str) -> FoundRows:

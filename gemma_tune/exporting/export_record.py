@@ -24,24 +24,17 @@ _PACKAGES = (*RECORDED_PACKAGES, "gguf", "llama-cpp-python")
 
 @dataclass(frozen=True)
 class ExportRecord:
-    """The content of export.json.
-
-    Attributes:
-        fingerprint: SHA-256 of everything that decides the files.
-        base: name, revision and file hashes; adapter: file hashes.
-        files: name -> bytes, of all but the record and the card, which may change later; null while it is written.
-        sha256: name -> hash of the same files.
-        facts: what the writer reports, such as bits per weight.
-        verification: figures and verdict, with their date; null when the export was not checked.
-    """
+    """The content of export.json."""
 
     format: str
-    fingerprint: str
-    base: dict[str, Any]
+    fingerprint: str  # SHA-256 of everything that decides the files
+    base: dict[str, Any]  # name, revision and file hashes; adapter: file hashes
     adapter: dict[str, str]
+    # name -> bytes, of all but the record and the card, which may change later; null while it is written
     files: dict[str, int] | None = None
-    sha256: dict[str, str] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    sha256: dict[str, str] = field(default_factory=dict)  # name -> hash of the same files
+    facts: dict[str, Any] = field(default_factory=dict)  # what the writer reports, such as bits per weight
+    # figures and verdict, with their date; null when the export was not checked
     verification: dict[str, Any] | None = None
     schema: int = SCHEMA
     created: str = field(default_factory=utc_now)

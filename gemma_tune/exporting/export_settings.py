@@ -10,19 +10,12 @@ MergeDtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """Settings of an export, whichever its formats.
+    """Settings of an export, whichever its formats."""
 
-    Attributes:
-        dtype: of merged weights; auto keeps the dtype of each base tensor.
-        max_shard_bytes: the largest safetensors file.
-        verify: run every export and compare it with base + adapter.
-        num_positions: tokens of eval rows to compare logits at.
-    """
-
-    dtype: MergeDtype = "auto"
-    max_shard_bytes: int = 5_000_000_000
-    verify: bool = True
-    num_positions: int = 200
+    dtype: MergeDtype = "auto"  # of merged weights; auto keeps the dtype of each base tensor
+    max_shard_bytes: int = 5_000_000_000  # the largest safetensors file
+    verify: bool = True  # run every export and compare it with base + adapter
+    num_positions: int = 200  # tokens of eval rows to compare logits at
 
     @classmethod
     def of(

@@ -24,27 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportSource:
-    """An adapter and all that goes with it.
+    """An adapter and all that goes with it."""
 
-    Attributes:
-        name: what exported files are called after.
-        base_files: SHA-256 of the base's files.
-        run: the run that trained it; None for an adapter of unknown origin.
-        tokenizer: directory of the tokenizer that it was trained with.
-        template: the data template as text, where it is known.
-        trained_dtype: what the run computed in when it trained on a 4-bit base, else None.
-        note: what of the base could not be compared with the adapter's training, in a sentence.
-    """
-
-    name: str
+    name: str  # what exported files are called after
     base: LocalModel
-    base_files: Mapping[str, str]
+    base_files: Mapping[str, str]  # SHA-256 of the base's files
     adapter: Path
-    run: RunDir | None
-    tokenizer: Path
-    template: str | None
-    trained_dtype: str | None
-    note: str | None = None
+    run: RunDir | None  # the run that trained it; None for an adapter of unknown origin
+    tokenizer: Path  # directory of the tokenizer that it was trained with
+    template: str | None  # the data template as text, where it is known
+    trained_dtype: str | None  # what the run computed in when it trained on a 4-bit base, else None
+    note: str | None = None  # what of the base could not be compared with the adapter's training, in a sentence
 
     @property
     def default_output(self) -> Path:

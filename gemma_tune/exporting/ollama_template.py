@@ -45,25 +45,17 @@ _HINT = (
 
 @dataclass(frozen=True)
 class PromptShape:
-    """The text around a question and its answer, and whether the questions of a conversation follow one another.
+    """The text around a question and its answer, and whether the questions of a conversation follow one another."""
 
-    Attributes:
-        single: trained on single questions: only the last one of a conversation is asked.
-        before_question, after_question: around every question; the answer comes behind the latter.
-        after_answer: between an answer and the next `before_question`.
-        around_system: before and behind a system text; the two stand in the place of the first `before_question`. None
-            where the training template has no place for a system text.
-        system: the system text of training; empty where there was none.
-        strips_questions: white space around a question was removed in training, which Ollama does not do.
-    """
-
-    single: bool
-    before_question: str
+    single: bool  # trained on single questions: only the last one of a conversation is asked
+    before_question: str  # before_question, after_question: around every question; the answer comes behind the latter
     after_question: str
-    after_answer: str = ""
+    after_answer: str = ""  # between an answer and the next `before_question`
+    # before and behind a system text; the two stand in the place of the first `before_question`. None where the
+    # training template has no place for a system text.
     around_system: tuple[str, str] | None = None
-    system: str = ""
-    strips_questions: bool = False
+    system: str = ""  # the system text of training; empty where there was none
+    strips_questions: bool = False  # white space around a question was removed in training, which Ollama does not do
 
     def render(self, questions: Sequence[str], answers: Sequence[str], *, system: str = "") -> str:
         """The text that Ollama makes of a conversation; one answer fewer than there are questions."""

@@ -29,21 +29,15 @@ from gemma_tune.training.trackers import require_trackers
 
 @dataclass(frozen=True)
 class Decisions:
-    """The recipe, and what it comes to on this machine.
-
-    Attributes:
-        engine: the engine, the precision and the device, and why.
-        adapter: the adapter that the training starts from; None for a fresh one.
-        notes: what is to be said of the base before it is trained.
-        started: when the run was started, by the monotonic clock in seconds.
-    """
+    """The recipe, and what it comes to on this machine."""
 
     loaded: LoadedRecipe
     base: LocalModel
     inputs: Inputs
-    engine: EngineDecision
-    adapter: StartAdapter | None
-    notes: tuple[str, ...] = ()
+    engine: EngineDecision  # the engine, the precision and the device, and why
+    adapter: StartAdapter | None  # the adapter that the training starts from; None for a fresh one
+    notes: tuple[str, ...] = ()  # what is to be said of the base before it is trained
+    # when the run was started, by the monotonic clock in seconds
     started: float = field(default_factory=time.monotonic)
 
     @property

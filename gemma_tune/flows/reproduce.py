@@ -21,17 +21,11 @@ from gemma_tune.runs.resume import lock_differences
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A run made again.
+    """A run made again."""
 
-    Attributes:
-        differences: what is not as it was, a sentence each; with any of them equal bits are not promised.
-        run: the new run; None when it was only looked for differences.
-        adapters: SHA-256 of the weights, then and now.
-    """
-
-    differences: list[str]
-    run: RunDir | None
-    adapters: tuple[str, str] | None
+    differences: list[str]  # what is not as it was, a sentence each; with any of them equal bits are not promised
+    run: RunDir | None  # the new run; None when it was only looked for differences
+    adapters: tuple[str, str] | None  # SHA-256 of the weights, then and now
 
     @property
     def is_equal(self) -> bool:

@@ -33,16 +33,11 @@ from gemma_tune.runs.reporter import Reporter
 
 @dataclass(frozen=True)
 class TrainOutcome:
-    """A finished run, and what came of the exports that its recipe names.
-
-    Attributes:
-        exports: None where the recipe names no format, or they could not be made.
-        error: why they could not be made.
-    """
+    """A finished run, and what came of the exports that its recipe names."""
 
     run: RunDir
-    exports: ExportOutcome | None = None
-    error: GemmaTuneError | None = None
+    exports: ExportOutcome | None = None  # None where the recipe names no format, or they could not be made
+    error: GemmaTuneError | None = None  # why they could not be made
 
     def require_exported(self) -> None:
         """Raise what went wrong with the exports: they could not be made (`error`), or one failed its check."""

@@ -22,23 +22,15 @@ _INFINITY = float("inf")
 
 @dataclass(frozen=True)
 class Option:
-    """What a setting may be, and how the command line offers it.
-
-    Attributes:
-        allowed, allows: the values that are allowed, in words and as a test.
-        minimum: the same for a count.
-        panel: the heading that the option stands under.
-        flag: its name where that is not the field's.
-        default: where the command line decides what the field leaves open.
-    """
+    """What a setting may be, and how the command line offers it."""
 
     help: str
-    allowed: str = ""
+    allowed: str = ""  # allowed, allows: the values that are allowed, in words and as a test
     allows: Callable[[Any], bool] = lambda _: True
-    minimum: int | None = None
-    panel: str | None = None
-    flag: str | None = None
-    default: object = None
+    minimum: int | None = None  # the same for a count
+    panel: str | None = None  # the heading that the option stands under
+    flag: str | None = None  # its name where that is not the field's
+    default: object = None  # where the command line decides what the field leaves open
 
 
 # A sampler's name, which becomes a `Sampling` by `choose_sampling`.
@@ -59,22 +51,14 @@ _ending = functools.partial(_setting, panel="When an answer ends")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The default, temperature 0 and one beam, is greedy and deterministic.
+    """How the next token is chosen. The default, temperature 0 and one beam, is greedy and deterministic."""
 
-    Attributes:
-        temperature: the logits are divided by it.
-        top_p: only the likeliest tokens whose probabilities sum up to it.
-        num_beams: continuations that are followed side by side; the likeliest as a whole is the answer.
-        repetition_penalty: logits of tokens that have occurred are divided by it (multiplied where negative).
-        seed: of the draws; None draws differently each time.
-        custom: chooses instead of `temperature` to `num_beams`, from logits divided by `temperature` (1 where it is 0).
-        custom_name: `module:function` of it.
-    """
-
+    # the logits are divided by it
     temperature: float = _sampling(
         0.0, "Above 1 wilder, below tamer; 0 is greedy.", "0 or more", lambda it: 0 <= it < _INFINITY
     )
     top_k: int | None = _sampling(None, "Draw among the k likeliest.", "at least 1", lambda it: it >= 1)
+    # only the likeliest tokens whose probabilities sum up to it
     top_p: float | None = _sampling(
         None, "Draw among the likeliest of this mass.", "above 0, at most 1", lambda it: 0 < it <= 1
     )
@@ -84,13 +68,16 @@ class Sampling:
         "between 0 and 1",
         lambda it: 0 <= it <= 1,
     )
+    # continuations that are followed side by side; the likeliest as a whole is the answer
     num_beams: int = _sampling(1, "Follow this many continuations.", "at least 2", lambda it: it >= 2, flag="--beams")
+    # logits of tokens that have occurred are divided by it (multiplied where negative)
     repetition_penalty: float = _sampling(
         1.0, "Above 1 repeats less.", "above 0; 1 changes nothing", lambda it: 0 < it < _INFINITY, default=1.0
     )
-    seed: int | None = _sampling(None, "Of what is drawn.", default=0)
+    seed: int | None = _sampling(None, "Of what is drawn.", default=0)  # of the draws; None draws differently each time
+    # chooses instead of `temperature` to `num_beams`, from logits divided by `temperature` (1 where it is 0)
     custom: Sampler | None = field(default=None, repr=False)
-    custom_name: str | None = None
+    custom_name: str | None = None  # `module:function` of it
 
     @property
     def is_drawn(self) -> bool:
@@ -100,17 +87,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class AnswerSettings:
-    """How answers are made.
-
-    Attributes:
-        max_new_tokens: longest answer; None: what `max_length` leaves, and 256 without one.
-        max_length: longest prompt and answer together; None: the model's context.
-    """
+    """How answers are made."""
 
     sampling: Sampling = field(default_factory=Sampling)
+    # longest answer; None: what `max_length` leaves, and 256 without one
     max_new_tokens: int | None = _ending(
         None, "Longest answer, in tokens: 256, or what --max-length leaves.", minimum=1
     )
+    # longest prompt and answer together; None: the model's context
     max_length: int | None = _ending(None, "Longest prompt and answer together, in tokens.", minimum=1)
     stop_strings: Sequence[str] = _ending(
         (), "A text that ends the answer and is left out of it; may be given several times.", flag="--stop"

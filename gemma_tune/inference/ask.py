@@ -73,17 +73,11 @@ def encode_questions(loaded: LoadedTarget, rows: Sequence[dict[str, Any]]) -> li
 
 @dataclass(frozen=True)
 class Listener:
-    """What is called while questions are answered.
+    """What is called while questions are answered."""
 
-    Attributes:
-        on_answers: with every finished window.
-        on_progress: with the number of finished questions and of all.
-        on_text: with the pieces of a single answer; with beams there are none.
-    """
-
-    on_answers: Callable[[list[Answered]], None] = lambda _: None
-    on_progress: OnProgress = lambda done, total: None
-    on_text: OnText | None = None
+    on_answers: Callable[[list[Answered]], None] = lambda _: None  # with every finished window
+    on_progress: OnProgress = lambda done, total: None  # with the number of finished questions and of all
+    on_text: OnText | None = None  # with the pieces of a single answer; with beams there are none
 
 
 def answer_questions(

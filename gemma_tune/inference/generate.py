@@ -17,30 +17,20 @@ from gemma_tune.inference.streaming import OnProgress, OnText, StreamedText, cut
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-        text: what was generated, without special tokens, stop string and white space at its ends.
-        num_tokens: generated tokens, the stop token included.
-        stopped: whether a stop token or stop string ended it; false when it reached its length.
-    """
-
-    text: str
-    num_tokens: int
-    stopped: bool
+    text: str  # what was generated, without special tokens, stop string and white space at its ends
+    num_tokens: int  # generated tokens, the stop token included
+    stopped: bool  # whether a stop token or stop string ended it; false when it reached its length
 
 
 @dataclass(frozen=True)
 class TransformersModel:
-    """A transformers model, or the PEFT model around it, that completes prompts.
-
-    Attributes:
-        stop_token_ids: ids that end an answer.
-    """
+    """A transformers model, or the PEFT model around it, that completes prompts."""
 
     model: Any
     tokenizer: Any
-    stop_token_ids: Sequence[int]
+    stop_token_ids: Sequence[int]  # ids that end an answer
 
     def complete(
         self,
@@ -195,9 +185,7 @@ def to_completion(
         answer = answer[:-1]
     text, at_stop_string = cut_at_stop(tokenizer.decode(answer, skip_special_tokens=True), stop_strings)
     return Completion(
-        text=text.strip(),
-        num_tokens=len(answer) + (end is not None),
-        stopped=end is not None or at_stop_string,
+        text=text.strip(), num_tokens=len(answer) + (end is not None), stopped=end is not None or at_stop_string
     )
 
 

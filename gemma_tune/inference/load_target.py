@@ -41,20 +41,14 @@ class Complete(Protocol):
 
 @dataclass(frozen=True)
 class LoadedTarget:
-    """A model with its tokenizer and the template it is asked with.
+    """A model with its tokenizer and the template it is asked with."""
 
-    Attributes:
-        model: a transformers model, or the PEFT model around it; None for a GGUF.
-        chat: the model's own chat template, where the data template needs it.
-        complete: generates.
-    """
-
-    model: Any
+    model: Any  # a transformers model, or the PEFT model around it; None for a GGUF
     tokenizer: Any
     encoder: Encoder
     template: DataTemplate
-    chat: ChatRenderer | None
-    complete: Complete
+    chat: ChatRenderer | None  # the model's own chat template, where the data template needs it
+    complete: Complete  # generates
 
 
 def load_target(

@@ -88,18 +88,13 @@ def _random(name: str, *, dtype: str | None, template: str | None, load_in_4bit:
 
 @dataclass(frozen=True)
 class Summary:
-    """The layers of a model and what they weigh; printed, a table.
-
-    Attributes:
-        num_adapter_params: of a LoRA adapter on top of it.
-        weights_bytes: in memory as loaded.
-    """
+    """The layers of a model and what they weigh; printed, a table."""
 
     name: str
     layers: tuple[LayerRow, ...]
     num_params: int
-    num_adapter_params: int
-    weights_bytes: int
+    num_adapter_params: int  # of a LoRA adapter on top of it
+    weights_bytes: int  # in memory as loaded
 
     def __str__(self) -> str:
         cells = [("layer", "kind", "output shape", "parameters")]

@@ -23,15 +23,11 @@ _TEXT_SUFFIXES = (".txt", ".text")
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows to ask, in order.
+    """Rows to ask, in order."""
 
-    Attributes:
-        rows: the fields that the data template reads, and whatever else a row of the file holds.
-        sha256: of the file, or of the rows.
-    """
-
+    # the fields that the data template reads, and whatever else a row of the file holds
     rows: tuple[dict[str, Any], ...]
-    sha256: str
+    sha256: str  # of the file, or of the rows
 
 
 def questions_of(template: DataTemplate, prompts: Sequence[str], *, context: str = "") -> Questions:

@@ -176,11 +176,7 @@ class TextScore:
 
     def to_json(self) -> dict[str, float]:
         """The figures of all tokens together."""
-        return {
-            "num_tokens": len(self.tokens),
-            "log_likelihood": self.log_likelihood,
-            "perplexity": self.perplexity,
-        }
+        return {"num_tokens": len(self.tokens), "log_likelihood": self.log_likelihood, "perplexity": self.perplexity}
 
     @classmethod
     def joined(cls, scores: Sequence[TextScore]) -> TextScore:

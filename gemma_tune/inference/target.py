@@ -23,23 +23,14 @@ from gemma_tune.runs.layout import RunDir, open_run
 
 @dataclass(frozen=True)
 class Target:
-    """A model to ask.
+    """A model to ask."""
 
-    Attributes:
-        base: the base model's files.
-        adapter: directory of the adapter on top of it, or None.
-        tokenizer: directory of the tokenizer and its chat template.
-        template: the data template it was trained with, or that fits it.
-        section: how the base is loaded.
-        note: what of the base could not be compared with the adapter's training, in a sentence.
-    """
-
-    base: LocalModel
-    adapter: Path | None
-    tokenizer: Path
-    template: DataTemplate
-    section: ModelSection
-    note: str | None = None
+    base: LocalModel  # the base model's files
+    adapter: Path | None  # directory of the adapter on top of it, or None
+    tokenizer: Path  # directory of the tokenizer and its chat template
+    template: DataTemplate  # the data template it was trained with, or that fits it
+    section: ModelSection  # how the base is loaded
+    note: str | None = None  # what of the base could not be compared with the adapter's training, in a sentence
 
     def identity(self) -> dict[str, Any]:
         """Return what decides its answers: adapter by hash, the base's by stamp (17 GB take a minute to hash)."""
@@ -56,13 +47,10 @@ class Target:
 
 @dataclass(frozen=True)
 class GgufTarget:
-    """A GGUF file, which llama.cpp runs.
-
-    Attributes:
-        template: the one that was named, else the one that lies next to the file, where an export puts it, else `chat`.
-    """
+    """A GGUF file, which llama.cpp runs."""
 
     path: Path
+    # the one that was named, else the one that lies next to the file, where an export puts it, else `chat`
     template: DataTemplate
     note: None = None  # there is no adapter
 

@@ -66,18 +66,13 @@ class LocalPath:
 
 @dataclass(frozen=True)
 class Job:
-    """One training as every scheduler runs it.
-
-    Attributes:
-        run_name: fixed, so that a job that starts again finds its run.
-        overrides: those of the command line, then run.name and run.resume.
-        secrets: environment variables with a credential that the run may need; their values are never written.
-    """
+    """One training as every scheduler runs it."""
 
     loaded: LoadedRecipe
-    run_name: str
-    overrides: tuple[str, ...]
+    run_name: str  # fixed, so that a job that starts again finds its run
+    overrides: tuple[str, ...]  # those of the command line, then run.name and run.resume
     resources: Resources
+    # environment variables with a credential that the run may need; their values are never written
     secrets: tuple[str, ...]
 
     @property
@@ -129,17 +124,12 @@ class JobFile:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """One way to get machines.
-
-    Attributes:
-        options: a dataclass of those command-line options that not every scheduler has; those without a default are
-            required.
-        render: writes a Job with such options.
-    """
+    """One way to get machines."""
 
     name: str
+    # a dataclass of those command-line options that not every scheduler has; those without a default are required
     options: type[Any]
-    render: Callable[[Job, Any], JobFile]
+    render: Callable[[Job, Any], JobFile]  # writes a Job with such options
 
     @property
     def option_names(self) -> list[str]:

@@ -17,24 +17,15 @@ _DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 
 @dataclass(frozen=True)
 class KubernetesOptions:
-    """What a Kubernetes Job has besides its resources.
+    """What a Kubernetes Job has besides its resources."""
 
-    Attributes:
-        image: holds gemma-tune and CUDA.
-        claim: a PersistentVolumeClaim that is there; ReadWriteMany for several machines.
-        secret: a Secret with HF_TOKEN or WANDB_API_KEY in it; it may be missing.
-        time: limit of the whole job with all its attempts, such as `12h`.
-        grace: seconds that a pod has to save before it is killed.
-        restarts: how often a failure is tried again at most.
-    """
-
-    image: str
-    claim: str
+    image: str  # holds gemma-tune and CUDA
+    claim: str  # a PersistentVolumeClaim that is there; ReadWriteMany for several machines
     namespace: str | None = None
-    secret: str = "gemma-tune"
-    time: str | None = None
-    grace: int = jobs.GRACE_SECONDS
-    restarts: int = jobs.RESTARTS
+    secret: str = "gemma-tune"  # a Secret with HF_TOKEN or WANDB_API_KEY in it; it may be missing
+    time: str | None = None  # limit of the whole job with all its attempts, such as `12h`
+    grace: int = jobs.GRACE_SECONDS  # seconds that a pod has to save before it is killed
+    restarts: int = jobs.RESTARTS  # how often a failure is tried again at most
 
 
 def render_kubernetes(job: jobs.Job, options: KubernetesOptions) -> jobs.JobFile:

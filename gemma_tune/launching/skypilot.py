@@ -19,23 +19,14 @@ _EXTRAS = re.compile(r"(.+?)(\[[\w,.-]+\])?")
 
 @dataclass(frozen=True)
 class SkypilotOptions:
-    """What a SkyPilot job has besides its resources.
+    """What a SkyPilot job has besides its resources."""
 
-    Attributes:
-        bucket: `s3://NAME`, `gs://NAME`, … that is there, or the name of one to be made.
-        install: what pip installs: a wheel of this machine, a name or an address, also with `[extras]`.
-        image: a Docker image with gemma-tune in it, instead of `install`.
-        cloud: where: `aws`, `gcp/us-central1`, `k8s`, …; SkyPilot takes the cheapest otherwise.
-        spot: machines that may be taken away at any moment, for a fraction of the price.
-        before: shell lines that run before the training.
-    """
-
-    bucket: str
-    install: str | None = None
-    image: str | None = None
-    cloud: str | None = None
-    spot: bool = False
-    before: tuple[str, ...] = ()
+    bucket: str  # `s3://NAME`, `gs://NAME`, … that is there, or the name of one to be made
+    install: str | None = None  # what pip installs: a wheel of this machine, a name or an address, also with `[extras]`
+    image: str | None = None  # a Docker image with gemma-tune in it, instead of `install`
+    cloud: str | None = None  # where: `aws`, `gcp/us-central1`, `k8s`, …; SkyPilot takes the cheapest otherwise
+    spot: bool = False  # machines that may be taken away at any moment, for a fraction of the price
+    before: tuple[str, ...] = ()  # shell lines that run before the training
 
 
 def render_skypilot(job: jobs.Job, options: SkypilotOptions) -> jobs.JobFile:

@@ -15,23 +15,16 @@ _FIXED = ("--nodes", "--ntasks-per-node", "--ntasks", "--signal", "--requeue", "
 
 @dataclass(frozen=True)
 class SlurmOptions:
-    """What a SLURM job has besides its resources.
-
-    Attributes:
-        sbatch: more options of sbatch, such as `--qos=high`; one that is set here already is replaced.
-        before: shell lines that run first, such as `module load cuda`.
-        time: limit of one attempt, such as `12h`.
-        grace: seconds before the limit at which the training is told to save.
-        restarts: how often the job is requeued at most.
-    """
+    """What a SLURM job has besides its resources."""
 
     partition: str | None = None
     account: str | None = None
+    # more options of sbatch, such as `--qos=high`; one that is set here already is replaced
     sbatch: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    time: str | None = None
-    grace: int = jobs.GRACE_SECONDS
-    restarts: int = jobs.RESTARTS
+    before: tuple[str, ...] = ()  # shell lines that run first, such as `module load cuda`
+    time: str | None = None  # limit of one attempt, such as `12h`
+    grace: int = jobs.GRACE_SECONDS  # seconds before the limit at which the training is told to save
+    restarts: int = jobs.RESTARTS  # how often the job is requeued at most
 
 
 def render_slurm(job: jobs.Job, options: SlurmOptions) -> jobs.JobFile:

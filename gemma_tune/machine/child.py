@@ -46,24 +46,17 @@ class Ended:
 
 @dataclass(frozen=True)
 class ChildEnd:
-    """How a function in a process of its own ended.
+    """How a function in a process of its own ended."""
 
-    Attributes:
-        has_result: it returned; `result` is what.
-        error: what it raised, in a line, or None. `is_ours`: a GemmaTuneError, whose `hint` this is.
-        code: exit code of a process that sent neither result nor error; None of one that was killed.
-        signal: name of the signal that killed it, or None. Without code, signal, result and error it ran out of time.
-        log: the end of what was printed.
-    """
-
-    has_result: bool
+    has_result: bool  # it returned; `result` is what
     result: Any
-    error: str | None
+    error: str | None  # what it raised, in a line, or None. `is_ours`: a GemmaTuneError, whose `hint` this is.
     hint: str | None
     is_ours: bool
-    code: int | None
+    code: int | None  # exit code of a process that sent neither result nor error; None of one that was killed
+    # name of the signal that killed it, or None. Without code, signal, result and error it ran out of time.
     signal: str | None
-    log: str
+    log: str  # the end of what was printed
 
     def last_lines(self, count: int) -> list[str]:
         """Return the last lines of the log that are not empty."""

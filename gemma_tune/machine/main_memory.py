@@ -13,19 +13,12 @@ _UNLIMITED = 2**60
 
 @dataclass(frozen=True)
 class MainMemory:
-    """Main memory, in bytes.
+    """Main memory, in bytes."""
 
-    Attributes:
-        total: of the machine.
-        available: what can be had without swapping, in the container, too; None where the system does not say.
-        swap: of the machine.
-        limit: what the container may use, or None where it may use all.
-    """
-
-    total: int
-    available: int | None
-    swap: int
-    limit: int | None
+    total: int  # of the machine
+    available: int | None  # what can be had without swapping, in the container, too; None where the system does not say
+    swap: int  # of the machine
+    limit: int | None  # what the container may use, or None where it may use all
 
 
 def read_memory(root: Path = Path("/")) -> MainMemory:

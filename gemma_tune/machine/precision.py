@@ -19,19 +19,13 @@ MIN_BF16_CAPABILITY = (8, 0)
 
 @dataclass(frozen=True)
 class Precision:
-    """What is computed in which precision.
+    """What is computed in which precision."""
 
-    Attributes:
-        compute: precision of the matrix products; 4-bit weights are expanded to it.
-        storage: precision of the weights that are not quantised (embeddings, norms, or all of them).
-        autocast: mixed precision that the trainer switches on: bf16, fp16 (with loss scaling) or none.
-        reason: why, in words for the user.
-    """
-
-    compute: Dtype
-    storage: Dtype
+    compute: Dtype  # precision of the matrix products; 4-bit weights are expanded to it
+    storage: Dtype  # precision of the weights that are not quantised (embeddings, norms, or all of them)
+    # mixed precision that the trainer switches on: bf16, fp16 (with loss scaling) or none
     autocast: Literal["bf16", "fp16"] | None
-    reason: str
+    reason: str  # why, in words for the user
 
 
 def decide_precision(requested: str, *, device: Device) -> Precision:

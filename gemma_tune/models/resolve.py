@@ -74,20 +74,13 @@ _WANTED_HINTS: dict[Wanted, str] = {
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a user named.
+    """What a user named."""
 
-    Attributes:
-        name: as it was written.
-        location: the directory or file, or the id on the hub or on Kaggle; for a model what `from_pretrained` takes.
-        model: its row of the catalogue, where it has one.
-        config: of a model that is known or here; `resolve_model` fills it in.
-    """
-
-    name: str
+    name: str  # as it was written
     kind: Kind
-    location: str
-    model: GemmaModel | None = None
-    config: TextConfig | None = None
+    location: str  # the directory or file, or the id on the hub or on Kaggle; for a model what `from_pretrained` takes
+    model: GemmaModel | None = None  # its row of the catalogue, where it has one
+    config: TextConfig | None = None  # of a model that is known or here; `resolve_model` fills it in
 
     @property
     def path(self) -> Path:

@@ -127,22 +127,15 @@ def _target_names(config: TextConfig, targets: tuple[str, ...]) -> frozenset[str
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes on the card beyond weights and their like, at the moments of a step that can be its peak.
+    """Bytes on the card beyond weights and their like, at the moments of a step that can be its peak."""
 
-    Attributes:
-        stored: what the forward pass leaves: every layer's tensors, or with checkpointing every layer's input; and the
-            final norm's, and masks.
-        masks: of `stored`, what no operation keeps for its backward pass.
-        head: at the head and loss: `stored`, the hidden states with their gradient, and the logits.
-        backward: in a layer's backward pass: `stored`, the layer computed again, and gradients in flight.
-        offloaded: layer inputs in pinned host memory.
-    """
-
+    # what the forward pass leaves: every layer's tensors, or with checkpointing every layer's input; and the final
+    # norm's, and masks
     stored: int
-    masks: int
-    head: int
-    backward: int
-    offloaded: int
+    masks: int  # of `stored`, what no operation keeps for its backward pass
+    head: int  # at the head and loss: `stored`, the hidden states with their gradient, and the logits
+    backward: int  # in a layer's backward pass: `stored`, the layer computed again, and gradients in flight
+    offloaded: int  # layer inputs in pinned host memory
 
 
 def activations(config: TextConfig, step: Step, *, free_bytes: int | None = None) -> Activations:

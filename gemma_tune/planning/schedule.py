@@ -38,21 +38,15 @@ TIME_UNCERTAINTY = 2.0
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run in steps. None: not known before the data is read.
+    """A run in steps. None: not known before the data is read."""
 
-    Attributes:
-        rows: train rows, held-out ones left out.
-        tokens: real tokens of the whole run.
-        seconds: of training, without loading, evaluation and answers.
-    """
-
-    rows: int | None
+    rows: int | None  # train rows, held-out ones left out
     mean_tokens: float | None
     rows_source: str
     steps: int | None
-    tokens: int | None
+    tokens: int | None  # real tokens of the whole run
     seconds_per_step: float | None
-    seconds: float | None
+    seconds: float | None  # of training, without loading, evaluation and answers
 
 
 def step_operations(config: TextConfig, step: Step, *, tokens: float, row_tokens: float) -> float:

@@ -18,22 +18,15 @@ _BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True)
 class Numerics:
-    """Bytes of the number types in a step.
+    """Bytes of the number types in a step."""
 
-    Attributes:
-        compute: of matrix products.
-        stream: of embeddings, norms and the residual stream.
-        autocast: trained float32 weights are copied to the compute type for a step.
-        casts_inputs: PEFT casts the input of every adapter by itself. It does where `torch.is_autocast_enabled()` is
-            false, so never on a card that trains in 16 bits (peft/tuners/lora/bnb.py).
-        dropout_mask: a mask element, 1 on CUDA (bool).
-    """
-
-    compute: int
-    stream: int
-    autocast: bool
+    compute: int  # of matrix products
+    stream: int  # of embeddings, norms and the residual stream
+    autocast: bool  # trained float32 weights are copied to the compute type for a step
+    # PEFT casts the input of every adapter by itself. It does where `torch.is_autocast_enabled()` is false, so never on
+    # a card that trains in 16 bits (peft/tuners/lora/bnb.py).
     casts_inputs: bool = False
-    dropout_mask: int = 1
+    dropout_mask: int = 1  # a mask element, 1 on CUDA (bool)
 
 
 @dataclass(frozen=True)

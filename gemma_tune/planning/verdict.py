@@ -33,33 +33,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Change:
-    """Settings under which a recipe fits, as `section.field=value`.
-
-    Attributes:
-        verdict, need_bytes: of the card with them.
-        slowdown: time of the run with them over the time without.
-        learns_the_same: False where rank, length or model change, and with them what is learned.
-    """
+    """Settings under which a recipe fits, as `section.field=value`."""
 
     overrides: tuple[str, ...]
-    verdict: Verdict | None
+    verdict: Verdict | None  # verdict, need_bytes: of the card with them
     need_bytes: int
-    slowdown: float
-    learns_the_same: bool
+    slowdown: float  # time of the run with them over the time without
+    learns_the_same: bool  # False where rank, length or model change, and with them what is learned
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will need.
-
-    Attributes:
-        resident: on the card all the time, from the first step on.
-        moments: what comes on top of it at one moment of a run; the largest decides.
-        context_bytes, margin_bytes: CUDA itself, and blocks that the allocator cannot fill.
-        host, disk: parts of the machine's memory and disk, which add up.
-        exports: what each export would write; those that the recipe names are in `disk`.
-        changes: what would make it fit, where it does not.
-    """
+    """What a run will need."""
 
     model: str
     num_params: int
@@ -67,15 +52,15 @@ class Plan:
     card: Card | None
     engine: str
     compute: str
-    resident: tuple[Part, ...]
-    moments: tuple[Part, ...]
-    context_bytes: int
+    resident: tuple[Part, ...]  # on the card all the time, from the first step on
+    moments: tuple[Part, ...]  # what comes on top of it at one moment of a run; the largest decides
+    context_bytes: int  # context_bytes, margin_bytes: CUDA itself, and blocks that the allocator cannot fill
     margin_bytes: int
-    host: tuple[Part, ...]
+    host: tuple[Part, ...]  # host, disk: parts of the machine's memory and disk, which add up
     disk: tuple[Part, ...]
-    exports: tuple[Part, ...]
+    exports: tuple[Part, ...]  # what each export would write; those that the recipe names are in `disk`
     schedule: Schedule
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # what would make it fit, where it does not
 
     @property
     def resident_bytes(self) -> int:

@@ -29,23 +29,14 @@ SECRET_WORDS = ("token", "api_key", "apikey", "password", "secret")
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with what is needed to record and to explain it.
+    """A recipe with what is needed to record and to explain it."""
 
-    Attributes:
-        recipe: the validated settings, defaults filled in.
-        name: the file's stem; names the run when the recipe does not.
-        path: the file that was read.
-        given: the file or the name, as it was written.
-        text: the file exactly as it was given.
-        overrides: the `section.field=value` arguments, in order.
-    """
-
-    recipe: Recipe
-    name: str
-    path: Path
-    text: str
-    overrides: tuple[str, ...]
-    given: str
+    recipe: Recipe  # the validated settings, defaults filled in
+    name: str  # the file's stem; names the run when the recipe does not
+    path: Path  # the file that was read
+    text: str  # the file exactly as it was given
+    overrides: tuple[str, ...]  # the `section.field=value` arguments, in order
+    given: str  # the file or the name, as it was written
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:

@@ -34,47 +34,31 @@ class MethodSection(Section):
 
 @dataclass(frozen=True)
 class MethodMetric:
-    """A figure that a method logs.
+    """A figure that a method logs."""
 
-    Attributes:
-        name: in the logs; with `eval_` before it on the eval rows.
-        better: where it should move.
-    """
-
-    name: str
-    better: Literal["higher", "lower"]
+    name: str  # in the logs; with `eval_` before it on the eval rows
+    better: Literal["higher", "lower"]  # where it should move
 
 
 @dataclass(frozen=True)
 class MethodFacts:
-    """A training method.
-
-    Attributes:
-        about: what it does, for model cards and lists: "… by supervised fine-tuning".
-        rows: what a row holds: a prompt with its `response`, a `pair` of a chosen and a rejected one, a response that
-            is `labelled` good or bad, or the `prompt` alone.
-        sequences_per_row: sequences that a forward pass computes for a row.
-        needs_reference: whether the base without its adapter computes each row, too.
-        head: `lm` predicts tokens, `score` gives a number.
-        generates: whether the model answers prompts while it is trained.
-        default_learning_rate: where the recipe gives none.
-        metrics: what is logged; `watch` is the one that early stopping and the best checkpoint go by.
-        location: `module:Class` of the `training.methods.method.Method`.
-        section: the keys of the recipe's `method`.
-    """
+    """A training method."""
 
     name: str
-    about: str
+    about: str  # what it does, for model cards and lists: "… by supervised fine-tuning"
+    # what a row holds: a prompt with its `response`, a `pair` of a chosen and a rejected one, a response that is
+    # `labelled` good or bad, or the `prompt` alone
     rows: RowKind
-    sequences_per_row: int
-    needs_reference: bool
-    head: Literal["lm", "score"]
-    generates: bool
-    default_learning_rate: float
+    sequences_per_row: int  # sequences that a forward pass computes for a row
+    needs_reference: bool  # whether the base without its adapter computes each row, too
+    head: Literal["lm", "score"]  # `lm` predicts tokens, `score` gives a number
+    generates: bool  # whether the model answers prompts while it is trained
+    default_learning_rate: float  # where the recipe gives none
+    # what is logged; `watch` is the one that early stopping and the best checkpoint go by
     metrics: tuple[MethodMetric, ...]
     watch: MethodMetric
-    location: str
-    section: type[MethodSection] = MethodSection
+    location: str  # `module:Class` of the `training.methods.method.Method`
+    section: type[MethodSection] = MethodSection  # the keys of the recipe's `method`
 
 
 _TOKEN_LOSS = MethodMetric("loss", "lower")
@@ -94,7 +78,7 @@ METHODS: Members[MethodFacts] = Members(
             metrics=(_TOKEN_LOSS,),
             watch=_TOKEN_LOSS,
             location="gemma_tune.training.methods.sft:Sft",
-        ),
+        )
     ],
 )
 
@@ -125,8 +109,7 @@ class _OneOfMethods:
             return method.model_dump(mode=info.mode)
 
         return core_schema.no_info_plain_validator_function(
-            _read_method,
-            serialization=core_schema.plain_serializer_function_ser_schema(dump, info_arg=True),
+            _read_method, serialization=core_schema.plain_serializer_function_ser_schema(dump, info_arg=True)
         )
 
     def __get_pydantic_json_schema__(self, schema: core_schema.CoreSchema, handler: Any) -> dict[str, Any]:

@@ -18,19 +18,12 @@ from gemma_tune.text import suggestion
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake.
+    """One mistake."""
 
-    Attributes:
-        path: YAML path such as `training.learning_rate`.
-        message: what was found and what is allowed.
-        fix: the change that corrects it, when there is an obvious one.
-        shown_path: the path in messages, where the key is not to be repeated.
-    """
-
-    path: str
-    message: str
-    fix: str | None = None
-    shown_path: str | None = None
+    path: str  # YAML path such as `training.learning_rate`
+    message: str  # what was found and what is allowed
+    fix: str | None = None  # the change that corrects it, when there is an obvious one
+    shown_path: str | None = None  # the path in messages, where the key is not to be repeated
 
 
 _PLAIN = {

@@ -17,8 +17,7 @@ from gemma_tune.recipe.section import Fraction, Names, NonEmpty, PositiveFloat, 
 
 EngineName = Annotated[str, OneOf(lambda: ("auto", *ENGINES))]
 CheckpointingName = Annotated[
-    str,
-    OneOf(lambda: ("off", "on", *(each.own_checkpointing for each in ENGINES.values() if each.own_checkpointing))),
+    str, OneOf(lambda: ("off", "on", *(each.own_checkpointing for each in ENGINES.values() if each.own_checkpointing)))
 ]
 BatchSize = Annotated[int, Field(ge=1, le=65_536)]
 
@@ -246,8 +245,7 @@ class TrainingSection(Section):
         None, description="Steps between checkpoints; null saves at every tenth of the run."
     )
     save_every_minutes: PositiveFloat | None = Field(
-        None,
-        description="Longest time without a checkpoint, whatever save_every_steps is; null saves on steps alone.",
+        None, description="Longest time without a checkpoint, whatever save_every_steps is; null saves on steps alone."
     )
     keep_checkpoints: Annotated[int, Field(ge=2, le=1_000_000)] = Field(
         2, description="Newest checkpoints kept; at least 2. The best one and the one resumed from stay besides."

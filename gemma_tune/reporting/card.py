@@ -42,58 +42,38 @@ _LEFT_OUT = {"model": {"name", "revision"}, "data": {"source", "mix", "eval_sour
 
 @dataclass(frozen=True)
 class CardFormat:
-    """What a card says of an export format.
+    """What a card says of an export format."""
 
-    Attributes:
-        about: what the files are, a phrase behind "This is".
-        usage: template of the commands and code that use it; None: the card has none.
-        library: as the hub calls it; None where it knows none.
-        tags: of the hub, besides those of every card.
-        is_adapter: it is loaded on top of its base.
-        is_quantized: its weights are rounded.
-    """
-
-    about: str
-    usage: str | None = None
-    library: str | None = None
-    tags: tuple[str, ...] = ()
-    is_adapter: bool = False
-    is_quantized: bool = False
+    about: str  # what the files are, a phrase behind "This is"
+    usage: str | None = None  # template of the commands and code that use it; None: the card has none
+    library: str | None = None  # as the hub calls it; None where it knows none
+    tags: tuple[str, ...] = ()  # of the hub, besides those of every card
+    is_adapter: bool = False  # it is loaded on top of its base
+    is_quantized: bool = False  # its weights are rounded
 
 
 @dataclass(frozen=True)
 class CardPrompt:
-    """The form of a prompt.
+    """The form of a prompt."""
 
-    Attributes:
-        template: the parts of the data template that decide it, as YAML.
-        in_chat_turns: whether the model's own chat template is around these.
-        example, response: a row of nobody's, such as the template's own example, as text; without BOS and stop token.
-    """
-
-    template: str
-    in_chat_turns: bool
+    template: str  # the parts of the data template that decide it, as YAML
+    in_chat_turns: bool  # whether the model's own chat template is around these
+    # example, response: a row of nobody's, such as the template's own example, as text; without BOS and stop token
     example: str
     response: str
 
 
 @dataclass(frozen=True)
 class CardExport:
-    """The export that a card is for.
-
-    Attributes:
-        base: the base model that the run's lock names.
-        files: names of the exported files; a GGUF's and a Modelfile's are needed for their commands.
-        checks: what the export was compared with and came out, a sentence each.
-        quantized_from: hub id of the same fine-tune in 16 bits. Without it a quantized export counts as a fine-tune of
-            the base, because the hub would list it among the base's own quantizations.
-    """
+    """The export that a card is for."""
 
     format: CardFormat
-    base: LocalModel
+    base: LocalModel  # the base model that the run's lock names
     prompt: CardPrompt
-    files: Sequence[str] = ()
-    checks: Sequence[str] = ()
+    files: Sequence[str] = ()  # names of the exported files; a GGUF's and a Modelfile's are needed for their commands
+    checks: Sequence[str] = ()  # what the export was compared with and came out, a sentence each
+    # hub id of the same fine-tune in 16 bits. Without it a quantized export counts as a fine-tune of the base, because
+    # the hub would list it among the base's own quantizations.
     quantized_from: str | None = None
 
 

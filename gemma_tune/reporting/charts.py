@@ -31,16 +31,11 @@ _MAX_LABELS = 18
 
 @dataclass(frozen=True)
 class Line:
-    """One curve.
+    """One curve."""
 
-    Attributes:
-        points: (x, y) with rising x.
-        colour: number of a colour, 0 to NUM_COLOURS - 1.
-        kind: a strong line, a faint one behind it, or single points on a thin line.
-    """
-
-    points: Sequence[Point]
-    colour: int
+    points: Sequence[Point]  # (x, y) with rising x
+    colour: int  # number of a colour, 0 to NUM_COLOURS - 1
+    # a strong line, a faint one behind it, or single points on a thin line
     kind: Literal["strong", "faint", "points"] = "strong"
 
 

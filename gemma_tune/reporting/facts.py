@@ -27,27 +27,19 @@ _NOT_COMPARED = ("run.name", "run.output_dir")
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run.
-
-    Attributes:
-        path: of its directory, as it was given.
-        lock, data, plan: as their JSON files have them.
-        metrics: lines of metrics.jsonl.
-        recipe: the resolved recipe, as text.
-        settings: the same as `section.field` → value.
-    """
+    """One run."""
 
     name: str
-    path: Path
+    path: Path  # of its directory, as it was given
     manifest: Manifest
-    lock: Mapping[str, Any] | None
+    lock: Mapping[str, Any] | None  # lock, data, plan: as their JSON files have them
     data: Mapping[str, Any] | None
     plan: Mapping[str, Any] | None
     summary: RunSummary | None
     evaluation: Evaluation | None
-    metrics: Sequence[Mapping[str, Any]]
-    recipe: str
-    settings: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]]  # lines of metrics.jsonl
+    recipe: str  # the resolved recipe, as text
+    settings: Mapping[str, Any]  # the same as `section.field` → value
 
     def points(self, field: str) -> list[Point]:
         """A logged figure by step."""

@@ -33,34 +33,22 @@ _LEVELS = 3
 
 @dataclass(frozen=True)
 class TrainedOn:
-    """The base of a training, as it is recorded.
+    """The base of a training, as it is recorded."""
 
-    Attributes:
-        name, revision: as the recipe named it; None where nobody says.
-        files: SHA-256 by file name; empty where they were not recorded.
-        directory: where it lay, of a base that is not on the hub.
-        quantized: its weights were stored in few bits.
-    """
-
-    name: str | None = None
+    name: str | None = None  # name, revision: as the recipe named it; None where nobody says
     revision: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    directory: str | None = None
-    quantized: bool = False
+    files: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by file name; empty where they were not recorded
+    directory: str | None = None  # where it lay, of a base that is not on the hub
+    quantized: bool = False  # its weights were stored in few bits
 
 
 @dataclass(frozen=True)
 class JoinedBase:
-    """A base that belongs to an adapter.
-
-    Attributes:
-        files: SHA-256 of its files.
-        note: what could not be compared, in a sentence; None where its files are those of the training.
-    """
+    """A base that belongs to an adapter."""
 
     model: LocalModel
-    files: Mapping[str, str]
-    note: str | None
+    files: Mapping[str, str]  # SHA-256 of its files
+    note: str | None  # what could not be compared, in a sentence; None where its files are those of the training
 
 
 def base_record(base: LocalModel) -> dict[str, Any]:

@@ -103,26 +103,18 @@ class LoraFactors:
 
 @dataclass(frozen=True)
 class LoraAdapter:
-    """What an adapter trained; module and tensor names as in the model, without `base_model.model.`.
-
-    Attributes:
-        base_name: the base that it was trained on, as written in its config.
-        factors: module -> its low-rank change.
-        trained: tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved next to the adapter).
-        base_copies: module -> the base's weight as the adapter file carries it (embeddings saved next to their change).
-        modules_to_save: the names given as PEFT's modules_to_save.
-        ties_embeddings: whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying).
-        config: its adapter_config.json.
-    """
+    """What an adapter trained; module and tensor names as in the model, without `base_model.model.`."""
 
     directory: Path
-    base_name: str | None
-    factors: Mapping[str, LoraFactors]
+    base_name: str | None  # the base that it was trained on, as written in its config
+    factors: Mapping[str, LoraFactors]  # module -> its low-rank change
+    # tensor name -> tensor trained as a whole (modules_to_save, or embeddings saved next to the adapter)
     trained: Mapping[str, StoredTensor]
+    # module -> the base's weight as the adapter file carries it (embeddings saved next to their change)
     base_copies: Mapping[str, StoredTensor]
-    modules_to_save: tuple[str, ...]
-    ties_embeddings: bool
-    config: Mapping[str, Any]
+    modules_to_save: tuple[str, ...]  # the names given as PEFT's modules_to_save
+    ties_embeddings: bool  # whether lm_head was trained as one with the embedding (PEFT's ensure_weight_tying)
+    config: Mapping[str, Any]  # its adapter_config.json
 
     def tensors(self) -> list[StoredTensor]:
         """Every tensor of the adapter file."""
@@ -136,15 +128,10 @@ class LoraAdapter:
 
 @dataclass(frozen=True)
 class AdapterDir:
-    """The one reader of an adapter directory; a file is read when it is asked for.
+    """The one reader of an adapter directory; a file is read when it is asked for."""
 
-    Attributes:
-        path: the directory.
-        error: what is raised where a file is missing or damaged.
-    """
-
-    path: Path
-    error: type[GemmaTuneError] = ExportError
+    path: Path  # the directory
+    error: type[GemmaTuneError] = ExportError  # what is raised where a file is missing or damaged
 
     @property
     def exists(self) -> bool:

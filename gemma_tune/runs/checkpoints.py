@@ -16,15 +16,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from gemma_tune.disk import (
-    free_bytes,
-    read_json,
-    replaced_directory,
-    require_free_disk,
-    sync_tree,
-    to_json,
-    write_json,
-)
+from gemma_tune.disk import free_bytes, read_json, replaced_directory, require_free_disk, sync_tree, to_json, write_json
 from gemma_tune.errors import RunError
 from gemma_tune.identity import file_sha256
 from gemma_tune.runs.layout import RunDir
@@ -135,10 +127,7 @@ def named_checkpoint(run: RunDir, step: int) -> Path:
     fault = fault_of(path) if path.is_dir() else "there is no such checkpoint"
     if fault is not None:
         steps = sorted(step_of(found) for found in _listed(run) if fault_of(found) is None)
-        raise RunError(
-            f"{path}: {fault}",
-            hint="complete ones: " + (", ".join(map(str, steps)) or "none"),
-        )
+        raise RunError(f"{path}: {fault}", hint="complete ones: " + (", ".join(map(str, steps)) or "none"))
     return path
 
 

@@ -11,14 +11,8 @@ from gemma_tune.runs.reporter import Reporter
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run that is being trained.
+    """A run that is being trained."""
 
-    Attributes:
-        run: the run directory of process 0; every other process has a folder of its own, which nobody keeps.
-        reporter: receives what happens.
-        world: the processes that train together, each of which does every step.
-    """
-
-    run: RunDir
-    reporter: Reporter
-    world: World
+    run: RunDir  # the run directory of process 0; every other process has a folder of its own, which nobody keeps
+    reporter: Reporter  # receives what happens
+    world: World  # the processes that train together, each of which does every step

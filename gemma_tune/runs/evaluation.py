@@ -15,17 +15,12 @@ SIDES: tuple[Side, ...] = ("base", "tuned")
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure over rows.
+    """A figure over rows."""
 
-    Attributes:
-        label: as it is shown.
-        form: how a value is written: `share` in percent, `number` with three digits behind the point.
-        better: where it should move; None: it only describes.
-    """
-
-    label: str
+    label: str  # as it is shown
+    # how a value is written: `share` in percent, `number` with three digits behind the point
     form: Literal["share", "number"]
-    better: Literal["higher", "lower"] | None
+    better: Literal["higher", "lower"] | None  # where it should move; None: it only describes
 
 
 METRICS: Mapping[str, Metric] = {
@@ -90,23 +85,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found.
+    """What was found."""
 
-    Attributes:
-        made: when, in UTC.
-        key: everything that decides the figures; another key means that they must be made again.
-        rows_label: where the rows come from.
-        rows: the groups, all rows first.
-        general: the same over the forgetting check's texts, with loss and perplexity only.
-        general_label: what those texts are.
-    """
-
-    made: str
-    key: dict[str, Any]
-    rows_label: str
-    rows: tuple[Group, ...]
-    general: tuple[Group, ...]
-    general_label: str
+    made: str  # when, in UTC
+    key: dict[str, Any]  # everything that decides the figures; another key means that they must be made again
+    rows_label: str  # where the rows come from
+    rows: tuple[Group, ...]  # the groups, all rows first
+    general: tuple[Group, ...]  # the same over the forgetting check's texts, with loss and perplexity only
+    general_label: str  # what those texts are
 
 
 def write_evaluation(run: RunDir, evaluation: Evaluation) -> None:

@@ -23,32 +23,22 @@ RECORDED_PACKAGES = (
 
 @dataclass(frozen=True)
 class Lock:
-    """Everything a run depends on. Hashes are SHA-256 in hex.
-
-    Attributes:
-        base: name, revision (hub commit, or null), directory-independent file hashes of the base model.
-        processes: how many trained together.
-        method: the training method.
-        adapter: name and hash of the adapter that the training started from, or null.
-        data: label and hash of the rows and of the template.
-        engine, precision: what was chosen, and why.
-        hardware: device, processor, memory.
-        packages: versions; null for what is not installed.
-    """
+    """Everything a run depends on. Hashes are SHA-256 in hex."""
 
     recipe: str
     overrides: list[str]
-    base: dict[str, Any]
-    data: dict[str, Any]
-    engine: dict[str, str]
+    base: dict[str, Any]  # name, revision (hub commit, or null), directory-independent file hashes of the base model
+    data: dict[str, Any]  # label and hash of the rows and of the template
+    engine: dict[str, str]  # engine, precision: what was chosen, and why
     precision: dict[str, Any]
-    hardware: dict[str, Any]
+    hardware: dict[str, Any]  # device, processor, memory
     seed: int
-    processes: int = 1
-    method: str = DEFAULT_METHOD
-    adapter: dict[str, str] | None = None
+    processes: int = 1  # how many trained together
+    method: str = DEFAULT_METHOD  # the training method
+    adapter: dict[str, str] | None = None  # name and hash of the adapter that the training started from, or null
     python: str = field(default_factory=platform.python_version)
     platform: str = field(default_factory=lambda: f"{platform.system()} {platform.machine()}")
+    # versions; null for what is not installed
     packages: dict[str, str | None] = field(
         default_factory=lambda: {name: installed_version(name) for name in RECORDED_PACKAGES}
     )

@@ -22,20 +22,16 @@ _DAMAGED_HINT = "put it back from a copy, or start a new run; the adapter and th
 
 @dataclass(frozen=True)
 class Manifest:
-    """The state of a run. Times are UTC, ISO 8601; `step` is that of the newest checkpoint.
-
-    Attributes:
-        packed: whether rows were joined, once training has begun.
-        resumes: each time that the run went on: when, from which step, and what differed from before.
-    """
+    """The state of a run. Times are UTC, ISO 8601; `step` is that of the newest checkpoint."""
 
     status: Status
     started: str
     updated: str
     step: int = 0
     total_steps: int | None = None
-    packed: bool | None = None
+    packed: bool | None = None  # whether rows were joined, once training has begun
     error: str | None = None
+    # each time that the run went on: when, from which step, and what differed from before
     resumes: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -190,8 +190,7 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
             raise
     except OSError as error:
         raise RunError(
-            f"cannot write to {output_dir}: {reason_of(error)}",
-            hint="set run.output_dir to a folder you may write to",
+            f"cannot write to {output_dir}: {reason_of(error)}", hint="set run.output_dir to a folder you may write to"
         ) from None
 
 

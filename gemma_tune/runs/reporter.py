@@ -8,27 +8,17 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class StepProgress:
-    """One logged optimizer step.
+    """One logged optimizer step."""
 
-    Attributes:
-        step, total_steps: optimizer steps done and planned.
-        epoch: passes over the rows.
-        loss: mean over the supervised tokens since the last log, in nats a token.
-        learning_rate, grad_norm: of this step.
-        tokens_per_second: tokens that are not padding, since the last log.
-        eta_seconds: time left at the mean speed so far.
-        memory_bytes: peak memory, of the card on CUDA and of the process elsewhere.
-    """
-
-    step: int
+    step: int  # step, total_steps: optimizer steps done and planned
     total_steps: int
-    epoch: float
-    loss: float
-    learning_rate: float
+    epoch: float  # passes over the rows
+    loss: float  # mean over the supervised tokens since the last log, in nats a token
+    learning_rate: float  # learning_rate, grad_norm: of this step
     grad_norm: float
-    tokens_per_second: float
-    eta_seconds: float
-    memory_bytes: int
+    tokens_per_second: float  # tokens that are not padding, since the last log
+    eta_seconds: float  # time left at the mean speed so far
+    memory_bytes: int  # peak memory, of the card on CUDA and of the process elsewhere
 
 
 class Reporter(Protocol):

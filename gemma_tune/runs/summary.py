@@ -20,35 +20,25 @@ class Question:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The figures of a finished run.
-
-    Attributes:
-        train_rows, eval_rows, dropped_rows: rows after the length policy; dropped ones were too long.
-        num_trainable: trained parameters.
-        steps: optimizer steps.
-        training_seconds, total_seconds: the steps alone, and the command from start to end.
-        num_tokens: real tokens trained on.
-        peak_memory_bytes: of the card on CUDA, of the process elsewhere.
-        train_loss: mean of the last tenth of the steps; all losses are in nats a supervised token.
-        exact_match_before, exact_match_after: share of `exact_match_rows` answered word for word, 0 to 1.
-    """
+    """The figures of a finished run."""
 
     model: str
     engine: str
     quantization: str
     precision: str
-    train_rows: int
+    train_rows: int  # train_rows, eval_rows, dropped_rows: rows after the length policy; dropped ones were too long
     eval_rows: int
     dropped_rows: int
-    num_trainable: int
-    steps: int
-    training_seconds: float
+    num_trainable: int  # trained parameters
+    steps: int  # optimizer steps
+    training_seconds: float  # training_seconds, total_seconds: the steps alone, and the command from start to end
     total_seconds: float
-    num_tokens: int
-    peak_memory_bytes: int
-    train_loss: float
+    num_tokens: int  # real tokens trained on
+    peak_memory_bytes: int  # of the card on CUDA, of the process elsewhere
+    train_loss: float  # mean of the last tenth of the steps; all losses are in nats a supervised token
     eval_loss_before: float | None
     eval_loss_after: float | None
+    # exact_match_before, exact_match_after: share of `exact_match_rows` answered word for word, 0 to 1
     exact_match_before: float | None
     exact_match_after: float | None
     exact_match_rows: int

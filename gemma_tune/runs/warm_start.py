@@ -18,20 +18,13 @@ from gemma_tune.runs.layout import RunDir
 
 @dataclass(frozen=True)
 class StartAdapter:
-    """An adapter on disk.
+    """An adapter on disk."""
 
-    Attributes:
-        name: as the recipe gives it.
-        base: the base that it says it was trained on.
-        sha256: of its weights.
-        note: what of the base could not be compared with the adapter's own, in a sentence.
-    """
-
-    name: str
+    name: str  # as the recipe gives it
     directory: Path
-    base: str | None
-    sha256: str
-    note: str | None = None
+    base: str | None  # the base that it says it was trained on
+    sha256: str  # of its weights
+    note: str | None = None  # what of the base could not be compared with the adapter's own, in a sentence
 
 
 def find_adapter(name: str, *, lora: LoraSection, base: LocalModel | None = None) -> StartAdapter:

@@ -73,21 +73,15 @@ class JoinRows:
     position 0. There is no attention mask: from restarting positions without one the attention code finds the borders
     of the rows, and a mask of ones silently switches that off. The first token of a row has label -100, because what
     predicts it is the last token of another row.
-
-    Attributes:
-        pad_token_id: fills what a shorter pack leaves of the batch; its label is -100.
-        pad_to_multiple_of: the length of the batch is a multiple of this.
-        in_one_sequence: put all packs of a batch behind one another, [1, tokens of the batch].
-        with_row_lengths: add `packed_seq_lengths`, the tokens of each row in order, int32 [rows]; only with
-            `in_one_sequence`.
-        with_head_targets: add `logits_to_keep`, the positions that predict a supervised token, and `head_targets`,
-            those tokens, both int64 [supervised tokens]; only with `in_one_sequence`.
     """
 
-    pad_token_id: int
-    pad_to_multiple_of: int = 1
-    in_one_sequence: bool = False
+    pad_token_id: int  # fills what a shorter pack leaves of the batch; its label is -100
+    pad_to_multiple_of: int = 1  # the length of the batch is a multiple of this
+    in_one_sequence: bool = False  # put all packs of a batch behind one another, [1, tokens of the batch]
+    # add `packed_seq_lengths`, the tokens of each row in order, int32 [rows]; only with `in_one_sequence`
     with_row_lengths: bool = False
+    # add `logits_to_keep`, the positions that predict a supervised token, and `head_targets`, those tokens, both int64
+    # [supervised tokens]; only with `in_one_sequence`
     with_head_targets: bool = False
 
     def __call__(self, packs: Sequence[Sequence[RowArrays]]) -> dict[str, Any]:

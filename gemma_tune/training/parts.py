@@ -14,21 +14,16 @@ from gemma_tune.runs.context import RunContext
 
 @dataclass(frozen=True)
 class TrainerParts:
-    """A model with its adapter, the rows, and the run that they are trained in.
-
-    Attributes:
-        loaded: the base with the adapter attached.
-        pack_tokens: length of the packs that rows are joined into; None pads each row on its own.
-    """
+    """A model with its adapter, the rows, and the run that they are trained in."""
 
     context: RunContext
     recipe: Recipe
     engine: Engine
-    loaded: LoadedModel
+    loaded: LoadedModel  # the base with the adapter attached
     tokenizer: Any
     encoder: Encoder
     datasets: Datasets
-    pack_tokens: int | None = None
+    pack_tokens: int | None = None  # length of the packs that rows are joined into; None pads each row on its own
 
     @property
     def shards_model(self) -> bool:

@@ -32,27 +32,18 @@ from gemma_tune.training.trackers import tracking
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training came to.
+    """What a training came to."""
 
-    Attributes:
-        steps: optimizer steps done.
-        seconds: wall time of the training.
-        num_trainable: trained parameters.
-        num_tokens: real tokens trained on, padding left out. Steps, seconds and tokens count what was done
-            before a resume as well.
-        train_loss: mean loss of the last tenth of the logged steps, nats a supervised token.
-        eval_loss_before, eval_loss_after: on the eval rows, nats a supervised token; None without eval rows.
-        peak_memory_bytes: of the card on CUDA, of the process elsewhere.
-    """
-
-    steps: int
-    seconds: float
-    num_trainable: int
+    steps: int  # optimizer steps done
+    seconds: float  # wall time of the training
+    num_trainable: int  # trained parameters
+    # real tokens trained on, padding left out. Steps, seconds and tokens count what was done before a resume as well.
     num_tokens: int
-    train_loss: float
+    train_loss: float  # mean loss of the last tenth of the logged steps, nats a supervised token
+    # eval_loss_before, eval_loss_after: on the eval rows, nats a supervised token; None without eval rows
     eval_loss_before: float | None
     eval_loss_after: float | None
-    peak_memory_bytes: int
+    peak_memory_bytes: int  # of the card on CUDA, of the process elsewhere
 
 
 def train_adapter(parts: TrainerParts, *, resume_from: Path | None = None) -> TrainingResult:

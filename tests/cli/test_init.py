@@ -150,11 +150,7 @@ def test_nothing_is_overwritten_and_nothing_written_when_refused(command: InitCo
     ],
 )
 def test_refusals_say_what_to_do(
-    command: InitCommand,
-    arguments: tuple[str, ...],
-    error: type[GemmaTuneError],
-    message: str,
-    hint: str | None,
+    command: InitCommand, arguments: tuple[str, ...], error: type[GemmaTuneError], message: str, hint: str | None
 ) -> None:
     shipped_rows(Path("faq.csv"), names=("Frage", "Antwort"))
     with pytest.raises(error, match=message) as refused:

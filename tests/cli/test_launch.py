@@ -100,10 +100,7 @@ def test_json(command: Launch) -> None:
     [
         (["quickstart", "lora.rnk=8", "--on", "slurm"], r"lora\.rnk"),
         (["gone", "--on", "slurm"], r"no such recipe"),
-        (
-            ["quickstart", "--on", "slurm", "--claim", "x"],
-            r"--claim is not an option of slurm; it belongs to kub",
-        ),
+        (["quickstart", "--on", "slurm", "--claim", "x"], r"--claim is not an option of slurm; it belongs to kub"),
         (["quickstart", "--on", "kubernetes", "--claim", "x"], r"--on kubernetes needs --image"),
         (["quickstart", "--on", "slurm", "--gpu-type", "h 100"], r"--gpu-type 'h 100' holds a blank"),
     ],

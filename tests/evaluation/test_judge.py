@@ -157,10 +157,7 @@ def test_a_key_follows_no_redirect(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("text", ["<html>", "{}", '{"choices": []}', "[]"])
 def test_something_else_than_a_completion(text: str) -> None:
-    with (
-        serve_judge(lambda _: (200, {}, text)) as endpoint,
-        pytest.raises(ModelError, match=r"not a chat completion"),
-    ):
+    with serve_judge(lambda _: (200, {}, text)) as endpoint, pytest.raises(ModelError, match=r"not a chat completion"):
         list(EndpointJudge(endpoint.url, "m").rule([DUEL]))
 
 

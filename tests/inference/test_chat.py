@@ -122,11 +122,7 @@ def test_saved_talks_are_rows_that_can_be_trained(tiny_chat: LoadedTarget, tmp_p
     assert [len(row) for row in rows] == [2, 4, 2]
     section = DataSection(source=str(path), template="chat", max_seq_tokens=64, eval_fraction=0.0)
     datasets = build_datasets(
-        section,
-        open_inputs(section, prefers_chat=True),
-        tiny_chat.encoder,
-        chat=tiny_chat.chat,
-        tokenizer_files={},
+        section, open_inputs(section, prefers_chat=True), tiny_chat.encoder, chat=tiny_chat.chat, tokenizer_files={}
     )
     assert len(datasets.train) == 3
     with pytest.raises(DataError, match=r"talks.txt is not a .jsonl file"):

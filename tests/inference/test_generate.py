@@ -15,12 +15,7 @@ from gemma_tune.inference.generate import Completion, TransformersModel, pad_lef
 from gemma_tune.inference.load_target import LoadedTarget
 from gemma_tune.inference.sampling import choose_sampling, make_answer_settings
 
-TEXTS = [
-    "The",
-    "In the town of Ostel there is",
-    "A goat",
-    "Once upon a time, in a green valley, a baker and a miller",
-]
+TEXTS = ["The", "In the town of Ostel there is", "A goat", "Once upon a time, in a green valley, a baker and a miller"]
 
 
 @pytest.fixture(scope="module")

@@ -146,10 +146,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("training.num_train_epochs=2", "unknown key; here it is training.epochs"),
         ("data.mix=[{source: a, wieght: 1}]", "data.mix.0.wieght: unknown key; did you mean 'weight'?"),
         ("data.mix=[{source: a, weight: .inf}]", "data.mix.0.weight: must be a number above 0 and at most 1000000"),
-        (
-            "data.mix=[{source: 'https://ada:s3cretPassw0rd@x'}]",
-            "data.mix.0.source: a recipe never holds a credential",
-        ),
+        ("data.mix=[{source: 'https://ada:s3cretPassw0rd@x'}]", "data.mix.0.source: a recipe never holds a credential"),
         ("training.seed=4294967296", "must be a whole number from 0 to 4294967295, found 4294967296"),
         ("training.epochs=.inf", "training.epochs: must be a number above 0 and at most 1000000, found .inf"),
     ],

@@ -16,11 +16,7 @@ def test_more_steps_and_other_logging_are_allowed_and_told() -> None:
     now = recipe_of(training={"max_steps": 5}, logging={"every_steps": 7}, run={"name": "b"})
     found = recipe_differences(recipe_of(), now)
     assert found.refused == []
-    assert found.allowed == [
-        "training.max_steps: None → 5",
-        "logging.every_steps: 1 → 7",
-        "run.name: None → 'b'",
-    ]
+    assert found.allowed == ["training.max_steps: None → 5", "logging.every_steps: 1 → 7", "run.name: None → 'b'"]
 
 
 def test_every_other_setting_of_the_computation_is_refused() -> None:

@@ -59,11 +59,7 @@ def test_no_socket_is_opened(tmp_path: Path, engine: str) -> None:
     log.unlink()
     quick = ["quickstart", f"model.engine={engine}", "training.max_steps=2", "evaluation.exact_match=false"]
     quick += ["data.max_eval_rows=4", "evaluation.num_questions=0", "training.save_every_steps=1", "run.name=local"]
-    for arguments in (
-        ["train", *quick],
-        ["train", *quick, "--from-checkpoint", "1"],
-        ["merge", "runs/local"],
-    ):
+    for arguments in (["train", *quick], ["train", *quick, "--from-checkpoint", "1"], ["merge", "runs/local"]):
         done = run("-m gemma_tune.cli.app", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
     assert not log.exists(), log.read_text(encoding="utf-8")

@@ -14,13 +14,7 @@ from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest
 from gemma_tune.training.state_file import read_state
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import (
-    cut_after,
-    recipe_of,
-    require_equal_bits,
-    require_same_training,
-    train,
-)
+from tests.training.small_runs import cut_after, recipe_of, require_equal_bits, require_same_training, train
 from tests.training.two_processes import Task, run_together
 
 # Of each process; one process has batches twice as large. 13 rows leave the second process short of some at the end of

@@ -7,13 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GemmaConfig,
-    PretrainedConfig,
-)
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
 from gemma_tune.engines.base import LoadedModel
 from gemma_tune.engines.transformers import TransformersEngine

@@ -70,9 +70,7 @@ def test_grouping_saves_padding_and_starts_with_the_longest_batch() -> None:
 
 
 @given(
-    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=200),
-    batch_size=st.integers(1, 5),
-    group=st.booleans(),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=200), batch_size=st.integers(1, 5), group=st.booleans()
 )
 def test_every_row_is_in_one_pack_and_every_epoch_has_as_many(lengths: list[int], batch_size: int, group: bool) -> None:
     epochs = [groups(lengths, batch_size=batch_size, group=group, epoch=epoch, pack_tokens=64) for epoch in (0, 1, 0)]

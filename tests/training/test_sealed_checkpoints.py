@@ -14,14 +14,7 @@ from gemma_tune.runs.checkpoints import SEAL, last_complete_checkpoint, seal_che
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.training.state_file import read_state, write_state
 from tests.training.random_rows import Rows, make_rows
-from tests.training.small_runs import (
-    attach,
-    cut_after,
-    recipe_of,
-    require_equal_bits,
-    train,
-    weights,
-)
+from tests.training.small_runs import attach, cut_after, recipe_of, require_equal_bits, train, weights
 
 
 @pytest.mark.parametrize("resumed_at", [5, 6])  # within an epoch, and at the border of two

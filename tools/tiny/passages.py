@@ -83,12 +83,7 @@ def tell(passage: Passage, rng: random.Random) -> str:
             f"{p.visitor} found {with_article(p.bought)} at the market and bought it.",
         )
     )
-    meal = rng.choice(
-        (
-            f"For supper the inn served {p.food}.",
-            f"{p.visitor} ate {p.food} before the journey home.",
-        )
-    )
+    meal = rng.choice((f"For supper the inn served {p.food}.", f"{p.visitor} ate {p.food} before the journey home."))
     return " ".join((arrival, herd, purchase, meal))
 
 

@@ -88,11 +88,7 @@ def _rate_factor(step: int, settings: PretrainSettings) -> float:
 
 
 def pretrain(
-    world: World,
-    tokenizer: GemmaTokenizer,
-    *,
-    settings: PretrainSettings,
-    report: Callable[[str], None],
+    world: World, tokenizer: GemmaTokenizer, *, settings: PretrainSettings, report: Callable[[str], None]
 ) -> GemmaForCausalLM:
     """Return the trained model in float32; `report` gets a line every 50 steps (loss in nats per token)."""
     torch.set_num_threads(settings.num_threads)

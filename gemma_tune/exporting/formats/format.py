@@ -25,18 +25,12 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class ExportTask:
-    """One export to write.
-
-    Attributes:
-        made_from: directory of the format's parent; the adapter's where it has none.
-        output: the directory to write; it does not exist, or is empty.
-        texts: name -> content of small files that go with it.
-    """
+    """One export to write."""
 
     source: ExportSource
-    made_from: Path
-    output: Path
-    texts: Mapping[str, str]
+    made_from: Path  # directory of the format's parent; the adapter's where it has none
+    output: Path  # the directory to write; it does not exist, or is empty
+    texts: Mapping[str, str]  # name -> content of small files that go with it
     settings: ExportSettings
     reporter: Reporter
 
@@ -68,30 +62,23 @@ def refuse_quantised(config: TextConfig, directory: Path | None) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """One export format.
-
-    Attributes:
-        about: a phrase for the user.
-        card: what a model card says of it.
-        files: patterns of the names of its own files: each matches one at least, and what matches may be pushed.
-        estimate_bytes: (source, dtype) -> bytes on the disk, parents not counted. It may refuse a source.
-        write: write the task's output, which bears its name only when it is complete.
-        runner: (directory, source, siblings) -> how an exported directory is run and compared; `siblings` are the
-            directories of other formats of the same source by name.
-        parent: (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter.
-        check_base: (facts of config.json, directory where the base is here) -> None; it refuses a base of which there
-            is no such export.
-        settings: names of the `ExportSettings` that decide its files.
-    """
+    """One export format."""
 
     name: str
-    about: str
-    card: CardFormat
+    about: str  # a phrase for the user
+    card: CardFormat  # what a model card says of it
+    # patterns of the names of its own files: each matches one at least, and what matches may be pushed
     files: tuple[Pattern[str], ...]
+    # (source, dtype) -> bytes on the disk, parents not counted. It may refuse a source.
     estimate_bytes: Callable[[ExportSource, MergeDtype], int]
-    write: Callable[[ExportTask], Facts]
+    write: Callable[[ExportTask], Facts]  # write the task's output, which bears its name only when it is complete
+    # (directory, source, siblings) -> how an exported directory is run and compared; `siblings` are the directories of
+    # other formats of the same source by name
     runner: Callable[[Path, ExportSource, Mapping[str, Path]], Runner]
+    # (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter
     parent: Callable[[ExportSource, Sequence[Format], MergeDtype], str | None] = made_from_adapter
+    # (facts of config.json, directory where the base is here) -> None; it refuses a base of which there is no such
+    # export
     check_base: Callable[[TextConfig, Path | None], None] = refuse_quantised
     packages: tuple[RequiredPackage, ...] = ()
-    settings: tuple[str, ...] = ("dtype",)
+    settings: tuple[str, ...] = ("dtype",)  # names of the `ExportSettings` that decide its files

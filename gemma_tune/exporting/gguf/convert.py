@@ -36,20 +36,13 @@ _FILE_TYPE: dict[GgufDtype, int] = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 
 @dataclass(frozen=True)
 class GgufProvenance:
-    """Where the model comes from, as the file's metadata tells it. No path of this machine belongs here.
+    """Where the model comes from, as the file's metadata tells it. No path of this machine belongs here."""
 
-    Attributes:
-        name: what llama.cpp and Ollama show.
-        license: an id as the hub spells it; the link goes to its text.
-        base_model: the hub id `owner/name` of the base, or its plain name.
-        base_revision: the hub's commit of the base.
-    """
-
-    name: str
-    license: str = "gemma"
+    name: str  # what llama.cpp and Ollama show
+    license: str = "gemma"  # an id as the hub spells it; the link goes to its text
     license_link: str | None = "https://ai.google.dev/gemma/terms"
-    base_model: str | None = None
-    base_revision: str | None = None
+    base_model: str | None = None  # the hub id `owner/name` of the base, or its plain name
+    base_revision: str | None = None  # the hub's commit of the base
 
 
 def convert_to_gguf(

@@ -25,17 +25,11 @@ CONVERTED = ("f32", "f16", "bf16", "q8_0")
 
 @dataclass(frozen=True)
 class Quantization:
-    """One of llama.cpp's mixes.
+    """One of llama.cpp's mixes."""
 
-    Attributes:
-        ftype: its number in `llama_ftype`.
-        bits: a weight's bits in most tensors.
-        fallback_bits: the same where a row is no multiple of 256 (`tensor_type_fallback` in llama-quant.cpp).
-    """
-
-    ftype: int
-    bits: float
-    fallback_bits: float
+    ftype: int  # its number in `llama_ftype`
+    bits: float  # a weight's bits in most tensors
+    fallback_bits: float  # the same where a row is no multiple of 256 (`tensor_type_fallback` in llama-quant.cpp)
 
 
 QUANTIZATIONS = {

@@ -24,19 +24,13 @@ _HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file.
-
-    Attributes:
-        type: ggml's name of the type to write: the dtype asked for, F32 for a norm.
-        adds_one: Gemma's norms multiply by 1 + weight, llama.cpp's by the weight that is stored.
-        offset_bytes: where it lies, counted from the start of the tensor data.
-    """
+    """One tensor of the file."""
 
     name: str
     source: StoredTensor
-    type: str
-    adds_one: bool
-    offset_bytes: int
+    type: str  # ggml's name of the type to write: the dtype asked for, F32 for a norm
+    adds_one: bool  # Gemma's norms multiply by 1 + weight, llama.cpp's by the weight that is stored
+    offset_bytes: int  # where it lies, counted from the start of the tensor data
     num_bytes: int
 
 

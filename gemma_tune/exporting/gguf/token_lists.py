@@ -26,21 +26,14 @@ _HINT = "export it again"
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """llama.cpp's tokenizer of the kind "llama".
-
-    Attributes:
-        scores: by id; of two adjacent pieces those are joined first whose joined text has the highest.
-        whole: the tokens that are never cut nor joined, the longest first.
-        before, after: the ids around every text.
-        adds_space: whether a space is put before the text, and after each whole token.
-    """
+    """llama.cpp's tokenizer of the kind "llama"."""
 
     id_of: Mapping[str, int]
-    scores: Sequence[float]
-    whole: tuple[str, ...]
-    before: tuple[int, ...]
+    scores: Sequence[float]  # by id; of two adjacent pieces those are joined first whose joined text has the highest
+    whole: tuple[str, ...]  # the tokens that are never cut nor joined, the longest first
+    before: tuple[int, ...]  # before, after: the ids around every text
     after: tuple[int, ...]
-    adds_space: bool
+    adds_space: bool  # whether a space is put before the text, and after each whole token
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of a text, control tokens that it spells included. ExportError: llama.cpp would abort on it."""

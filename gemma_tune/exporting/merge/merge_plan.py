@@ -30,20 +30,13 @@ _DTYPE_NAME_OF = {stored: name for name, stored in STORED_DTYPE_OF.items()}
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the output.
-
-    Attributes:
-        source: where its values come from: the base, or the adapter when it was trained as a whole.
-        base: the base's tensor of the same name and shape.
-        factors: the low-rank change to add.
-        dtype: the dtype to write, in the format's name.
-    """
+    """One tensor of the output."""
 
     name: str
-    source: StoredTensor
-    base: StoredTensor | None
-    factors: LoraFactors | None
-    dtype: str
+    source: StoredTensor  # where its values come from: the base, or the adapter when it was trained as a whole
+    base: StoredTensor | None  # the base's tensor of the same name and shape
+    factors: LoraFactors | None  # the low-rank change to add
+    dtype: str  # the dtype to write, in the format's name
 
     @property
     def num_bytes(self) -> int:

@@ -48,13 +48,7 @@ from gemma_tune.exporting.merge.tensor_io import (
 )
 from gemma_tune.exporting.text_files import generation_files, licence_files, tokenizer_files, write_text_files
 from gemma_tune.identity import fingerprint_of, installed_version
-from gemma_tune.models.safetensors import (
-    BYTES_OF_DTYPE,
-    CONFIG_FILE,
-    StoredTensor,
-    read_config,
-    stored_tensors,
-)
+from gemma_tune.models.safetensors import BYTES_OF_DTYPE, CONFIG_FILE, StoredTensor, read_config, stored_tensors
 from gemma_tune.models.token_ids import ids_beyond, read_added_tokens
 from gemma_tune.runs.adapter_dir import AdapterDir, LoraAdapter, LoraFactors
 

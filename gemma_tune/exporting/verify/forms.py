@@ -34,27 +34,18 @@ _LAST_LINES = 12
 
 @dataclass(frozen=True)
 class Form:
-    """A model on the disk and how it is loaded.
+    """A model on the disk and how it is loaded."""
 
-    Attributes:
-        name: what it is called in reports.
-        opener: `module:function` that returns an `OpenForm`, called as `opener(form, before=...)` in the process that
-            measures; `before` is what it returned for the form before this one when both have one path, else None.
-        path: directory or file.
-        adapter: PEFT adapter on top of it.
-        tokenizer: directory of its tokenizer; None for a file that holds its own.
-        num_rows: the vocabulary's rows, where the adapter resized it.
-        dtype: in which precision an nf4 form computes.
-        answers: whether prompts are answered; not in 4 bits, where every token would expand all weights again.
-    """
-
-    name: str
+    name: str  # what it is called in reports
+    # `module:function` that returns an `OpenForm`, called as `opener(form, before=...)` in the process that measures;
+    # `before` is what it returned for the form before this one when both have one path, else None
     opener: str
-    path: Path
-    adapter: Path | None = None
-    tokenizer: Path | None = None
-    num_rows: int | None = None
-    dtype: str = "float32"
+    path: Path  # directory or file
+    adapter: Path | None = None  # PEFT adapter on top of it
+    tokenizer: Path | None = None  # directory of its tokenizer; None for a file that holds its own
+    num_rows: int | None = None  # the vocabulary's rows, where the adapter resized it
+    dtype: str = "float32"  # in which precision an nf4 form computes
+    # whether prompts are answered; not in 4 bits, where every token would expand all weights again
     answers: bool = True
 
 
@@ -76,18 +67,12 @@ class OpenForm(Protocol):
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a form gave on a probe.
-
-    Attributes:
-        logits: file of (positions, vocabulary) float32, mapped.
-        text_ids: token ids of each of the probe's texts.
-        answers: token ids that answer each prompt; None where the form does not answer.
-    """
+    """What a form gave on a probe."""
 
     form: Form
-    logits: Logits
-    text_ids: list[list[int]]
-    answers: list[list[int]] | None
+    logits: Logits  # file of (positions, vocabulary) float32, mapped
+    text_ids: list[list[int]]  # token ids of each of the probe's texts
+    answers: list[list[int]] | None  # token ids that answer each prompt; None where the form does not answer
 
 
 Measure = Callable[..., list[Measurement]]

@@ -16,37 +16,24 @@ _CLEAR_LEAD = 0.1
 
 @dataclass(frozen=True)
 class Distance:
-    """How far the logits of one form are from those that are wanted, over all positions.
+    """How far the logits of one form are from those that are wanted, over all positions."""
 
-    Attributes:
-        max_abs, rms: of the differences of single logits.
-        top1_agreement: share of positions with the same most likely token, 0 to 1.
-        clear_top1: the same among positions where the wanted token leads by 0.1 or more: a tie is no preference.
-        mean_kl: mean KL(wanted || found) in nats a position.
-    """
-
-    max_abs: float
-    top1_agreement: float
-    clear_top1: float
-    mean_kl: float
+    max_abs: float  # max_abs, rms: of the differences of single logits
+    top1_agreement: float  # share of positions with the same most likely token, 0 to 1
+    clear_top1: float  # the same among positions where the wanted token leads by 0.1 or more: a tie is no preference
+    mean_kl: float  # mean KL(wanted || found) in nats a position
     rms: float
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a format may lose; None where nothing is asked. NaN is never allowed.
+    """What a format may lose; None where nothing is asked. NaN is never allowed."""
 
-    Attributes:
-        max_abs: the largest difference of a logit.
-        max_share_of_effect: root mean square of the differences, as a share of what the adapter changes.
-        min_top1: of `clear_top1`; max_kl: of `mean_kl`.
-        expected: the same in words.
-    """
-
-    expected: str
-    max_abs: float | None = None
+    expected: str  # the same in words
+    max_abs: float | None = None  # the largest difference of a logit
+    # root mean square of the differences, as a share of what the adapter changes
     max_share_of_effect: float | None = None
-    min_top1: float | None = None
+    min_top1: float | None = None  # of `clear_top1`; max_kl: of `mean_kl`
     max_kl: float | None = None
 
 

@@ -54,22 +54,15 @@ _BUILT_IN_TEXTS = (
 
 @dataclass(frozen=True)
 class Probe:
-    """What every form is asked.
+    """What every form is asked."""
 
-    Attributes:
-        rows: token ids, the BOS first.
-        scored: of each row the indices of the tokens whose loss makes the perplexity: those that were trained.
-        texts: strings whose token ids must be equal.
-        prompts: token ids of prompts that are answered greedily.
-        origin: where rows and prompts come from, in words.
-    """
-
-    rows: tuple[tuple[int, ...], ...]
+    rows: tuple[tuple[int, ...], ...]  # token ids, the BOS first
+    # of each row the indices of the tokens whose loss makes the perplexity: those that were trained
     scored: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-    prompts: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]  # strings whose token ids must be equal
+    prompts: tuple[tuple[int, ...], ...]  # token ids of prompts that are answered greedily
     stop_token_ids: tuple[int, ...]
-    origin: str
+    origin: str  # where rows and prompts come from, in words
     max_new_tokens: int = 32
 
     @property

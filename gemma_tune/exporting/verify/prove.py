@@ -43,52 +43,40 @@ class Reference:
 
 @dataclass(frozen=True)
 class FormReport:
-    """How one form compares with another.
-
-    Attributes:
-        method: logits when the form was run, weights when its stored weights were compared, files when those of a
-            format that nothing runs were, none when nothing was.
-        distance, perplexity: None unless it was run.
-        texts_equal, answers_equal: strings with equal token ids, prompts with equal greedy answers (None where one of
-            the two does not answer).
-        first_difference: the first string whose token ids differ.
-        expected: what the format may lose, in words.
-        passed: None where figures are only told, or nothing could be checked.
-    """
+    """How one form compares with another."""
 
     name: str
     against: str
+    # logits when the form was run, weights when its stored weights were compared, files when those of a format that
+    # nothing runs were, none when nothing was
     method: str
-    expected: str
-    passed: bool | None
+    expected: str  # what the format may lose, in words
+    passed: bool | None  # None where figures are only told, or nothing could be checked
     reason: str
-    distance: Distance | None = None
+    distance: Distance | None = None  # distance, perplexity: None unless it was run
     perplexity: float | None = None
+    # texts_equal, answers_equal: strings with equal token ids, prompts with equal greedy answers (None where one of the
+    # two does not answer)
     texts_equal: int = 0
     answers_equal: int | None = None
-    first_difference: str | None = None
+    first_difference: str | None = None  # the first string whose token ids differ
 
 
 @dataclass(frozen=True)
 class ParityReport:
-    """The figures of one verification.
-
-    Attributes:
-        effect: base + adapter against the base; None when no model was run.
-        trained: how far two models are from the 4-bit one that was trained; empty when there is none.
-        notes: what a reader must know, such as that logits were not run and why.
-    """
+    """The figures of one verification."""
 
     origin: str
     num_positions: int
     num_texts: int
     num_prompts: int
-    effect: Distance | None = None
+    effect: Distance | None = None  # base + adapter against the base; None when no model was run
     base_perplexity: float | None = None
     reference_perplexity: float | None = None
     exports: tuple[FormReport, ...] = ()
+    # how far two models are from the 4-bit one that was trained; empty when there is none
     trained: tuple[FormReport, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # what a reader must know, such as that logits were not run and why
 
     @property
     def failed(self) -> tuple[FormReport, ...]:

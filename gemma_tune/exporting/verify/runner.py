@@ -30,26 +30,20 @@ class StoredCheck(Protocol):
 
 @dataclass(frozen=True)
 class Runner:
-    """How an export is run and compared with base + adapter.
-
-    Attributes:
-        form: what is loaded and run; None for a format that nothing runs.
-        check: compares its stored files where it is not run; None where there is nothing to compare them with.
-        tokenize: texts -> token ids by its own tokenizer, without loading the model; None where it has none.
-        why_not_run: why this machine cannot run the form; None when it can.
-        why_not_read: why this machine cannot even read its files; None when it can.
-        notes: what a verdict adds where the form was run, and where only its tokenizer was read.
-        against_trained: compare with the 4-bit model that was trained, where there is one, instead of base + adapter.
-    """
+    """How an export is run and compared with base + adapter."""
 
     name: str
     limits: Limits
-    form: Form | None = None
+    form: Form | None = None  # what is loaded and run; None for a format that nothing runs
+    # compares its stored files where it is not run; None where there is nothing to compare them with
     check: Callable[[], StoredCheck] | None = None
+    # texts -> token ids by its own tokenizer, without loading the model; None where it has none
     tokenize: Callable[[Sequence[str]], list[list[int]]] | None = None
-    why_not_run: str | None = None
-    why_not_read: str | None = None
+    why_not_run: str | None = None  # why this machine cannot run the form; None when it can
+    why_not_read: str | None = None  # why this machine cannot even read its files; None when it can
+    # what a verdict adds where the form was run, and where only its tokenizer was read
     notes: tuple[str, str] = ("", "")
+    # compare with the 4-bit model that was trained, where there is one, instead of base + adapter
     against_trained: bool = False
 
 

@@ -24,71 +24,46 @@ COMMON_DEFAULTS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What llama.cpp computes for a family (src/models/<architecture>.cpp at 0c1e57098), whatever the config says.
+    """What llama.cpp computes for a family (src/models/<architecture>.cpp at 0c1e57098), whatever the config says."""
 
-    Attributes:
-        architecture: llama.cpp's name.
-        full_attention_every: every n-th layer attends to everything, the others within the sliding window.
-        ties_head: the head is the embedding; there is no other.
-        softcaps: both soft caps are applied (True) or neither (False); None where no config has them.
-        scales_queries: the file has no field for the scale of the scores, sqrt(head_dim) is taken.
-        num_layers_scaled_by_width: the model of this many layers takes sqrt(width / heads) instead.
-        scales_positions: the positions of full attention can be scaled linearly.
-    """
-
-    architecture: str
-    full_attention_every: int
-    ties_head: bool
-    softcaps: bool | None = None
-    scales_queries: bool = False
-    num_layers_scaled_by_width: int | None = None
-    scales_positions: bool = False
+    architecture: str  # llama.cpp's name
+    full_attention_every: int  # every n-th layer attends to everything, the others within the sliding window
+    ties_head: bool  # the head is the embedding; there is no other
+    softcaps: bool | None = None  # both soft caps are applied (True) or neither (False); None where no config has them
+    scales_queries: bool = False  # the file has no field for the scale of the scores, sqrt(head_dim) is taken
+    num_layers_scaled_by_width: int | None = None  # the model of this many layers takes sqrt(width / heads) instead
+    scales_positions: bool = False  # the positions of full attention can be scaled linearly
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family, which is one file of this folder and one line of `known.FAMILIES`.
-
-    Attributes:
-        title: what people call it.
-        model_types: of config.json. One with a `…_text` next to it is multimodal and holds that one as text_config.
-        defaults: what a config leaves out, from transformers 5.17's models/<model_type>/configuration_<model_type>.py.
-        defaults_of_type: what a model type has as another default than the family.
-        full_attention_every: every n-th layer attends to everything, the others within the sliding window.
-        reads_window_pattern: the config may give another n as `sliding_window_pattern`.
-        ends_with_full_attention: transformers makes the last layer a full one whatever the file says.
-        full_layers_differ: full-attention layers have a head size and a number of key-value heads of their own.
-        mlp_widths_differ: `intermediate_size` may be a list, one width a layer (MatFormer).
-        has_local_rope: sliding layers rotate with a base of their own.
-        default_rope: the scaling in full attention where the config has no `rope_parameters`.
-        norm_adds_one: a norm multiplies by 1 + weight.
-        has_post_norms: there are norms after attention and MLP, too.
-        has_head_norms: the queries and keys of each head are normed.
-        towers: modules for images and audio, which a text run never trains; they, too, have a q_proj.
-        tower_renames: beginnings of weight names within the towers that have changed.
-        turn_end: the token that ends a turn in the family's chat template.
-        gguf: what llama.cpp computes; None where no GGUF can be written.
-    """
+    """One family, which is one file of this folder and one line of `known.FAMILIES`."""
 
     name: str
-    title: str
+    title: str  # what people call it
+    # of config.json. One with a `…_text` next to it is multimodal and holds that one as text_config.
     model_types: tuple[str, ...]
+    # what a config leaves out, from transformers 5.17's models/<model_type>/configuration_<model_type>.py
     defaults: Mapping[str, Any]
+    # what a model type has as another default than the family
     defaults_of_type: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    full_attention_every: int = 1
-    reads_window_pattern: bool = False
-    ends_with_full_attention: bool = False
+    full_attention_every: int = 1  # every n-th layer attends to everything, the others within the sliding window
+    reads_window_pattern: bool = False  # the config may give another n as `sliding_window_pattern`
+    ends_with_full_attention: bool = False  # transformers makes the last layer a full one whatever the file says
+    # full-attention layers have a head size and a number of key-value heads of their own
     full_layers_differ: bool = False
-    mlp_widths_differ: bool = False
-    has_local_rope: bool = False
+    mlp_widths_differ: bool = False  # `intermediate_size` may be a list, one width a layer (MatFormer)
+    has_local_rope: bool = False  # sliding layers rotate with a base of their own
+    # the scaling in full attention where the config has no `rope_parameters`
     default_rope: Mapping[str, Any] = field(default_factory=dict)
-    norm_adds_one: bool = True
-    has_post_norms: bool = True
-    has_head_norms: bool = True
+    norm_adds_one: bool = True  # a norm multiplies by 1 + weight
+    has_post_norms: bool = True  # there are norms after attention and MLP, too
+    has_head_norms: bool = True  # the queries and keys of each head are normed
+    # modules for images and audio, which a text run never trains; they, too, have a q_proj
     towers: tuple[str, ...] = ()
-    tower_renames: tuple[tuple[str, str], ...] = ()
-    turn_end: str = "<end_of_turn>"
-    gguf: GgufFacts | None = None
+    tower_renames: tuple[tuple[str, str], ...] = ()  # beginnings of weight names within the towers that have changed
+    turn_end: str = "<end_of_turn>"  # the token that ends a turn in the family's chat template
+    gguf: GgufFacts | None = None  # what llama.cpp computes; None where no GGUF can be written
 
     def is_multimodal(self, model_type: str) -> bool:
         return f"{model_type}_text" in self.model_types

@@ -26,8 +26,7 @@ def download_kaggle_model(handle: str) -> Path:
         )
     if importlib.util.find_spec("kagglehub") is None:
         raise ModelError(
-            f"{handle} is on Kaggle, and its client kagglehub is not installed",
-            hint="pip install 'kagglehub>=1,<2'",
+            f"{handle} is on Kaggle, and its client kagglehub is not installed", hint="pip install 'kagglehub>=1,<2'"
         )
     import kagglehub
 

@@ -17,15 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LossSums:
-    """A loss as sums, so that batches and processes add up.
+    """A loss as sums, so that batches and processes add up."""
 
-    Attributes:
-        total: sum of the losses, a scalar tensor with its gradient.
-        count: what they are a sum over, such as supervised tokens; `total / count` is the loss.
-    """
-
-    total: Any
-    count: int
+    total: Any  # sum of the losses, a scalar tensor with its gradient
+    count: int  # what they are a sum over, such as supervised tokens; `total / count` is the loss
 
 
 class Method(Protocol):

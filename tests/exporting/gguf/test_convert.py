@@ -27,12 +27,7 @@ gguf = pytest.importorskip("gguf")
 
 MakeSource = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
-PROVENANCE = GgufProvenance(
-    name="tales",
-    license="gemma",
-    base_model="google/gemma-2b",
-    base_revision="9cf48e5",
-)
+PROVENANCE = GgufProvenance(name="tales", license="gemma", base_model="google/gemma-2b", base_revision="9cf48e5")
 # transformers' names -> llama.cpp's, written out: the exporter's come from the gguf package.
 _LAYER = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

@@ -9,13 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_tune.errors import ExportError
-from gemma_tune.exporting.merge.tensor_io import (
-    is_finite,
-    read_elements,
-    read_tensor,
-    same_values,
-    write_elements,
-)
+from gemma_tune.exporting.merge.tensor_io import is_finite, read_elements, read_tensor, same_values, write_elements
 from gemma_tune.models.safetensors import StoredTensor, read_header
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]

@@ -57,10 +57,7 @@ ENDS: dict[str, tuple[dict[str, Any], bool]] = {
     "head whole": ({"modules_to_save": ["lm_head"]}, False),
     "both whole": ({"modules_to_save": ["embed_tokens", "lm_head"]}, False),
     "both whole, tied": ({"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}, True),
-    "both lora, tied": (
-        {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
-        True,
-    ),
+    "both lora, tied": ({"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True}, True),
     "embedding whole, and saved beside": (
         {"modules_to_save": ["embed_tokens"], "save": {"save_embedding_layers": True}},
         False,
