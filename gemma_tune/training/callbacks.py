@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gemma_tune.machine.main_memory import peak_memory_bytes
 from gemma_tune.machine.processes import stop_signals
@@ -48,20 +48,18 @@ class MetricsCallback(TrainerCallback):
         self.started = self.last_time = 0.0
         self.first_step = self.last_tokens = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = self.last_time = time.monotonic()
         self.first_step = state.global_step
         self.last_tokens = self.count_tokens()
         update_manifest(self.run, total_steps=state.max_steps)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True  # the last line, whatever the interval
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
     ) -> None:
         if "eval_loss" in logs:
             append_metrics(self.run, {"step": state.global_step, "eval_loss": logs["eval_loss"]})
@@ -101,18 +99,16 @@ class CheckpointCallback(TrainerCallback):
         self.every_seconds = 60 * every_minutes if every_minutes else math.inf
         self.last_save = time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last_save = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if math.isinf(self.every_seconds):
             return
         if self.world.broadcast(lambda: time.monotonic() - self.last_save >= self.every_seconds):
             control.should_save = True
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last_save = time.monotonic()
         update_manifest(self.run, step=state.global_step)
 
@@ -136,7 +132,7 @@ class EarlyStopCallback(TrainerCallback):
         best = min(range(len(found)), key=lambda index: found[index] if math.isfinite(found[index]) else math.inf)
         return len(found) - 1 - best >= self.patience
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.is_reached(state):
             control.should_training_stop = True
 
@@ -161,12 +157,10 @@ class InterruptCallback(TrainerCallback):
         self.signal: signal.Signals | None = None
         self.reason: str | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.started = time.monotonic()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         reason = None
         minutes = (time.monotonic() - self.started) / 60
         if self.signal is not None:

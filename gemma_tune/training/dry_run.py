@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from gemma_tune.disk import reason_of, sync_tree
 from gemma_tune.errors import RunError, TrainingStopped
@@ -19,6 +19,7 @@ from gemma_tune.runs.checkpoints import require_free
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.training.adapter_weights import read_adapter, trained_weights, write_adapter
 from gemma_tune.training.guards import likely_cause
+from gemma_tune.training.leak_probe import leaving_no_trace
 from gemma_tune.training.loop import Loop
 from gemma_tune.training.parts import TrainerParts
 
@@ -98,7 +99,7 @@ def _rehearse_saving(model: Any, *, run: RunDir, tokenizer: Any) -> None:
 def _rehearse_step(trainer: Loop, *, precision: Precision) -> None:
     model = trainer.model
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision.autocast or "")
-    with _leaving_no_trace(model):
+    with leaving_no_trace(model):
         batch = trainer._prepare_inputs(trainer.longest_batch())
         with torch.autocast(model.device.type, dtype=autocast, enabled=autocast is not None):
             loss = trainer.compute_loss(model, batch)
@@ -120,23 +121,6 @@ class _RehearseStep(TrainerCallback):
         self.trainer = trainer
         self.precision = precision
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         with _explaining_memory(self.trainer):
             _rehearse_step(self.trainer, precision=self.precision)
-
-
-@contextmanager
-def _leaving_no_trace(model: Any) -> Iterator[None]:
-    """The random state and the gradients afterwards are those of before."""
-    weights = trained_weights(model).values()
-    gradients = [weight.grad for weight in weights]
-    for weight in weights:
-        weight.grad = None  # a backward pass would add to it in place
-    try:
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            yield
-    finally:
-        for weight, gradient in zip(weights, gradients, strict=True):
-            weight.grad = gradient

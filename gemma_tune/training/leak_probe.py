@@ -11,6 +11,7 @@ import torch
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRows
 from gemma_tune.engines.base import LoadedModel
+from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.layouts import JoinRows, PadRight, RowArrays, join_rows_for, pad_right_for
 
 PROBE_TOKENS = 24  # of each row
@@ -38,7 +39,7 @@ def find_leak(loaded: LoadedModel, *, rows: EncodedRows, pad_token_id: int, batc
     # A second pack of another length, so that padding is there as well.
     beside = [[row]] if batch_size > 1 else []
     try:
-        with _probing(loaded.model):
+        with leaving_no_trace(loaded.model), _without_dropout(loaded.model):
             behind_first, behind_other, alone = (
                 _token_losses(loaded, collate=collate, packs=packs)
                 for collate, packs in ((join, [[first, row], *beside]), (join, [[other, row], *beside]), (pad, [[row]]))
@@ -58,24 +59,33 @@ def find_leak(loaded: LoadedModel, *, rows: EncodedRows, pad_token_id: int, batc
 
 
 @contextmanager
-def _probing(model: Any) -> Iterator[None]:
-    """Training mode without dropout; afterwards modes, gradients and random state are as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    gradients = [(weight, weight.grad) for weight in model.parameters() if weight.requires_grad]
-    model.train()
-    for module, _ in modes:
-        if isinstance(module, torch.nn.Dropout):
-            module.training = False
-    for weight, _ in gradients:
+def leaving_no_trace(model: Any) -> Iterator[None]:
+    """The random state and the gradients afterwards are those of before."""
+    weights = trained_weights(model).values()
+    gradients = [weight.grad for weight in weights]
+    for weight in weights:
         weight.grad = None  # a backward pass would add to it in place
     try:
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
             yield
     finally:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+
+
+@contextmanager
+def _without_dropout(model: Any) -> Iterator[None]:
+    """Training mode, but for dropout; afterwards all modes are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, _ in modes:
+        if isinstance(module, torch.nn.Dropout):
+            module.training = False
+    try:
+        yield
+    finally:
         for module, training in modes:
             module.training = training
-        for weight, gradient in gradients:
-            weight.grad = gradient
 
 
 def _token_losses(loaded: LoadedModel, *, collate: JoinRows | PadRight, packs: list[list[RowArrays]]) -> torch.Tensor:
