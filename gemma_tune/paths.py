@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from pathlib import Path
+from typing import Any
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 TINY_MODEL_DIR = PACKAGE_DIR / "models" / "tiny" / "model"
@@ -27,3 +29,8 @@ def cache_dir() -> Path:
     if named:
         return Path(named).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gemma-tune"
+
+
+def read_table(name: str) -> dict[str, Any]:
+    """Return a TOML file of the package, such as models/catalogue.toml."""
+    return tomllib.loads((PACKAGE_DIR / name).read_text(encoding="utf-8"))

@@ -1,8 +1,4 @@
-"""The cards that a plan can be made for, and the one in this machine.
-
-Memory is what `nvidia-smi` reports as total (MiB). Peak rates are dense tensor-core rates in the 16-bit format that the
-card trains in, from NVIDIA's data sheets; a consumer card's rate is the one with 32-bit accumulation.
-"""
+"""The cards that a plan can be made for, whose rows are in cards.toml, and the one in this machine."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from dataclasses import dataclass, replace
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.child import run_command
 from gemma_tune.machine.device import Device
+from gemma_tune.paths import read_table
 from gemma_tune.text import suggestion
 
 _MIB = 2**20
@@ -43,28 +40,9 @@ class Card:
         return int(self.memory_bytes * _USABLE)
 
 
-def _card(name: str, mib: int, capability: tuple[int, int], tera_flops: float, bandwidth: float) -> Card:
-    return Card(name, mib * _MIB, capability, tera_flops, bandwidth)
-
-
 CARDS: dict[str, Card] = {
-    "t4": _card("T4", 15_360, (7, 5), 65, 320),
-    "v100": _card("V100", 16_384, (7, 0), 125, 900),
-    "l4": _card("L4", 23_034, (8, 9), 121, 300),
-    "a10": _card("A10", 23_028, (8, 6), 125, 600),
-    "a100-40": _card("A100 40GB", 40_960, (8, 0), 312, 1555),
-    "a100-80": _card("A100 80GB", 81_920, (8, 0), 312, 2039),
-    "l40s": _card("L40S", 46_068, (8, 9), 362, 864),
-    "h100": _card("H100 80GB", 81_559, (9, 0), 989, 3350),
-    "h200": _card("H200", 143_771, (9, 0), 989, 4800),
-    "rtx-3060": _card("RTX 3060 12GB", 12_288, (8, 6), 25, 360),
-    "rtx-3090": _card("RTX 3090", 24_576, (8, 6), 71, 936),
-    "rtx-4060-ti": _card("RTX 4060 Ti 16GB", 16_380, (8, 9), 44, 288),
-    "rtx-4070": _card("RTX 4070", 12_282, (8, 9), 58, 504),
-    "rtx-4080": _card("RTX 4080", 16_376, (8, 9), 97, 717),
-    "rtx-4090": _card("RTX 4090", 24_564, (8, 9), 165, 1008),
-    "rtx-5080": _card("RTX 5080", 16_303, (12, 0), 113, 960),
-    "rtx-5090": _card("RTX 5090", 32_607, (12, 0), 210, 1792),
+    key: Card(row["name"], row["mib"] * _MIB, tuple(row["capability"]), row["tera_flops"], row["gigabytes_per_second"])
+    for key, row in read_table("machine/cards.toml").items()
 }
 # What a table over cards shows: one of each size of memory.
 TABLE_CARDS = ("rtx-3060", "t4", "l4", "rtx-4090", "rtx-5090", "a100-40", "h100")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from gemma_tune.errors import ModelError
 from gemma_tune.models.config import TextConfig, check_config, read_config
 from gemma_tune.models.describe import count_params
-from gemma_tune.paths import PACKAGE_DIR, TINY_MODEL_DIR
+from gemma_tune.paths import TINY_MODEL_DIR, read_table
 from gemma_tune.text import did_you_mean
 
 Modality = Literal["text", "text+image", "text+image+audio"]
@@ -27,9 +26,7 @@ LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pro
 NOT_KNOWN = "not known"
 LIST_HINT = "`gemma-tune models list` shows every name; a directory or a hub id owner/name works, too."
 
-_TABLES: dict[str, dict[str, Any]] = tomllib.loads(
-    (PACKAGE_DIR / "models" / "catalogue.toml").read_text(encoding="utf-8")
-)
+_TABLES: dict[str, dict[str, Any]] = read_table("models/catalogue.toml")
 # Name → config.json, as the hub has it.
 ARCHITECTURES: dict[str, Mapping[str, Any]] = _TABLES["architectures"]
 

@@ -10,59 +10,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gemma_tune.errors import RecipeError
+from gemma_tune.paths import read_table
 from gemma_tune.text import did_you_mean
 
-# The keys of Axolotl, LLaMA-Factory and transformers' TrainingArguments, and what they are called here.
-_FOREIGN: Mapping[str, str] = {
-    "base_model": "model.name",
-    "model_name": "model.name",
-    "model_name_or_path": "model.name",
-    "adapter_name_or_path": "model.adapter",
-    "lora_r": "lora.rank",
-    "r": "lora.rank",
-    "lora_rank": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target": "lora.targets",
-    "lora_target_linear": "lora.targets",
-    "lora_target_modules": "lora.targets",
-    "target_modules": "lora.targets",
-    "lora_modules_to_save": "lora.modules_to_save",
-    "dataset": "data.source",
-    "datasets": "data.source",
-    "dataset_name": "data.source",
-    "sequence_len": "data.max_seq_tokens",
-    "cutoff_len": "data.max_seq_tokens",
-    "max_length": "data.max_seq_tokens",
-    "max_seq_length": "data.max_seq_tokens",
-    "val_set_size": "data.eval_fraction",
-    "val_size": "data.eval_fraction",
-    "chat_template": "data.template",
-    "max_samples": "data.max_train_rows",
-    "sample_packing": "training.packing",
-    "micro_batch_size": "training.batch_size",
-    "per_device_train_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "num_epochs": "training.epochs",
-    "num_train_epochs": "training.epochs",
-    "lr": "training.learning_rate",
-    "lr_scheduler": "training.schedule",
-    "lr_scheduler_type": "training.schedule",
-    "warmup_ratio": "training.warmup_fraction",
-    "optim": "training.optimizer",
-    "save_steps": "training.save_every_steps",
-    "save_total_limit": "training.keep_checkpoints",
-    "eval_steps": "evaluation.every_steps",
-    "logging_steps": "logging.every_steps",
-    "report_to": "logging.trackers",
-}
-# What only a configuration of theirs has at its top.
-_TRAINERS: Mapping[str, frozenset[str]] = {
-    "Axolotl": frozenset({"base_model", "datasets", "micro_batch_size", "sequence_len", "lora_r", "sample_packing"}),
-    "LLaMA-Factory": frozenset({"model_name_or_path", "stage", "finetuning_type", "cutoff_len", "lora_target"}),
-    "TRL": frozenset({"model_name_or_path", "dataset_name", "per_device_train_batch_size", "num_train_epochs"}),
-    "torchtune": frozenset({"tokenizer", "checkpointer", "loss", "dataset", "optimizer"}),
-}
+_FOREIGN = read_table("recipe/foreign_keys.toml")
+_KEYS: Mapping[str, str] = _FOREIGN["keys"]
+_TRAINERS = {trainer: frozenset(keys) for trainer, keys in _FOREIGN["trainers"].items()}
 _MIN_MARKS = 2
 _KEY = re.compile(r"[A-Za-z_][\w-]{0,39}", re.ASCII)
 
@@ -77,7 +30,7 @@ def refuse_foreign(values: Mapping[str, Any], *, label: str) -> None:
     trainer = max(marks, key=lambda name: marks[name])
     if marks[trainer] < _MIN_MARKS:
         return
-    same = [f"{key} is {_FOREIGN[key]}" for key in values if key in _FOREIGN]
+    same = [f"{key} is {_KEYS[key]}" for key in values if key in _KEYS]
     raise RecipeError(
         f"{label} is a configuration of {trainer}, not a recipe of gemma-tune",
         hint=f"gemma-tune init ROWS writes a recipe for your rows; in it, {'; '.join(same)}",
@@ -127,7 +80,7 @@ def hint_for(root: type[BaseModel], location: Sequence[int | str]) -> str:
     names = list(section.model_fields) if section else []
     if places := places_of(root, key):
         return f"write it as {' or '.join(places)}"
-    if (there := _FOREIGN.get(key)) and field_at(root, there.split(".")):
+    if (there := _KEYS.get(key)) and field_at(root, there.split(".")):
         return f"here it is {there}"
     return did_you_mean(key, names) or f"allowed: {', '.join(names)}"
 
