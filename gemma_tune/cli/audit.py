@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ from rich.text import Text
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal, make_table
 from gemma_tune.text import listed, suggestion
+from gemma_tune.yaml_io import dump_yaml
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.audit import AuditReport
@@ -54,6 +57,14 @@ def print_audit(terminal: Terminal, report: AuditReport) -> None:
             terminal.plain(f"  {_one_line(where)}: {_one_line(detail)}")
         if len(found.samples) > _SHOWN_SAMPLES:
             terminal.plain("  …")
+    strips: defaultdict[str, list[str]] = defaultdict(list)
+    for found in report.findings:
+        key, _, strings = (found.option or "").partition("=")
+        if key.startswith("data.clean.strip_") and strings.startswith("["):
+            strips[key.rpartition(".")[2]] += json.loads(strings)
+    if strips:
+        terminal.plain("\nTo strip what rows share, paste into the recipe those that are not meant:")
+        terminal.plain(dump_yaml({"data": {"clean": dict(strips)}}))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ class ReadReport:
     num_duplicates: int  # rows whose text equals that of an earlier row, white space at the ends aside
     num_leaked: int  # train rows left out because they are also eval rows
     left_out: dict[str, int]  # rows that data.clean and data.control_tokens left out, by reason
+    stripped: dict[str, int]  # rows that held a string of data.clean.strip_heads or strip_tails, by that string
     num_unused: int  # rows beyond max_train_rows, max_eval_rows, `#N` and the weights
     train_rows: int  # that are encoded
     eval_rows: int
@@ -113,6 +114,7 @@ class DataReport(ReadReport):
             (self.truncated_answers, "answer", "cut as well, each still followed by its stop token"),
             (self.num_leaked, "train row", "left out, being eval rows, too"),
             *((count, "row", f"left out: {reason}") for reason, count in self.left_out.items()),
+            *((count, "row", f"stripped of {shared!r}") for shared, count in self.stripped.items()),
             (self.num_unused, "row", "not used (max_train_rows, max_eval_rows, #N, weights)"),
             (
                 self.control_strings,

@@ -117,6 +117,14 @@ class CleanSection(Section):
     )
     strip_citations: bool = Field(False, description="Remove citation marks such as [1] and [citation needed].")
     fix_encoding: bool = Field(False, description="Repair text that was decoded with the wrong encoding (mojibake).")
+    strip_heads: Names = Field(
+        (), description="Strings that are removed where a text of the row begins with one, and white space behind it."
+    )
+    strip_tails: Names = Field(
+        (),
+        description="Strings that are removed where a text of the row ends in one, such as ['###eos_token###'], and "
+        "white space before it.",
+    )
     min_response_words: PositiveInt | None = Field(None, description="Leave out rows with a shorter response.")
     max_response_words: PositiveInt | None = Field(None, description="Leave out rows with a longer response.")
 

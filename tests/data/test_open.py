@@ -226,6 +226,27 @@ def test_an_end_marker_of_another_tool_is_noted(tmp_path: Path, marker: str) -> 
     assert len(notes) == 1 and notes[0].startswith("20 of 20 responses looked at end in") and marker in notes[0]
 
 
+@pytest.mark.parametrize("marker", ["###eos_token###", "\n</s>"])
+def test_tails_are_stripped_and_counted(tmp_path: Path, marker: str) -> None:
+    rows = [row | {"response": f"{index} {row['response']}"} for index, row in enumerate(numbered(20))]
+    marked = [
+        row | {"response": row["response"] + marker if index % 2 else row["response"]} for index, row in enumerate(rows)
+    ]
+    clean = {"strip_tails": [marker, "<|never|>"], "strip_heads": ["Never"]}
+    stripped, plain = read(tmp_path, marked, clean=clean), read(tmp_path, rows)
+    assert [row.response for row in stripped.train] == [row.response for row in plain.train]
+    assert stripped.report.stripped == {marker.strip(): 10, "<|never|>": 0, "Never": 0}
+    assert stripped.report.notes == (
+        "data.clean.strip_heads: no row has 'Never' there", "data.clean.strip_tails: no row has '<|never|>' there",
+    )  # fmt: skip
+
+
+def test_an_answer_that_is_nothing_but_its_tail_cannot_be_used(tmp_path: Path) -> None:
+    rows = [*numbered(20), numbered(1)[0] | {"response": "</s>"}]
+    report = read(tmp_path, rows, clean={"strip_tails": ["</s>"]}).report
+    assert report.rows_bad == 1 and "the response is empty" in report.bad_samples[0]
+
+
 def test_common_words_are_not_noted(tmp_path: Path) -> None:
     rows = [
         row | {"response": "positive" if index % 2 else "It is not true."} for index, row in enumerate(numbered(20))

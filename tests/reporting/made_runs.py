@@ -21,8 +21,9 @@ from gemma_tune.runs.summary import Question, RunSummary, write_summary
 DATA = DataReport(
     sources=(SourceReport("rows.jsonl", "dolly", True, 110, 2, 100, 0),),
     eval_label=None, rows_read=110, rows_bad=2, bad_samples=("rows.jsonl:3: response is missing",), num_duplicates=1,
-    num_leaked=0, left_out={"near duplicates": 3}, num_unused=0, train_rows=100, eval_rows=8, notes=("a note",),
-    max_seq_tokens=128, dropped_too_long=0, truncated=0, truncated_answers=0, length_p50=40, length_p90=90,
+    num_leaked=0, left_out={"near duplicates": 3}, stripped={}, num_unused=0, train_rows=100,
+    eval_rows=8, notes=("a note",), max_seq_tokens=128, dropped_too_long=0,
+    truncated=0, truncated_answers=0, length_p50=40, length_p90=90,
     length_p99=120, length_max=126, longest_row="rows.jsonl:9", length_bins=(LengthBin(0, 16, 2),),
     train_tokens=4000, eval_tokens=300,
     train_supervised_tokens=1000, eval_supervised_tokens=80, control_strings=0, control_as="text", control_samples=(),

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gemma_tune.data.data_report import LengthBin
 from gemma_tune.data.encode.arrays import length_bins, percentile
+from gemma_tune.data.look.common_ends import CommonEnds
 from gemma_tune.data.look.faults import PROGRESS_ROWS, Progress, find_faults, find_unusable
 from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, AuditRow, Finds
 from gemma_tune.data.look.repeats import find_repeats
 from gemma_tune.data.text.duplicates import NearDuplicates
+from gemma_tune.data.text.shared_ends import SAMPLE_TEXTS
 
 # Languages are guessed on so many rows, evenly spaced, from the first characters of each.
 LANGUAGE_ROWS = 400
@@ -79,11 +81,12 @@ def audit_rows(
     found = Finds()
     find_repeats(rows, near, found, keys=keys, is_eval=is_eval)
     find_unusable(bad, found)
-    cited_answers = find_faults(rows, found, max_seq_tokens=max_seq_tokens, tell=tell)
+    ends = CommonEnds(_evenly(rows, SAMPLE_TEXTS))
+    cited_answers = find_faults(rows, found, ends=ends, max_seq_tokens=max_seq_tokens, tell=tell)
     findings = found.findings(limit=max_seq_tokens, longest=percentile(tokens, 100))
     findings = [_weigh_citations(finding, cited_answers) for finding in findings]
     languages, language_rows = _language_mix(rows)
-    findings += _language_findings(languages, language_rows)
+    findings += _language_findings(languages, language_rows) + ends.findings(len(rows))
     num_tokens, num_supervised = int(tokens.sum()), int(supervised.sum())
     return AuditReport(
         rows=len(rows),
@@ -127,9 +130,13 @@ def _language_mix(rows: Sequence[AuditRow]) -> tuple[tuple[tuple[str, int], ...]
     identifier = LanguageIdentifier.from_model_file(
         MODEL_FILE, norm_probs=True, min_confidence=_LANGUAGE_MIN_CONFIDENCE
     )
-    size = min(LANGUAGE_ROWS, len(rows))
-    sample = [rows[index * len(rows) // size] for index in range(size)]
-    return tuple(Counter(_language(row, identifier) for row in sample).most_common()), size
+    sample = Counter(_language(row, identifier) for row in _evenly(rows, LANGUAGE_ROWS))
+    return tuple(sample.most_common()), sample.total()
+
+
+def _evenly(rows: Sequence[AuditRow], most: int) -> Iterator[AuditRow]:
+    size = min(most, len(rows))
+    return (rows[index * len(rows) // size] for index in range(size))
 
 
 def _language(row: AuditRow, identifier: object) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
+from gemma_tune.data.look.common_ends import CommonEnds
 from gemma_tune.data.look.findings import AuditRow, Finds
 from gemma_tune.data.text.damage import citation_marks, encoding_damage
 from gemma_tune.data.text.pii import PII_KINDS, find_pii, mask_pii, masked_value
@@ -33,7 +34,9 @@ def find_unusable(bad: Iterable[tuple[str, str]], found: Finds) -> None:
         found.add(kind, where, shorten(mask_pii(problem), num_chars=_DETAIL_CHARS))
 
 
-def find_faults(rows: Sequence[AuditRow], found: Finds, *, max_seq_tokens: int, tell: Progress) -> int:
+def find_faults(
+    rows: Sequence[AuditRow], found: Finds, *, ends: CommonEnds, max_seq_tokens: int, tell: Progress
+) -> int:
     """Look at the length, the answer and the texts of every row; returns how many answers hold citation marks."""
     cited_answers = 0
     for number, row in enumerate(rows, start=1):
@@ -47,7 +50,8 @@ def find_faults(rows: Sequence[AuditRow], found: Finds, *, max_seq_tokens: int, 
             found.add("one_word_answer", row.where, f"{len(words[0])} characters")
         if row.control_strings:
             found.add("control_tokens", row.where, counted(row.control_strings, "control token"))
-        for name, text in row.texts:
+        ends.count(row)
+        for (name, text), is_learned in zip(row.texts, row.learned, strict=True):
             for match in find_pii(text):
                 _, _, title = PII_KINDS[match.kind].title.partition(" ")
                 value = masked_value(text[match.start : match.end])
@@ -57,7 +61,7 @@ def find_faults(rows: Sequence[AuditRow], found: Finds, *, max_seq_tokens: int, 
                 found.add("encoding", row.where, f"{name}: {damage!r}")
             marks = citation_marks(text)
             if marks:
-                cited_answers += text.strip() in row.response
+                cited_answers += is_learned
                 start, end = marks[0]
                 more = f" and {len(marks) - 1:,} more" if len(marks) > 1 else ""
                 found.add("citation_marks", row.where, f"{name}: {text[start:end]}{more}")

@@ -30,6 +30,7 @@ class AuditRow:
     response: str  # as rendered
     key: bytes  # 16 bytes; equal rows have equal keys
     texts: tuple[tuple[str, str], ...]  # name and text of the row's own values, before templating
+    learned: tuple[bool, ...]  # of each of them, whether it is an answer or a part of one
     category: str | None
     num_tokens: int
     num_supervised: int  # tokens in the loss
@@ -113,6 +114,16 @@ FINDING_KINDS = Members(
         FindingKind(
             "citation_marks", "info", "{count} {verb} citation marks such as [1]", "data.clean.strip_citations=true"
         ),
+        *(
+            FindingKind(
+                f"shared_{side}_{end}",
+                "warning",
+                f"{{count}} {{verb}} {article} that {does} {{shared}}, {{share:.0%}} of all" + learned,
+                f"data.clean.strip_{end}s=[{{shared}}]",
+            )
+            for side, article, learned in (("answer", "an answer", "; it is learned"), ("prompt", "a prompt", ""))
+            for end, does in (("head", "begins with"), ("tail", "ends in"))
+        ),
         FindingKind("languages", "info", "the rows are in {found} languages, guessed from {size:,} of them: {shares}"),
         *(
             FindingKind(
@@ -127,7 +138,7 @@ FINDING_KINDS = Members(
 )
 
 
-class _Hits:
+class Hits:
     """Rows with one kind of finding: how many, the first of them, and 8 bytes for the place of each."""
 
     def __init__(self) -> None:
@@ -149,7 +160,7 @@ class Finds:
     """What an audit finds, while it is collected."""
 
     def __init__(self) -> None:
-        self._hits: defaultdict[str, _Hits] = defaultdict(_Hits)
+        self._hits: defaultdict[str, Hits] = defaultdict(Hits)
 
     def add(self, kind: str, where: str, detail: str) -> None:
         """Add a find of a kind; several of one row in a row count once."""

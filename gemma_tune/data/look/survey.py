@@ -31,12 +31,12 @@ def survey_rows(
 
     def to_json(row: AuditRow) -> tuple[Any, ...]:
         counts = (row.num_tokens, row.num_supervised, row.control_strings)
-        return (row.where, row.side, row.response, row.key.hex(), row.texts, row.category, *counts)
+        return (row.where, row.side, row.response, row.key.hex(), row.texts, row.learned, row.category, *counts)
 
     def from_json(values: Sequence[Any]) -> AuditRow:
         where, side, response, digits, texts, *others = values
-        key = bytes.fromhex(digits)
-        return AuditRow(where, "eval" if key in eval_keys else side, response, key, tuple(map(tuple, texts)), *others)
+        key, texts = bytes.fromhex(digits), tuple(map(tuple, texts))
+        return AuditRow(where, "eval" if key in eval_keys else side, response, key, texts, *others)
 
     rows = Spool(encode=to_json, decode=from_json)
     bad: Spool[tuple[str, str]] = Spool(decode=tuple)
@@ -47,13 +47,16 @@ def survey_rows(
             numbers = zip(encoded.lengths.tolist(), encoded.num_supervised().tolist(), strict=True)
             for (row, example), (num_tokens, num_supervised) in zip(batch, numbers, strict=True):
                 keys += example.key
+                texts = tuple(item.texts(row.fields))
+                answers = [part.text for part in example.segments if part.supervised and not part.control]
                 rows.append(
                     AuditRow(
                         where=example.where,
                         side="eval" if item is inputs.eval else "train",
                         response=example.response,
                         key=example.key,
-                        texts=tuple(item.texts(row.fields)),
+                        texts=texts,
+                        learned=tuple(any(text.strip() in answer for answer in answers) for _, text in texts),
                         category=example.category,
                         num_tokens=num_tokens,
                         num_supervised=num_supervised,

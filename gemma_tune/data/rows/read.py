@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -22,17 +22,11 @@ from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.spool import Chosen, ExampleSpool
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken, told
+from gemma_tune.data.text.shared_ends import SAMPLE_TEXTS, SharedEnds, has_end, is_marker
 from gemma_tune.errors import DataError
 from gemma_tune.identity import json_sha256
-from gemma_tune.recipe.schema import DataSection
+from gemma_tune.recipe.schema import CleanSection, DataSection
 from gemma_tune.text import counted
-
-# A common ending that looks like the end marker of another tool (some copies of dolly end in `###eos_token###`, others
-# in `</s>` or `<|im_end|>`) is told when at least this share of the responses has it.
-_MARKER_CHARS, _MARKER_MOST_CHARS = 4, 64
-_MARKER_SHARE = 0.5
-_MARKER_ROWS = 1_000  # looked at
-_MARKER_LAST_CHARACTERS = "#>]|"
 
 
 @dataclass(frozen=True)
@@ -132,10 +126,11 @@ def read_examples(
         num_duplicates=len(spool) - len(np.unique(keys.numbers)),
         num_leaked=num_leaked,
         left_out={reason: count for reason, count in left_out.items() if count},
+        stripped=dict(cleaner.stripped),
         num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
         train_rows=len(used_train),
         eval_rows=len(used_eval),
-        notes=(*_label_notes(own_train), *_notes(row.response for row in islice(used_train, _MARKER_ROWS))),
+        notes=(*_label_notes(own_train), *_strip_notes(section.clean, cleaner.stripped), *_ending_notes(used_train)),
     )
     return Examples(used_train, used_eval, report, examples_sha256(section, inputs, chat=chat))
 
@@ -261,21 +256,18 @@ def _label_notes(read: Sequence[_Read]) -> Iterator[str]:
             )
 
 
-def _notes(responses: Iterable[str]) -> list[str]:
-    """A common ending of the responses that looks like the end marker of another tool."""
-    responses = [response[-_MARKER_MOST_CHARS:] for response in responses if len(response) > _MARKER_CHARS]
-    if len(responses) < 10:
-        return []
-    ending, count = Counter(response[-_MARKER_CHARS:] for response in responses).most_common(1)[0]
-    if count < _MARKER_SHARE * len(responses) or ending[-1] not in _MARKER_LAST_CHARACTERS:
-        return []
-    sharing = [response for response in responses if response.endswith(ending)]
-    while all(
-        len(response) > len(ending) and response[-len(ending) - 1] == sharing[0][-len(ending) - 1]
-        for response in sharing
-    ):
-        ending = sharing[0][-len(ending) - 1 :]
-    return [
-        f"{len(sharing):,} of {counted(len(responses), 'response')} looked at end in {ending!r}, which is learned "
-        "as part of every answer; remove it from the rows if it is not meant"
-    ]
+def _ending_notes(rows: Sequence[Example]) -> Iterator[str]:
+    """End markers of other tools that many responses end in."""
+    num_rows = min(len(rows), SAMPLE_TEXTS)
+    for tail in SharedEnds(row.response for row in islice(rows, num_rows)).find("tail"):
+        if is_marker(tail):
+            num_sharing = sum(has_end(row.response, tail, "tail") for row in islice(rows, num_rows))
+            yield (
+                f"{num_sharing:,} of {counted(num_rows, 'response')} looked at end in {tail!r}, which is learned "
+                f"as part of every answer; data.clean.strip_tails=[{json.dumps(tail, ensure_ascii=False)}] removes it"
+            )
+
+
+def _strip_notes(section: CleanSection, stripped: Mapping[str, int]) -> Iterator[str]:
+    for key, strings in (("strip_heads", section.strip_heads), ("strip_tails", section.strip_tails)):
+        yield from (f"data.clean.{key}: no row has {shared!r} there" for shared in strings if not stripped[shared])

@@ -12,6 +12,7 @@ from gemma_tune.data.look.audit import AuditReport, audit_rows
 from gemma_tune.data.look.findings import FINDING_KINDS, SEVERITIES, AuditFinding, AuditRow, Places
 from gemma_tune.errors import DataError
 from gemma_tune.terminal import Terminal
+from gemma_tune.yaml_io import read_yaml
 
 DRAW = random.Random(11)
 SENTENCE = " ".join(
@@ -26,6 +27,7 @@ def _row(number: int, instruction: str, response: str, *, side: str = "train", *
         response=response,
         key=hashlib.blake2b(f"{instruction}\0{response}".encode(), digest_size=16).digest(),
         texts=(("instruction", instruction), ("response", response)),
+        learned=(False, True),
         category="open_qa",
         num_tokens=40,
         num_supervised=10,
@@ -239,3 +241,41 @@ def test_printed_report(capsys: pytest.CaptureFixture[str]) -> None:
 def test_printed_report_without_findings(capsys: pytest.CaptureFixture[str]) -> None:
     print_audit(Terminal(), _audit())
     assert "nothing was found" in capsys.readouterr().out
+
+
+def _distinct(number: int) -> str:
+    return " ".join(random.Random(number).choices(SENTENCE.split(), k=12))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "kind", "severity", "option"),
+    [
+        ("{}", "{}\n###eos_token###", "shared_answer_tail", "warning", 'data.clean.strip_tails=["###eos_token###"]'),
+        ("{}", "Sure! Here is {}", "shared_answer_head", "info", 'data.clean.strip_heads=["Sure! Here is"]'),
+        ("{}\n\n### Response:", "{}", "shared_prompt_tail", "warning", 'data.clean.strip_tails=["### Response:"]'),
+        ("[INST] {}", "{}", "shared_prompt_head", "warning", 'data.clean.strip_heads=["[INST]"]'),
+    ],
+)
+def test_what_rows_share_is_found_with_its_share(
+    prompt: str, answer: str, kind: str, severity: str, option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [_row(at, prompt.format(_distinct(at)), answer.format(_distinct(-at - 1))) for at in range(40)]
+    rows += [_row(at, _distinct(at), _distinct(-at - 1)) for at in range(40, 50)]
+    report = _audit(*rows)
+    assert [(one.kind, one.severity, one.count, one.option) for one in report.findings] == [
+        (kind, severity, 40, option)
+    ]
+    assert "80% of all" in report.findings[0].summary
+    assert not any(_distinct(number)[:30] in json.dumps(asdict(report)) for number in range(-50, 50))
+    print_audit(Terminal(), report)
+    pasted = capsys.readouterr().out.rpartition("not meant:\n")[2]
+    key, _, value = option.partition("=")
+    loaded, _ = read_yaml(pasted, label="pasted", error=DataError)
+    assert loaded == {"data": {"clean": {key.rpartition(".")[2]: json.loads(value)}}}
+
+
+def test_a_shared_signature_is_told_without_its_address() -> None:
+    rows = [_row(at, _distinct(at), f"{_distinct(-at - 1)}\nKind regards, joe@example.com") for at in range(40)]
+    (found,) = [one for one in _audit(*rows).findings if one.kind == "shared_answer_tail"]
+    assert found.option == 'data.clean.strip_tails=["Kind regards, [EMAIL]"]' and found.count == 40
+    assert "joe@example.com" not in repr(_audit(*rows))
