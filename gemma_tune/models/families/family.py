@@ -1,9 +1,14 @@
-"""What sets one family of Gemmas apart: facts that the reader of config.json, planner, engines and exports look up."""
+"""What sets one family of Gemmas apart: facts that the reader of config.json, planner, engines and exports look up.
+
+The facts of each family are in a TOML file of this folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # How releases of transformers have named the text model of a multimodal checkpoint: (beginning, what it is here).
@@ -37,12 +42,12 @@ class GgufFacts:
 
 @dataclass(frozen=True)
 class Family:
-    """One family, which is one file of this folder and one line of `known.FAMILIES`."""
+    """One family, which is one TOML file of this folder and one name in `known.FAMILIES`."""
 
     name: str
     title: str  # what people call it
     # of config.json. One with a `…_text` next to it is multimodal and holds that one as text_config.
-    model_types: tuple[str, ...]
+    model_types: Sequence[str]
     # what a config leaves out, from transformers 5.17's models/<model_type>/configuration_<model_type>.py
     defaults: Mapping[str, Any]
     # what a model type has as another default than the family
@@ -60,8 +65,9 @@ class Family:
     has_post_norms: bool = True  # there are norms after attention and MLP, too
     has_head_norms: bool = True  # the queries and keys of each head are normed
     # modules for images and audio, which a text run never trains; they, too, have a q_proj
-    towers: tuple[str, ...] = ()
-    tower_renames: tuple[tuple[str, str], ...] = ()  # beginnings of weight names within the towers that have changed
+    towers: Sequence[str] = ()
+    # beginnings of weight names within the towers that have changed, and what they are here
+    tower_renames: Mapping[str, str] = field(default_factory=dict)
     turn_end: str = "<end_of_turn>"  # the token that ends a turn in the family's chat template
     gguf: GgufFacts | None = None  # what llama.cpp computes; None where no GGUF can be written
 
@@ -73,8 +79,16 @@ class Family:
         """Beginnings of weight names and what they are here, to be applied in this order."""
         if not self.towers:
             return ()
-        return (*_MULTIMODAL_RENAMES, *((f"model.{tower}.", f"{tower}.") for tower in self.towers), *self.tower_renames)
+        moved = ((f"model.{tower}.", f"{tower}.") for tower in self.towers)
+        return (*_MULTIMODAL_RENAMES, *moved, *self.tower_renames.items())
 
     def defaults_for(self, model_type: str) -> dict[str, Any]:
         """Return what a config of this type that says nothing means."""
         return {**COMMON_DEFAULTS, **self.defaults, **self.defaults_of_type.get(model_type, {})}
+
+
+def read_family(name: str) -> Family:
+    """Read `<name>.toml` of this folder."""
+    facts = tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+    gguf = facts.pop("gguf", None)
+    return Family(**facts, gguf=GgufFacts(**gguf) if gguf else None)

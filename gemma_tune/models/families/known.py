@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from gemma_tune.members import Members
-from gemma_tune.models.families.family import Family
-from gemma_tune.models.families.gemma import GEMMA
-from gemma_tune.models.families.gemma2 import GEMMA_2
-from gemma_tune.models.families.gemma3 import GEMMA_3
-from gemma_tune.models.families.gemma3n import GEMMA_3N
-from gemma_tune.models.families.gemma4 import GEMMA_4
+from gemma_tune.models.families.family import Family, read_family
 
-FAMILIES: Members[Family] = Members("model family", (GEMMA, GEMMA_2, GEMMA_3, GEMMA_3N, GEMMA_4))
+FAMILIES: Members[Family] = Members(
+    "model family", map(read_family, ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4"))
+)
 
 
 def find_family(model_type: object) -> Family | None:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from gemma_tune.cli.app import main
-from gemma_tune.models.families.gemma import GEMMA
 from gemma_tune.models.families.known import FAMILIES
 from gemma_tune.paths import TINY_MODEL_DIR
 
@@ -43,7 +42,7 @@ class ToyGemmaForCausalLM(GemmaForCausalLM):
 @pytest.fixture(scope="module", autouse=True)
 def toy_family() -> Iterator[None]:
     """The whole of what a family needs, but for its classes in transformers."""
-    FAMILIES.add(dataclasses.replace(GEMMA, name=TYPE, title="Toy Gemma", model_types=(TYPE,)))
+    FAMILIES.add(dataclasses.replace(FAMILIES["gemma"], name=TYPE, title="Toy Gemma", model_types=(TYPE,)))
     AutoConfig.register(TYPE, ToyGemmaConfig)
     AutoModelForCausalLM.register(ToyGemmaConfig, ToyGemmaForCausalLM)
     yield
