@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -19,37 +21,8 @@ _MAX_PROMPT_TOKENS = 512
 # Beyond it a row is cut: the logits of 512 tokens over 262,144 pieces take 0.5 GB.
 _MAX_ROW_TOKENS = 512
 
-# Where tokenizers of one vocabulary part ways: white space at every place, bytes outside the vocabulary, scripts
-# without spaces, characters of several code points, control tokens, numbers, code. Left out: a typed U+2581 next to a
-# space, the one string that llama.cpp's SentencePiece cannot tell from two spaces.
-TRICKY_STRINGS = (
-    "a", " a", "a ", "  a", "a  b", "   three   spaces   ", "\ta\tb", "a\tb\t\tc", "\n", "\n\n", "\n\n\n\n", "a\nb",
-    "a\r\nb", " \n ", "line one\n    indented\n\tand tabbed\n", "word" * 20, "ALL CAPS and mIxEd",
-    "don't can't I'll we've", "1", "12", "1234567890", "3.14159", "1,000,000", "-17 °C", "2026-11-25T14:16:55Z", "50 %",
-    "$5 €6 £7 ¥8",
-    "?!?!...", "…—–-", "“quoted” ‘text’", "(a[b{c}d]e)", "a/b\\c", "x == y != z <= w", "def f(x):\n    return x ** 2\n",
-    "for (int i = 0; i < 10; ++i) {\n\tputs(\"hi\");\n}", "{\"key\": [1, 2.5, null]}", "<b>bold</b> &amp; <br/>",
-    "https://example.org/a?b=c&d=e#f", "name.surname+tag@example.org", "naïve café Zürich Łódź",
-    "cafe\u0301 (combining)",
-    "Привет, мир", "Καλημέρα κόσμε", "你好,世界", "こんにちは世界", "안녕하세요 세계", "สวัสดีชาวโลก", "مرحبا بالعالم",
-    "שלום עולם", "नमस्ते दुनिया", "😀", "👩‍👩‍👧‍👦 👍🏽 🇺🇦", "a\u200bb\u00a0c\u2003d", "\ufeffbom", "ﬁ ﬂ ½ ² ™", "𝔊𝔢𝔪𝔪𝔞 𐍈",
-    "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n", "<bos>", "<eos>", "<pad><unk>", "<unused7>",
-    "almost <start_of_turn", "### Instruction:\nSay it.\n\n### Response:\n",
-)  # fmt: skip
-
-# For an adapter without eval rows. Our own sentences; what they say does not matter.
-_BUILT_IN_TEXTS = (
-    "A baker needs an oven, flour and an early hour. The first loaves are done before the sun is up.",
-    "Water boils at a lower temperature on a mountain, because the air presses less on its surface.",
-    "Question: how many legs do three spiders have? Answer: three times eight is twenty-four.",
-    "def area(width, height):\n    return width * height\n\nprint(area(3, 4))\n",
-    "Dear Anna,\n\nthank you for your letter. We will come on Friday, by the train that arrives at noon.\n",
-    "The list of things to pack: a coat, two books, a lamp, some rope, and the map of the northern valley.",
-    "In 1896 the bridge was finished; it is 412 metres long and carries two tracks across the river.",
-    "Le marché est ouvert le matin. On y trouve du pain, des pommes et du fromage de chèvre.",
-    "Explain why the sky is blue.",
-    "Write one sentence about a duck.",
-)
+_TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+TRICKY_STRINGS, _BUILT_IN_TEXTS = tuple(_TEXTS["tricky"]), tuple(_TEXTS["built_in"])
 
 
 @dataclass(frozen=True)
