@@ -11,8 +11,8 @@ from typing import Any
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
-from gemma_tune.reporting.charts import Point, bar_chart, points_of, share_bar, smoothed
-from gemma_tune.runs.evaluation import METRICS, Estimate, Evaluation, Figure, Group, format_estimate, read_evaluation
+from gemma_tune.reporting.charts import Point, points_of, smoothed
+from gemma_tune.runs.evaluation import METRICS, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Manifest
@@ -117,7 +117,6 @@ def describe_run(run: RunFacts) -> dict[str, Any]:
         "questions": summary.questions if summary else (),
         "data": data,
         "data_facts": data_facts(data) if data else [],
-        "lengths": bar_chart(data.get("length_bins", ()), limit=data["max_seq_tokens"]) if data else "",
         "plan": plan_against_measured(run),
         "lock": lock_facts(lock) if lock else [],
         "overrides": lock["overrides"] if lock else [],
@@ -223,11 +222,11 @@ def _describe_figure(figure: Figure | None) -> dict[str, str]:
 
 
 def _describe_category(group: Group) -> dict[str, Any]:
-    """Return the exact match of a category's rows; without a bar where it was not measured."""
+    """Return the exact match of a category's rows; without shares where it was not measured."""
     figure = group.figure("exact_match")
-    drawn: list[tuple[Estimate | None, int]] = [(figure.base, 1), (figure.tuned, 0)] if figure else []
-    bar = share_bar([(each.value, each.low, each.high, colour) for each, colour in drawn if each])
-    return {"name": group.category or "", "rows": group.rows, "bar": bar if figure else "", **_describe_figure(figure)}
+    sides = [(figure.base, 1), (figure.tuned, 0)] if figure else []
+    shares = [(share, colour) for share, colour in sides if share]
+    return {"name": group.category or "", "rows": group.rows, "shares": shares, **_describe_figure(figure)}
 
 
 def evaluations_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.reporting.charts import bar_chart
 from gemma_tune.templates import render_template
 from gemma_tune.text import counted
 
@@ -18,7 +17,7 @@ TEMPLATES_DIR = Path(__file__).parent / "templates"
 def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:
     """Write the page of `<name>.html.j2` and `<name>.css` to `path`.
 
-    All text is escaped; only `charts` makes markup. Half a surrogate pair, which a broken row can hold, is written as
+    All text is escaped. Half a surrogate pair, which a broken row can hold, is written as
     an escape sequence.
 
     Args:
@@ -44,5 +43,4 @@ def write_compare_page(path: Path, comparison: Mapping[str, Any]) -> None:
 
 def write_audit_page(path: Path, report: Mapping[str, Any], title: str) -> None:
     """Write an AuditReport, as a mapping: what was found in the rows, and their lengths."""
-    chart = bar_chart(report["length_bins"], limit=report["max_seq_tokens"])
-    write_page(path, "audit", title=title, report=report, chart=chart)
+    write_page(path, "audit", title=title, report=report)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gemma_tune.disk import cannot_write, write_text
-from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Line, line_chart
+from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Chart, Line, place_curves
 from gemma_tune.reporting.facts import (
     RunFacts,
     describe_run,
@@ -62,7 +61,7 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
         write_text(text, written.rstrip() + "\n")
 
 
-def _loss_chart(runs: Sequence[RunFacts]) -> Any:
+def _loss_chart(runs: Sequence[RunFacts]) -> Chart | None:
     lines = []
     for index, run in enumerate(runs):
         if len(runs) == 1:
@@ -71,9 +70,9 @@ def _loss_chart(runs: Sequence[RunFacts]) -> Any:
     # A single run has a colour to spare for what it was not trained on.
     first = 1 if len(runs) == 1 else 0
     lines += [Line(run.eval_losses, (index + first) % NUM_COLOURS, "points") for index, run in enumerate(runs)]
-    return line_chart(lines, title="loss by step", x_label="step", height=300)
+    return place_curves(lines, title="loss by step", x_label="step", height=300)
 
 
-def _curve(runs: Sequence[RunFacts], name: str, title: str) -> Any:
+def _curve(runs: Sequence[RunFacts], name: str, title: str) -> Chart | None:
     lines = [Line(run.points(name), index % NUM_COLOURS) for index, run in enumerate(runs)]
-    return line_chart(lines, title=f"{title} by step", x_label="step", width=NARROW, height=230)
+    return place_curves(lines, title=f"{title} by step", x_label="step", width=NARROW, height=230)

@@ -85,3 +85,7 @@ def test_page_of_nothing(tmp_path: Path) -> None:
 
 def test_half_a_character_does_not_stop_the_page(tmp_path: Path) -> None:
     assert "\\ud83d" in _write(tmp_path, _report(categories=(("\ud83d", 1),)))
+
+
+def test_no_rows_no_chart(tmp_path: Path) -> None:
+    assert "<svg" in _write(tmp_path, _report()) and "<svg" not in _write(tmp_path, _report(length_bins=()))

@@ -6,8 +6,29 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gemma_tune.reporting.charts import Line, bar_chart, line_chart, points_of, share_bar, smoothed, thinned
+from gemma_tune.reporting.charts import Line, place_curves, points_of, smoothed, thinned
+from gemma_tune.reporting.pages import TEMPLATES_DIR
+from gemma_tune.runs.evaluation import Estimate
+from gemma_tune.text import counted
+
+
+def draw(macro: str, *values: object) -> str:
+    """The chart of a macro, as the pages draw it."""
+    environment = Environment(loader=FileSystemLoader(TEMPLATES_DIR), autoescape=True, undefined=StrictUndefined)
+    environment.filters.update({"counted": counted, "thousands": lambda number: f"{number:,}"})
+    return str(getattr(environment.get_template("charts.html.j2").module, macro)(*values))
+
+
+def line_chart(lines: list[Line], *, title: str, x_label: str) -> str:
+    placed = place_curves(lines, title=title, x_label=x_label)
+    assert placed is not None
+    return draw("line_chart", placed)
+
+
+def bar_chart(bins: list[dict[str, int]], *, limit: int) -> str:
+    return draw("bar_chart", bins, limit)
 
 
 def parse(svg: str) -> ElementTree.Element:
@@ -57,7 +78,7 @@ def test_two_single_points_are_not_joined() -> None:
 
 
 def test_nothing_is_no_chart() -> None:
-    assert line_chart([Line([], 0)], title="t", x_label="step") == "" == bar_chart([], limit=8)
+    assert place_curves([Line([], 0)], title="t", x_label="step") is None
 
 
 def test_labels_are_escaped() -> None:
@@ -99,7 +120,7 @@ def test_bars_are_as_high_as_their_counts() -> None:
 
 
 def test_shares_and_their_intervals() -> None:
-    root = parse(share_bar([(0.5, 0.25, 0.75, 0), (1.0, None, None, 1)]))
+    root = parse(draw("share_bar", [(Estimate(0.5, 0.25, 0.75), 0), (Estimate(1.0, None, None), 1)]))
     width = float(re.split(r" ", root.attrib["viewBox"])[2])
     fills = [float(rect.attrib["width"]) for rect in root.iter("rect") if rect.attrib["class"].startswith("fill")]
     assert fills == [width / 2, width]
