@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
-from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole
+from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import METHODS, ROW_KINDS, MethodFacts
 from gemma_tune.recipe.schema import DataSection, MixSection
@@ -127,20 +127,6 @@ def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
     elif isinstance(value, Mapping):
         text = value.get("content", value.get("value"))
         yield from _texts_in(name, text)
-
-
-def split_count(source: str) -> tuple[str, int | None]:
-    """`rows.jsonl#500` → (`rows.jsonl`, 500).
-
-    Raises:
-        DataError: what follows the last # is not a number above 0.
-    """
-    name, mark, count = source.rpartition("#")
-    if not mark:
-        return source, None
-    if not count.isdigit() or int(count) == 0:
-        raise DataError(f"{source}: #{count} is no number of rows", hint=f"write {name}#500 for 500 train rows of it")
-    return name, int(count)
 
 
 def detect_template(columns: Sequence[str], *, prefers_chat: bool) -> DataTemplate | None:

@@ -10,10 +10,8 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.inputs import split_count
 from gemma_tune.data.rows.template import list_templates
-from gemma_tune.data.sources.files import is_row_file
-from gemma_tune.data.sources.source import TINY_WORLD
+from gemma_tune.data.sources.source import is_local, split_count
 from gemma_tune.errors import LaunchError, ModelError
 from gemma_tune.identity import text_sha256
 from gemma_tune.models.catalogue import find_model
@@ -188,7 +186,7 @@ def local_paths(recipe: Recipe) -> list[LocalPath]:
     found = [
         LocalPath(setting, split_count(source)[0])
         for setting, source in sources
-        if source is not None and _is_local_source(split_count(source)[0])
+        if source is not None and is_local(split_count(source)[0])
     ]
     shipped = {"auto", *list_templates()}
     found += [LocalPath(setting, template) for setting, template in templates if template not in shipped]
@@ -197,11 +195,6 @@ def local_paths(recipe: Recipe) -> list[LocalPath]:
     if recipe.model.adapter is not None:
         found.append(LocalPath("model.adapter", recipe.model.adapter))
     return found
-
-
-def _is_local_source(source: str) -> bool:
-    path = os.path.expanduser(source)
-    return source != TINY_WORLD and (is_row_file(Path(path)) or os.path.exists(path) or bool(_WILDCARD.search(source)))
 
 
 def _is_model_directory(name: str) -> bool:

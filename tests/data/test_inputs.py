@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, require_rows, split_count
+from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, require_rows
 from gemma_tune.data.rows.read import Examples, read_examples
+from gemma_tune.data.sources.source import split_count
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import METHODS
 from gemma_tune.recipe.schema import DataSection
@@ -73,7 +74,7 @@ def test_a_named_template_is_not_detected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["rows.jsonl#", "rows.jsonl#0", "rows.jsonl#-3", "rows.jsonl#many"])
 def test_a_count_that_is_none_is_refused(source: str) -> None:
-    with pytest.raises(DataError, match="no number of rows"):
+    with pytest.raises(DataError, match="not a number of rows"):
         split_count(source)
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import glob
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gemma_tune.data.sources.source import TINY_WORLD
+from gemma_tune.data.sources.files import LINE_KINDS, read_beginning
+from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken
+from gemma_tune.data.sources.source import TINY_WORLD, is_local, open_source, split_count
+from gemma_tune.identity import file_stamp
 from gemma_tune.paths import TINY_ROWS_DIR
 from gemma_tune.recipe.schema import DataSection
+from gemma_tune.text import format_bytes
 
 # Bytes of UTF-8 text a token of Gemma's 256,000-entry vocabulary: English prose. Other languages and code differ.
 _BYTES_PER_TOKEN = 4.2
 # A row of JSON has its keys, quotes and escapes next to its text.
 _TEXT_SHARE = 0.9
-_MAX_JSON_BYTES = 64 * 2**20
+# Reading takes a second or two for so many bytes.
+MAX_COUNTED_BYTES = 256 * 2**20
+SAMPLE_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ def count_train_rows(data: DataSection) -> RowCount:
         tokens = sum((part.rows or 0) * (part.mean_tokens or 0) for part in parts)
         counted = RowCount(rows, tokens / rows, "all rows of the mix; weights leave some out")
     else:
-        name, _, wanted = data.source.partition("#")
+        name, wanted = split_count(data.source)
         is_tiny = name == TINY_WORLD
         counted = count_rows(
             f"{TINY_ROWS_DIR / 'train.jsonl'}{data.source.removeprefix(name)}" if is_tiny else data.source
@@ -50,7 +59,7 @@ def count_train_rows(data: DataSection) -> RowCount:
         limit = data.max_train_rows
         if counted.rows is not None and limit is not None and limit < counted.rows:
             counted = RowCount(limit, counted.mean_tokens, "data.max_train_rows")
-        if is_tiny or limit is not None or wanted:
+        if is_tiny or limit is not None or wanted is not None:
             return counted
     if counted.rows is None or data.eval_source or data.eval_split or data.max_train_rows is not None:
         return counted
@@ -58,36 +67,48 @@ def count_train_rows(data: DataSection) -> RowCount:
 
 
 def count_rows(source: str) -> RowCount:
-    """Count rows and mean tokens of a source (with its `#N`): from a local file, or from published figures."""
-    name, _, wanted = source.partition("#")
-    path = Path(name)
+    """Count rows and mean tokens of a source (with its `#N`): of what is on this machine, or from published figures.
+
+    Raises:
+        DataError: a file is there and cannot be read, in the words that a training has for it.
+    """
+    name, wanted = split_count(source)
+    path = os.path.expanduser(name)
+    found = sorted({path} if os.path.exists(path) else glob.iglob(path, recursive=True)) if is_local(name) else []
     if name.lower() in PUBLISHED_ROWS:
         rows, size = PUBLISHED_ROWS[name.lower()]
-        counted = RowCount(rows, _mean_tokens(size, rows), "the dataset's page")
-    elif path.is_file() and path.suffix.lower() in (".jsonl", ".csv", ".tsv", ".json"):
-        counted = _count_file(path)
+        counted = RowCount(rows, size * _TEXT_SHARE / rows / _BYTES_PER_TOKEN, "the dataset's page")
     else:
-        counted = _NOT_KNOWN
-    return RowCount(int(wanted), counted.mean_tokens, f"{name}#{wanted}") if wanted.isdigit() else counted
+        counted = _count_local(name, tuple((each, *file_stamp(Path(each))) for each in found)) if found else _NOT_KNOWN
+    return counted if wanted is None else RowCount(wanted, counted.mean_tokens, source)
 
 
-def _count_file(path: Path) -> RowCount:
-    suffix, size = path.suffix.lower(), path.stat().st_size
-    if suffix == ".json":
-        if size > _MAX_JSON_BYTES:
-            return _NOT_KNOWN
-        try:
-            content = json.loads(path.read_bytes())
-        except ValueError:
-            return _NOT_KNOWN
-        rows = len(content) if isinstance(content, list) else 0
+@functools.lru_cache(maxsize=16)
+def _count_local(name: str, stamps: tuple[tuple[str, int, int], ...]) -> RowCount:
+    """Count as the reader reads; of what is larger than MAX_COUNTED_BYTES, its first rows say how many the rest are."""
+    size = sum(size for _, size, _ in stamps)
+    if size > MAX_COUNTED_BYTES and all(path.lower().endswith(LINE_KINDS) for path, _, _ in stamps):
+        items, read_bytes, how = read_beginning(Path(stamps[0][0]), SAMPLE_BYTES), SAMPLE_BYTES, "estimated"
     else:
-        with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip()) - (suffix != ".jsonl")
-    if rows < 1:
+        items, read_bytes, how = open_source(name).rows(), size, "counted"
+    rows = text_bytes = 0
+    broken: list[BrokenLine] = []
+    for item in items:
+        if isinstance(item, SourceRow):
+            rows += 1
+            text_bytes += sum(map(_size_of, item.fields.values()))
+        else:
+            broken.append(item)
+    if how == "counted":
+        stop_if_broken(broken)
+    if not rows:
         return _NOT_KNOWN
-    return RowCount(rows, _mean_tokens(size, rows), f"{path.name}: lines and bytes")
+    told = f"{Path(name).name}: {how}" + ("" if how == "counted" else f" from its first {format_bytes(read_bytes)}")
+    return RowCount(round(rows * size / read_bytes), text_bytes / rows / _BYTES_PER_TOKEN, told)
 
 
-def _mean_tokens(size: int, rows: int) -> float:
-    return size * _TEXT_SHARE / rows / _BYTES_PER_TOKEN
+def _size_of(value: object) -> int:
+    if value is None:
+        return 0
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return len(text) if text.isascii() else len(text.encode("utf-8", errors="surrogatepass"))

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma_tune.data.inputs import Inputs, detect_template, open_inputs, split_count
+from gemma_tune.data.inputs import Inputs, detect_template, open_inputs
 from gemma_tune.data.sources.items import SourceRow
-from gemma_tune.data.sources.source import open_source
+from gemma_tune.data.sources.source import open_source, split_count
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import DEFAULT_METHOD
 from gemma_tune.recipe.schema import DataSection

@@ -121,6 +121,14 @@ def read_rows(file: RowFile) -> Iterator[SourceItem]:
         yield from read(stream, file)
 
 
+def read_beginning(path: Path, num_bytes: int) -> Iterator[SourceItem]:
+    """The rows in the first bytes of an uncompressed file of LINE_KINDS; the last one may be half a row, and broken."""
+    with path.open("rb") as stream:
+        head = stream.read(num_bytes).removeprefix(_BOM)
+    file = RowFile(path, path.name, "", [])
+    return _READERS[_kind_of(path) or ""](io.BufferedReader(io.BytesIO(head)), file)
+
+
 # --- opening ----------------------------------------------------------------------------------------------------------
 
 
@@ -203,4 +211,6 @@ _READERS: dict[str, Callable[[io.BufferedReader, RowFile], Iterator[SourceItem]]
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": read_parquet,
 }
+# Kinds of which a beginning can be read alone.
+LINE_KINDS = (".jsonl", ".csv", ".tsv")
 _BINARY_KINDS = (".parquet",)

@@ -59,12 +59,10 @@ def open_source(source: str, *, subset: str | None = None, split: str = "train",
         return _open_files([find_file(TINY_ROWS_DIR / f"{split}.jsonl")], label=f"{TINY_WORLD}[{split}]")
     if _URL.match(source):
         raise DataError(f"{source} is a web address", hint="download it and give the file, or a hub id owner/name")
-    # os.path, not pathlib: it raises neither for a home that is unknown nor for a name that is too long.
-    path = Path(os.path.expanduser(source))
-    is_there = os.path.exists(path)
-    if is_row_file(path) or is_there or _WILDCARD.search(source):
+    if is_local(source):
+        path = Path(os.path.expanduser(source))
         _refuse_hub_settings(source, subset=subset, split=split, revision=revision)
-        if _WILDCARD.search(source) and not is_there:
+        if _WILDCARD.search(source) and not os.path.exists(path):
             return _open_pattern(path)
         return _open_files([find_file(path)], label=path.name)
     if _HUB_ID.fullmatch(source):
@@ -74,6 +72,29 @@ def open_source(source: str, *, subset: str | None = None, split: str = "train",
     raise DataError(
         f"no such data source: {source}", hint=f"give a file ({known_kinds()}), a hub id owner/name, or {TINY_WORLD}"
     )
+
+
+def is_local(source: str) -> bool:
+    """Whether a source names files of this machine, which need not exist: a file of rows, a directory or a pattern."""
+    # os.path, not pathlib: it raises neither for a home that is unknown nor for a name that is too long.
+    path = os.path.expanduser(source)
+    return source != TINY_WORLD and (is_row_file(Path(path)) or os.path.exists(path) or bool(_WILDCARD.search(source)))
+
+
+def split_count(source: str) -> tuple[str, int | None]:
+    """`rows.jsonl#500` → (`rows.jsonl`, 500); a name that is one of rows itself, such as `rows#5.jsonl`, is not split.
+
+    Raises:
+        DataError: what follows the last # is not a number above 0.
+    """
+    name, mark, count = source.rpartition("#")
+    if not mark or is_row_file(Path(source)) or os.path.isdir(os.path.expanduser(source)):
+        return source, None
+    if not count.isdecimal() or int(count) == 0:
+        raise DataError(
+            f"{source}: #{count} is not a number of rows", hint=f"write {name}#500 for 500 train rows of it"
+        )
+    return name, int(count)
 
 
 def read_whole(source: Source) -> list[SourceRow]:
