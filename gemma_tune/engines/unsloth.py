@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unsloth import FastLanguageModel  # isort: skip  (must precede torch, transformers and peft)
+from unsloth import FastLanguageModel, tokenizer_utils  # isort: skip  (must precede torch, transformers and peft)
 
 import torch
 
@@ -20,6 +20,9 @@ from gemma_tune.engines.lora import check_attached, require_targets, to_lora_set
 from gemma_tune.engines.quantized import require_quantized
 from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LoraSection, ModelSection
+
+# Its probes would render the base's chat template in this process without limits; the tokenizer it loads is not used.
+tokenizer_utils._fix_chat_template_for_tokenizer = lambda _, chat_template: chat_template
 
 _CHECKPOINTING: dict[Checkpointing, str | bool] = {"off": False, "on": True, "offload": "unsloth"}
 

@@ -29,6 +29,7 @@ from gemma_tune.inference.generate import (
     seeded,
     to_completion,
 )
+from gemma_tune.inference.open_llama import open_llama
 from gemma_tune.inference.streaming import OnProgress, OnText, cut_at_stop
 
 # Keys and values of the whole context are allocated at once: 1.9 GB for Gemma 7B in float16.
@@ -57,12 +58,12 @@ class GgufModel:
 
         self._library: Any = llama_cpp
         try:
-            self._llama: Any = llama_cpp.Llama(str(path), n_ctx=CONTEXT_TOKENS, verbose=False)
+            self._llama: Any = open_llama(str(path), n_ctx=CONTEXT_TOKENS)
         except (ValueError, RuntimeError) as error:
             raise ModelError(f"llama.cpp cannot load {path}: {error}", hint="export it again") from None
         trained = int(llama_cpp.llama_model_n_ctx_train(self._llama.model))
         self.context_tokens = min(CONTEXT_TOKENS, trained)
-        self.tokenizer = LlamaTokenizer(self._llama)
+        self.tokenizer = LlamaTokenizer(self._llama, path)
 
     def complete(
         self,
@@ -162,9 +163,10 @@ class _Encoding:
 class LlamaTokenizer:
     """The tokenizer of a GGUF file, with the names that `Encoder`, `ChatRenderer` and the streamer read."""
 
-    def __init__(self, llama: Any) -> None:
+    def __init__(self, llama: Any, path: Path) -> None:
         import llama_cpp
 
+        self.name_or_path = path
         self._llama = llama
         self._vocabulary = llama_cpp.llama_model_get_vocab(llama.model)
         vocabulary_size = llama_cpp.llama_vocab_n_tokens(self._vocabulary)

@@ -3,12 +3,13 @@
 `run_child("module:function", request)` starts this file as a program, which calls `function(send, **request)`. JSON
 crosses the border, a line a message: the request on stdin, which stays open while its starter lives; then what the
 function sends, and last what it returns or raises, on a copy of stdout. What libraries print, C code included, is kept
-as the end of a log.
+as the end of a log. A `LimitedChild` answers call after call in the same way, under limits of time and memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import math
@@ -21,6 +22,7 @@ import tempfile
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
@@ -32,6 +34,9 @@ Send = Callable[..., None]
 _KILLED_SECONDS = 2.0
 _POLL_SECONDS = 1.0
 _LOG_CHARS = 4_000
+# What a call to a LimitedChild adds to the computing time that is left to it, and each byte of its request.
+_EARNED_SECONDS, _EARNED_SECONDS_PER_BYTE = 5e-3, 30e-6
+_WALL_SECONDS_PER_CPU_SECOND = 10
 
 
 @dataclass(frozen=True)
@@ -80,19 +85,11 @@ def run_child(
         seconds: after this time the process is killed with all that it started.
         environment: variables to set, above those of this process.
     """
-    # -P leaves out the working directory, where a user's `torch.py` may lie; so a checkout must be named.
-    command = [sys.executable, "-P", "-m", "gemma_tune.machine.child", function, str(seconds or 0)]
-    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(environment or {})}
     deadline = math.inf if seconds is None else time.monotonic() + seconds
     final: dict[str, Any] = {}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables, start_new_session=True
-        )
-        lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        for job in (_write_request, _read_lines):
-            threading.Thread(target=job, args=(process, request, lines), daemon=True).start()
+        process, lines = _start([function, str(seconds or 0)], log, environment or {})
+        threading.Thread(target=_write_line, args=(process, request), daemon=True).start()
         try:
             for message in _messages(process, lines, deadline=deadline):
                 if "final" in message:
@@ -102,7 +99,79 @@ def run_child(
             code = None if final else _wait(process, deadline - time.monotonic())
         finally:
             _kill(process)
-        text = _read(log)[-_LOG_CHARS:]
+        return _child_end(final, code, log)
+
+
+class LimitedChild:
+    """A process for what others wrote: it answers call after call, and ends where one takes too much.
+
+    Time is computing time, so that a busy machine refuses nothing: `cpu_seconds` for one call, and over many of them
+    what they earn (`_EARNED_SECONDS`). Memory is bounded on Linux; macOS does not enforce RLIMIT_AS and Windows has
+    none, nor a timer: there the time bounds both.
+    """
+
+    def __init__(self, factory: str, setup: Mapping[str, Any], *, cpu_seconds: float, memory_bytes: int) -> None:
+        """Prepare it; the first call starts the process.
+
+        Args:
+            factory: `module:function`; called there with `setup`, as JSON, it returns what each call calls.
+            setup: its keyword arguments.
+            cpu_seconds: of one call; its end has the signal SIGPROF.
+            memory_bytes: of address space; its end has a MemoryError.
+        """
+        self._arguments = [factory, str(cpu_seconds), str(memory_bytes)]
+        self._setup = setup
+        self._wall_seconds = _WALL_SECONDS_PER_CPU_SECOND * cpu_seconds
+        self._lock = threading.Lock()
+        self._started: tuple[subprocess.Popen[bytes], queue.SimpleQueue[bytes], IO[bytes]] | None = None
+
+    def call(self, **request: Any) -> ChildEnd:
+        """Call it with keyword arguments, as JSON, in the process of the call before, or in a new one."""
+        with self._lock:
+            if self._started is None:
+                log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
+                self._started = (*_start(self._arguments, log, {}), log)
+                self._stop = weakref.finalize(self, _stop, self._started[0], log)
+                _write_line(self._started[0], self._setup)
+            process, lines, log = self._started
+            deadline = time.monotonic() + self._wall_seconds
+            final: dict[str, Any] = {}
+            try:
+                _write_line(process, request)
+                final = next(_messages(process, lines, deadline=deadline), {}).get("final", {})
+                code = None if final else _wait(process, deadline - time.monotonic())
+                return _child_end(final, code, None if final else log)
+            finally:
+                if not final:  # it has ended, or this call was interrupted: its answer must not be another's
+                    self._stop()
+                    self._started = None
+
+
+def _stop(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
+    _kill(process)
+    log.close()
+    with contextlib.suppress(OSError):
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def _start(
+    arguments: Sequence[str], log: IO[bytes], environment: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], queue.SimpleQueue[bytes]]:
+    """Start this file as a program; return its process, and the lines that it will have sent."""
+    # -P leaves out the working directory, where a user's `torch.py` may lie; so a checkout must be named.
+    command = [sys.executable, "-P", "-m", "gemma_tune.machine.child", *arguments]
+    paths = [str(PACKAGE_DIR.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **environment}
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=variables, start_new_session=True
+    )
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read_lines, args=(process, lines), daemon=True).start()
+    return process, lines
+
+
+def _child_end(final: Mapping[str, Any], code: int | None, log: IO[bytes] | None) -> ChildEnd:
     return ChildEnd(
         has_result="result" in final,
         result=final.get("result"),
@@ -111,22 +180,32 @@ def run_child(
         is_ours=final.get("is_ours", False),
         code=code if code is None or code >= 0 else None,
         signal=_signal_name(-code) if code is not None and code < 0 else None,
-        log=text,
+        log=_read(log)[-_LOG_CHARS:] if log else "",
     )
 
 
-def _write_request(process: subprocess.Popen[bytes], request: Mapping[str, Any], _: queue.SimpleQueue[bytes]) -> None:
+def _write_line(process: subprocess.Popen[bytes], request: Mapping[str, Any]) -> None:
     assert process.stdin is not None
     with contextlib.suppress(OSError):  # it ended before it read
-        process.stdin.write(json.dumps(request).encode() + b"\n")
+        process.stdin.write(_to_line(request))
         process.stdin.flush()
 
 
-def _read_lines(process: subprocess.Popen[bytes], _: object, lines: queue.SimpleQueue[bytes]) -> None:
+def _to_line(message: Mapping[str, Any]) -> bytes:
+    """Write as UTF-8, also half a character, which rows may hold."""
+    return json.dumps(message, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
+
+
+def _from_line(line: bytes) -> Any:
+    return json.loads(line.decode(errors="surrogatepass"))
+
+
+def _read_lines(process: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes]) -> None:
     """Read in a thread that may stay behind: a process in the kernel that cannot be killed holds the pipe open."""
     assert process.stdout is not None
-    for line in process.stdout:
-        lines.put(line)
+    with process.stdout as sent:
+        for line in sent:
+            lines.put(line)
     lines.put(b"")
 
 
@@ -144,7 +223,7 @@ def _messages(
         if not line:
             return
         with contextlib.suppress(ValueError):  # a process that was killed may leave half a line
-            yield json.loads(line)
+            yield _from_line(line)
 
 
 def run_command(command: Sequence[str], *, seconds: float) -> Ended:
@@ -207,31 +286,73 @@ def _serve(function: str, seconds: float) -> None:
     if seconds and hasattr(signal, "alarm"):
         # Ends this process even where the one that started it is gone, and where native code hangs.
         signal.alarm(math.ceil(seconds) + 1)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print goes to the log, C code included
-    request = json.loads(os.fdopen(os.dup(0), "rb").readline())
+    send = _open_channel()
+    request = _from_line(os.fdopen(os.dup(0), "rb").readline())
     threading.Thread(target=_end_with_starter, daemon=True).start()
+    send(final=_outcome(lambda: _function(function)(send, **request)))
+    sys.stderr.flush()
+    # No clean-up: a library's exit handler must not decide over a function that has sent everything.
+    os._exit(0)
+
+
+def _serve_calls(factory: str, cpu_seconds: float, memory_bytes: int) -> None:
+    """Answer call after call until stdin ends, as it does when the starter ends."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows; a limit that is lower already
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    send = _open_channel()
+    requests = os.fdopen(os.dup(0), "rb")
+    make = functools.cache(functools.partial(_function(factory), **_from_line(requests.readline())))
+    left = cpu_seconds
+    for line in requests:
+        left = min(left + _EARNED_SECONDS + len(line) * _EARNED_SECONDS_PER_BYTE, cpu_seconds)
+        before = time.process_time()
+        _end_after(max(left, 0.01))
+        send(final=_outcome(functools.partial(lambda line: make()(**_from_line(line)), line)))
+        _end_after(0)
+        left -= time.process_time() - before
+    os._exit(0)
+
+
+def _end_after(cpu_seconds: float) -> None:
+    """Let the kernel end this process after that much computing, in native code as well; 0 for never."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, cpu_seconds)
+
+
+def _open_channel() -> Send:
+    """Return what sends a message to the starter; what libraries print goes to the log, C code included."""
+    channel = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
 
     def send(**message: Any) -> None:
         try:
-            channel.write(json.dumps(message) + "\n")
+            channel.write(_to_line(message))
             channel.flush()
         except OSError:
             os._exit(1)  # nobody listens any more
 
-    module_name, name = function.split(":")
+    return send
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, name = name.split(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def _outcome(call: Callable[[], Any]) -> dict[str, Any]:
+    """Return what a call returns or raises, as JSON."""
     try:
-        result = getattr(importlib.import_module(module_name), name)(send, **request)
+        return {"result": call()}
     except GemmaTuneError as error:
-        send(final={"error": error.message, "hint": error.hint, "is_ours": True})
+        return {"error": error.message, "hint": error.hint, "is_ours": True}
     except Exception as error:
         traceback.print_exc()
-        send(final={"error": one_line(error)})
-    else:
-        send(final={"result": result})
-    sys.stderr.flush()
-    # No clean-up: a library's exit handler must not decide over a function that has sent everything.
-    os._exit(0)
+        return {"error": one_line(error)}
 
 
 def _end_with_starter() -> None:
@@ -247,4 +368,7 @@ def one_line(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1], float(sys.argv[2]))
+    if len(sys.argv) == 3:
+        _serve(sys.argv[1], float(sys.argv[2]))
+    else:
+        _serve_calls(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))

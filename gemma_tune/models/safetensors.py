@@ -195,10 +195,16 @@ def tokenizer_hashes(directory: Path) -> dict[str, str]:
 
 def has_chat_template(directory: Path) -> bool:
     """Whether the tokenizer of a model directory brings a chat template, in a file of its own or in its config."""
-    if any((directory / name).is_file() for name in CHAT_TEMPLATE_FILES):
-        return True
+    return chat_template_file(directory) is not None
+
+
+def chat_template_file(directory: Path) -> Path | None:
+    """The file that holds the chat template of a model directory, or None."""
+    for name in CHAT_TEMPLATE_FILES:
+        if (directory / name).is_file():
+            return directory / name
     config = directory / "tokenizer_config.json"
     try:
-        return bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+        return config if json.loads(config.read_text(encoding="utf-8")).get("chat_template") else None
     except (OSError, ValueError):
-        return False
+        return None

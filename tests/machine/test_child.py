@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tune.machine.child import run_child
+from gemma_tune.machine.child import LimitedChild, run_child
 
 FUNCTIONS = """
 import os, signal, subprocess, sys, time
@@ -40,6 +40,30 @@ def hang(send, *, pid):
     open(pid, "w").write(f"{os.getpid()} {started.pid}")
     send(waits=True)
     time.sleep(600)
+
+def open_counter(start):
+    if start is None:
+        raise ModelError("no start")
+    calls = []
+    def count(kind):
+        calls.append(kind)
+        if kind == "long":
+            sum(range(10**12))
+        if kind == "busy":
+            until = time.process_time() + 0.1
+            while time.process_time() < until:
+                pass
+        if kind == "large":
+            return len(b"x" * 10**10)
+        if kind == "bad":
+            raise ModelError("not that", hint="another")
+        if kind == "echo \\ud83d":
+            return kind
+        if kind == "abort":
+            print("the last words", flush=True)
+            os.abort()
+        return start + len(calls), os.getpid()
+    return count
 """
 
 
@@ -119,3 +143,52 @@ def test_an_exception_of_the_listener_kills_it(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run_child("functions:hang", {"pid": str(tmp_path / "pid")}, on_message=refuse)
     assert all(is_gone(int(pid)) for pid in (tmp_path / "pid").read_text().split())
+
+
+def test_a_limited_child_answers_call_after_call_and_begins_again_after_one_that_took_too_much() -> None:
+    child = LimitedChild("functions:open_counter", {"start": 10}, cpu_seconds=0.3, memory_bytes=400_000_000)
+    count, pid = child.call(kind="short").result
+    assert count == 11 and child.call(kind="short").result == [12, pid]
+    assert child.call(kind="echo \ud83d").result == "echo \ud83d"
+    refused = child.call(kind="bad")
+    assert (refused.has_result, refused.error, refused.hint, refused.is_ours) == (False, "not that", "another", True)
+    if sys.platform == "linux":
+        assert child.call(kind="large").error == "MemoryError"
+    assert child.call(kind="short").result[1] == pid
+    assert child.call(kind="long").signal == "SIGPROF"
+    assert is_gone(pid)
+    count, other = child.call(kind="short").result
+    assert count == 11 and other != pid
+    aborted = child.call(kind="abort")
+    assert aborted.signal == "SIGABRT" and aborted.last_lines(1) == ["the last words"]
+    last = child.call(kind="short").result[1]
+    del child
+    assert is_gone(last)
+
+
+def test_what_many_calls_take_together_is_limited_too() -> None:
+    child = LimitedChild("functions:open_counter", {"start": 0}, cpu_seconds=0.3, memory_bytes=400_000_000)
+    ends = [child.call(kind="busy") for _ in range(4)]
+    assert [end.signal for end in ends].count("SIGPROF") == 1 and ends[0].has_result
+
+
+def test_a_limited_child_that_cannot_be_made_says_why() -> None:
+    child = LimitedChild("functions:open_counter", {"start": None}, cpu_seconds=1, memory_bytes=400_000_000)
+    assert [child.call(kind="short").error for _ in range(2)] == ["no start", "no start"]
+    missing = LimitedChild("functions:none", {}, cpu_seconds=1, memory_bytes=400_000_000).call()
+    assert missing.code == 1 and "has no attribute 'none'" in missing.log
+    small = LimitedChild("functions:open_counter", {"start": 1}, cpu_seconds=1, memory_bytes=5_000_000).call(kind="x")
+    assert not small.has_result and (sys.platform != "linux" or small.code == 1 or small.signal)
+
+
+def test_a_limited_child_ends_with_a_starter_that_was_killed() -> None:
+    program = (
+        "import time\nfrom gemma_tune.machine.child import LimitedChild\n"
+        "child = LimitedChild('functions:open_counter', {'start': 1}, cpu_seconds=1, memory_bytes=400_000_000)\n"
+        "print(child.call(kind='short').result[1], flush=True)\ntime.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        starter.kill()
+    assert is_gone(pid)

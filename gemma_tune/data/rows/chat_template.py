@@ -3,37 +3,62 @@
 A conversation is rendered twice: once with a mark in place of each message, which gives the template's own text around
 the messages (the skeleton, the same for all conversations with the same roles), and once as it is, to prove that
 skeleton plus messages is what the model's template says, character for character.
+
+A template comes with a model and is code that can take any time and memory, depending on a row: filters, products,
+containers in containers, macros. So it is rendered in a process under limits; only short conversations in a template
+that is known to be harmless are rendered in this one, which saves the way there and back (some 60 µs a row).
 """
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import zip_longest
-from typing import Any, Protocol, cast
+from pathlib import Path
+from typing import Any, Protocol
 
 import jinja2
 from jinja2 import nodes
-from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.visitor import NodeTransformer
 
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.errors import DataError
 from gemma_tune.identity import text_sha256
+from gemma_tune.machine.child import ChildEnd, LimitedChild
+from gemma_tune.models.safetensors import chat_template_file
+from gemma_tune.text import counted, format_bytes, shorten
 
-# What one rendering may do. Measured: 200 messages take 601 steps in Gemma 1's template, 1,001 in 3's and 22,703 in
-# 4's, whose inner loops look back at earlier turns.
-MAX_STEPS = 200_000
+MAX_TEMPLATE_CHARS = 1024 * 1024
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
+MAX_SECONDS = 2  # of computing, for one conversation. 600 messages take 0.01 s in Gemma 3's template and 0.9 s in 4's.
+MAX_BYTES = 512_000_000
+# SHA-256 of chat templates that have been read, white space around them aside: they are harmless, whatever a row holds.
+_HARMLESS = frozenset(
+    {
+        "ecd6ae513fe103f0eb62e8ab5bfa8d0fe45c1074fa398b089c93a7e70c15cfd6",  # Gemma 1 and 2, CodeGemma
+        "8d9e3a3c114fb2053ec500184677af4f7e5f8ec2582443cd535834e68b3ade29",  # Gemma 3
+        "3c69d66c91b73b627f50986dc549bdbd5aac93df040d488d126a527ea1014901",  # Gemma 3n
+        "33204f1acb5bd0002713e16a593847f24ceeafe711ed88bda2a352dc996a3373",  # Gemma 4, five revisions
+        "55572b8d3c8342044e25874c73fe5234b661fa0a57a57f6ef75b58e03d7d959a",
+        "781d10940fbc44be40064b5d43a056fc486c84ceaa55538226368b57314132bf",
+        "2f1b4d75d067bae3fe44e676721c7f077d243bc007156cb9c2f8b5836613d082",
+        "603a42db292c25278e9b23d94c7abbe77453f13e26a053c43c5c2f900b4136f7",
+        "6611d0818fc877c21c0de90a8abb4a0e6d13b87fe7c475f9b7b13cb0f728f4e1",  # Gemma 4 12B
+        "1d35a24a2a63cc600c0cab43628a6df4cd3318e959b03307cf5f9f7e29ecf783",  # Gemma 4 26B-A4B and 31B
+        "df900edd2fcee5defc268bee887666c43c976d973bb3e87355b52423a651bf91",
+        "8ce66fc322fefc0f0f613440e5e31768f39b6bed3b3259b69efd8a7e650200f0",  # the embedded Gemma
+    }
+)
+# What a template may write itself around the messages of a conversation.
+_MAX_TEXT_CHARS, _MAX_TEXT_CHARS_PER_MESSAGE = 64_000, 1_000
+# A row of a harmless template that is rendered in this process has at most so many characters: time may be quadratic.
+_MAX_OWN_CHARS = 30_000
 # White space that str.strip (Jinja's trim) removes and that no template writes itself.
 _PAD = "\u2002\u2003"
-# What the code in a template may raise.
-_FAULTS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 
 
 class ChatTokenizer(Protocol):
@@ -71,18 +96,25 @@ class _Skeleton:
 class ChatRenderer:
     """Renders conversations with a chat template and knows which part of the text is whose."""
 
-    def __init__(self, template: str, *, bos_token: str, eos_token: str, control_strings: Iterable[str]) -> None:
-        """Compile `template` (Jinja, as in tokenizer_config.json); raises a DataError where it does not compile."""
+    def __init__(
+        self,
+        template: str,
+        *,
+        bos_token: str,
+        eos_token: str,
+        control_strings: Iterable[str],
+        name: str = "the model's chat template",
+    ) -> None:
+        """Take `template` (Jinja, as in tokenizer_config.json), which is called `name` in messages."""
         self.template = template
         self.sha256 = text_sha256(template)
         self._bos = bos_token
         self._specials: dict[str, str] = {"bos_token": bos_token, "eos_token": eos_token}
         self._control_strings = tuple(sorted(control_strings, key=len, reverse=True))
-        self._environment = _ChatEnvironment()
-        try:
-            self._compiled = self._environment.from_string(template)
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(f"the model's chat template, line {error.lineno}: {error.message}") from None
+        self._name = name
+        if len(template) > MAX_TEMPLATE_CHARS:
+            raise self._fault(f"has {len(template):,} characters, more than {MAX_TEMPLATE_CHARS:,}")
+        self._known = compile_template(template) if text_sha256(template.strip()) in _HARMLESS else None
         self._skeletons: dict[tuple[tuple[str, ...], bool], _Skeleton | str] = {}
         self._checked: dict[tuple[str, ...], str | None] = {}
 
@@ -101,12 +133,19 @@ class ChatRenderer:
                 "this model has no chat template, so chat rows cannot be rendered",
                 hint="take an -it model, or a plain data template such as dolly, alpaca or completion",
             )
+        path = Path(str(getattr(tokenizer, "name_or_path", "")))
+        file = path if path.is_file() else chat_template_file(path)  # a GGUF file holds its own
         return cls(
             str(template),
+            name=f"the model's chat template ({file})" if file else "the model's chat template",
             bos_token=str(tokenizer.bos_token or ""),
             eos_token=str(tokenizer.eos_token or ""),
             control_strings=control_strings(tokenizer),
         )
+
+    def _fault(self, fault: str, *, hint: str | None = None) -> DataError:
+        hint = hint or "take a plain data template such as dolly, or another model"
+        return DataError(f"{self._name} {fault}", hint=hint)
 
     def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:
         """The segments of a conversation that ends with an answer; every assistant turn and its stop token supervised.
@@ -172,10 +211,8 @@ class ChatRenderer:
         for string in self._control_strings:
             if literal.startswith(string):
                 return string
-        raise DataError(
-            f"the model's chat template ends an answer with {literal[:40]!r}, which is not a control token: "
-            "the model would never learn to stop",
-            hint="take a plain data template such as dolly, or another model",
+        raise self._fault(
+            f"ends an answer with {literal[:40]!r}, which is not a control token: the model would never learn to stop"
         )
 
     def _skeleton(self, roles: tuple[str, ...], *, generation: bool, where: str) -> _Skeleton:
@@ -195,14 +232,16 @@ class ChatRenderer:
         marks = [f"⟦message {index}⟧" for index in range(len(roles))]
         messages = [{"role": role, "content": _PAD + mark + _PAD} for role, mark in zip(roles, marks, strict=True)]
         rest = self._render(messages, generation=generation)
+        if len(rest) > _MAX_TEXT_CHARS + _MAX_TEXT_CHARS_PER_MESSAGE * len(messages):
+            raise self._fault(f"writes {len(rest):,} characters around {counted(len(messages), 'message')}")
         literals: list[str] = []
         strips: list[tuple[bool, bool]] = []
         for index, (role, mark) in enumerate(zip(roles, marks, strict=True)):
             before, found, rest = rest.partition(mark)
             if not found or mark in rest:
                 fault = "twice" if found else "not at all, or not in order"
-                raise DataError(
-                    f"the model's chat template writes the message of {role!r} (number {index + 1}) {fault}",
+                raise self._fault(
+                    f"writes the message of {role!r} (number {index + 1}) {fault}",
                     hint="take a plain data template such as dolly, or rows without that role",
                 )
             strips.append((not before.endswith(_PAD), not rest.startswith(_PAD)))
@@ -218,14 +257,17 @@ class ChatRenderer:
             for index in (index for index, role in enumerate(roles) if role == "assistant"):
                 asked = self._skeleton(roles[:index], generation=True, where=where) if index else None
                 if asked and asked.literals != skeleton.literals[: index + 1]:
+                    trained, told = (
+                        shorten(repr(text), num_chars=200) for text in (skeleton.literals[index], asked.literals[-1])
+                    )
                     self._checked[roles] = (
-                        f"the model's chat template writes {skeleton.literals[index]!r} before answer {index + 1} of a "
-                        f"conversation, but {asked.literals[-1]!r} when it asks for that answer"
+                        f"writes {trained} before answer {index + 1} of a conversation, but {told} when it asks for "
+                        "that answer"
                     )
                     break
         fault = self._checked[roles]
         if fault:
-            raise DataError(fault, hint="take a plain data template such as dolly: training would not match use")
+            raise self._fault(fault, hint="take a plain data template such as dolly: training would not match use")
 
     def _check_rendering(
         self, messages: Sequence[Mapping[str, str]], skeleton: _Skeleton, contents: Sequence[str], *, where: str
@@ -243,30 +285,104 @@ class ChatRenderer:
             )
 
     def _render(self, messages: Sequence[Mapping[str, str]], *, generation: bool) -> str:
-        self._environment.steps_left = MAX_STEPS
-        variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
-        rendered: list[str] = []
-        length = 0
+        if self._known and len(repr(messages)) <= _MAX_OWN_CHARS:
+            try:
+                return render_template(self._known, messages, self._specials, generation=generation)
+            except DataError as error:
+                raise self._fault(error.message, hint=error.hint) from None
+        end = _child_for(self.template).call(messages=messages, specials=self._specials, generation=generation)
+        if not end.has_result:
+            raise self._fault(_told(end))
+        if "refused" in end.result:
+            raise _Refused(end.result["refused"])
+        return str(end.result["text"])
+
+
+# --- rendering, in a process of its own where the template is not known ----------------------------------------------
+
+
+@functools.lru_cache(maxsize=4)
+def _child_for(template: str) -> LimitedChild:
+    """One process a template; several models may be compared."""
+    return LimitedChild(
+        f"{__name__}:open_template", {"template": template}, cpu_seconds=MAX_SECONDS, memory_bytes=MAX_BYTES
+    )
+
+
+def _told(end: ChildEnd) -> str:
+    """Say why there is no rendering, behind the template's name."""
+    if end.is_ours:
+        return str(end.error)
+    said = f"{end.error or ''}\n{end.log}"
+    if end.signal == "SIGPROF" or (end.code, end.signal, end.error) == (None, None, None):
+        return f"takes more than {MAX_SECONDS} seconds of computing to render a conversation"
+    if "MemoryError" in said or end.signal == "SIGKILL":
+        return f"takes more than {format_bytes(MAX_BYTES)} of memory to render a conversation"
+    return f"cannot be rendered: {end.error or end.signal or said.strip()[-200:]}"
+
+
+def open_template(template: str) -> Callable[..., dict[str, str]]:
+    """Return what renders conversations with a template, for a `LimitedChild`; as `compile_template`."""
+    compiled = compile_template(template)
+
+    def render(messages: Sequence[Mapping[str, str]], specials: Mapping[str, str], generation: bool) -> dict[str, str]:
         try:
-            for part in self._compiled.generate(variables | self._specials):
-                self._environment.take_step()
-                length += len(part)
-                if length > MAX_RENDERED_CHARS:
-                    raise DataError(
-                        f"the model's chat template writes more than {MAX_RENDERED_CHARS:,} characters for one row"
-                    )
-                rendered.append(part)
-        except _FAULTS as error:
-            raise DataError(f"the model's chat template cannot be rendered: {error}") from error
-        return "".join(rendered)
+            return {"text": render_template(compiled, messages, specials, generation=generation)}
+        except _Refused as refused:
+            return {"refused": str(refused)}
+
+    return render
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Compile a chat template; raises a DataError that goes on behind its name, as `render_template` does."""
+    environment = ImmutableSandboxedEnvironment(
+        # The options are those that transformers renders chat templates with.
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, "jinja2.ext.loopcontrols"],
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _to_json
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as error:
+        raise DataError(f"is wrong in line {error.lineno}: {shorten(str(error.message), num_chars=200)}") from None
+    except (SyntaxError, RecursionError, ValueError) as error:  # of the Python that Jinja makes of it
+        raise DataError(f"cannot be compiled: {shorten(str(error), num_chars=200)}") from None
+
+
+def render_template(
+    compiled: jinja2.Template, messages: Sequence[Mapping[str, str]], specials: Mapping[str, str], *, generation: bool
+) -> str:
+    """Render a conversation; `generation` asks for the answer.
+
+    Raises:
+        _Refused: the template refuses it.
+        DataError: the template fails, or writes more than MAX_RENDERED_CHARS.
+    """
+    variables = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": generation}
+    rendered: list[str] = []
+    length = 0
+    try:
+        for part in compiled.generate(variables | dict(specials)):
+            length += len(part)
+            if length > MAX_RENDERED_CHARS:
+                raise DataError(f"writes more than {MAX_RENDERED_CHARS:,} characters for one row")
+            rendered.append(part)
+    except (DataError, MemoryError, _Refused):
+        raise
+    except Exception as error:  # whatever the code in a template raises
+        raise DataError(f"cannot be rendered: {shorten(str(error), num_chars=200)}") from None
+    return "".join(rendered)
 
 
 class _Refused(Exception):
     """The template called raise_exception; the text is what it said."""
 
 
-def _raise_exception(message: str) -> None:
-    raise _Refused(message)
+def _raise_exception(message: object) -> None:
+    raise _Refused(shorten(str(message), num_chars=500))
 
 
 class _Generation(Extension):
@@ -279,107 +395,12 @@ class _Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-class _ChatEnvironment(ImmutableSandboxedEnvironment):
-    """A sandbox that also counts: every turn of a loop and every call takes a step, and texts cannot grow without end.
-
-    A chat template comes with a model and is code: without a count it could run for ever or fill the memory (Jinja's
-    sandbox bounds `range`, not nested loops, macros that call themselves twice, or a text that doubles).
-    """
-
-    intercepted_binops = frozenset({"*", "**", "%", "+"})
-
-    def __init__(self) -> None:
-        # The options are those that transformers renders chat templates with. Not optimized: that computes constant
-        # expressions when compiling, uncounted.
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"], optimized=False
-        )
-        self.steps_left = 0
-        self.concat = _join  # type: ignore[method-assign]
-        self.globals["raise_exception"] = _raise_exception
-        self.filters |= {
-            "counted_steps": self._counted,
-            "concatenated": _join,
-            "join": _join,
-            "replace": _replace,
-            "tojson": _to_json,
-        }
-        for widening in ("center", "format", "indent", "wordwrap"):
-            del self.filters[widening]
-
-    def take_step(self) -> None:
-        """Count one step; raises a DataError after MAX_STEPS of them."""
-        self.steps_left -= 1
-        if self.steps_left < 0:
-            raise DataError(f"the model's chat template takes more than {MAX_STEPS:,} steps for one row")
-
-    def _counted(self, items: Iterable[object]) -> Iterator[object]:
-        for item in items:
-            self.take_step()
-            yield item
-
-    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree = super()._parse(source, name, filename)
-        return cast(nodes.Template, _Counting().visit(tree))
-
-    def call(self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        self.take_step()
-        owner = getattr(__obj, "__self__", None)
-        if isinstance(owner, str):
-            name = __obj.__name__
-            if name in ("center", "expandtabs", "ljust", "rjust", "zfill"):
-                raise SecurityError(f"str.{name} is not allowed")
-            if name == "replace":
-                return _replace(owner, *args, **kwargs)
-            if name == "join":
-                return partial(_join, separator=owner)(*args, **kwargs)
-        return super().call(__context, __obj, *args, **kwargs)
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str) and isinstance(right, str):
-            return _join((left, right))
-        if operator == "+" and isinstance(left, list | tuple) and len(left) + len(right) > MAX_STEPS:
-            raise SecurityError(f"a list of more than {MAX_STEPS:,} items is not allowed")
-        if operator == "**" or (operator != "+" and not (isinstance(left, int) and isinstance(right, int))):
-            raise SecurityError(f"{operator} on {type(left).__name__} is not allowed")
-        self.take_step()
-        return super().call_binop(context, operator, left, right)
-
-    def wrap_str_format(self, value: Any) -> Any:
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("str.format is not allowed")
-        return None
-
-
-class _Counting(NodeTransformer):
-    """Sends every loop and every `~` through a filter that counts."""
-
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        node.iter = nodes.Filter(node.iter, "counted_steps", [], [], None, None)
-        return self.generic_visit(node)
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return nodes.Filter(nodes.List(node.nodes), "concatenated", [], [], None, None)
-
-
-def _bounded(num_chars: int) -> None:
-    if num_chars > MAX_RENDERED_CHARS:
-        raise SecurityError(f"a text of more than {MAX_RENDERED_CHARS:,} characters is not allowed")
-
-
-def _join(items: Iterable[object], separator: str = "") -> str:
-    texts = [str(item) for item in items]
-    _bounded(sum(map(len, texts)) + len(texts) * len(separator))
-    return separator.join(texts)
-
-
-def _replace(text: str, old: str, new: str, count: int = -1) -> str:
-    found = text.count(old) if count < 0 else min(count, text.count(old))
-    _bounded(len(text) + found * len(new))
-    return text.replace(old, new, count)
-
-
-def _to_json(value: object, indent: int | None = None) -> str:
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """As transformers' tojson: plain JSON, without Jinja's escapes for HTML."""
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

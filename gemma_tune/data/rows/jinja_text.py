@@ -1,22 +1,25 @@
 """The Jinja of data templates: fields, conditions and a few filters; what was printed from a row stays known.
 
-No loops, calls or assignments, so that rendering always ends and its output is bounded. Row text is only ever a value,
-never a template.
+No loops, calls or assignments, and few nodes that are nested little, so that compiling and rendering always end and
+the output is bounded. Row text is only ever a value, never a template.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jinja2
 from jinja2 import meta, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_tune.errors import DataError
+from gemma_tune.text import shorten
 
 MAX_RENDERED_CHARS = 16 * 1024 * 1024
+# Of one piece of Jinja. Python takes minutes to compile what is nested 300 deep.
+MAX_NODES, MAX_DEPTH = 5_000, 60
 ALLOWED_FILTERS = ("trim", "lower", "upper", "capitalize", "title", "default")
 _ALLOWED_TESTS = ("defined", "undefined", "none", "string")
 _ALLOWED_NODES: tuple[type[nodes.Node], ...] = (
@@ -62,6 +65,7 @@ _ENVIRONMENT = ImmutableSandboxedEnvironment(
     keep_trailing_newline=True,
     finalize=_mark,
 )
+_ENVIRONMENT.globals.clear()
 
 
 def fields_of(source: str, *, label: str) -> Sequence[str]:
@@ -71,10 +75,14 @@ def fields_of(source: str, *, label: str) -> Sequence[str]:
     try:
         tree = _ENVIRONMENT.parse(source)
     except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{label}, line {error.lineno}: {error.message}") from None
-    except RecursionError:
-        raise DataError(f"{label}: nested too deeply") from None
-    for node in tree.find_all(nodes.Node):
+        raise DataError(f"{label}, line {error.lineno}: {shorten(str(error.message), num_chars=200)}") from None
+    except (RecursionError, ValueError) as error:  # ValueError: a number of more than 4,300 digits
+        raise DataError(f"{label}: nested too deeply, or a number that is too large") from error
+    for count, (node, depth) in enumerate(_walk(tree)):
+        if count > MAX_NODES or depth > MAX_DEPTH:
+            raise DataError(
+                f"{label}: more than {MAX_NODES:,} expressions and texts, or more than {MAX_DEPTH} inside one another"
+            )
         what = None
         if not isinstance(node, _ALLOWED_NODES):
             what = type(node).__name__
@@ -93,7 +101,21 @@ def fields_of(source: str, *, label: str) -> Sequence[str]:
     except jinja2.TemplateSyntaxError as error:
         raise DataError(f"{label}, line {error.lineno}: {error.message}") from None
     undeclared = meta.find_undeclared_variables(tree)
-    return list(dict.fromkeys(name.name for name in tree.find_all(nodes.Name) if name.name in undeclared))
+    fields = list(dict.fromkeys(name.name for name in tree.find_all(nodes.Name) if name.name in undeclared))
+    try:
+        render_text(source, dict.fromkeys(fields, "text"))
+    except DataError as error:
+        raise DataError(f"{label}: {error.message}", hint=error.hint) from None
+    return fields
+
+
+def _walk(tree: nodes.Template) -> Iterator[tuple[nodes.Node, int]]:
+    """Yield every node below the tree in the order of the text, and how many nodes it stands in."""
+    pending = [(child, 0) for child in reversed(tree.body)]
+    while pending:
+        node, depth = pending.pop()
+        yield node, depth
+        pending += [(child, depth + 1) for child in reversed(list(node.iter_child_nodes()))]
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,8 +140,8 @@ def render_pieces(source: str, values: Mapping[str, str]) -> list[tuple[str, boo
             if length > MAX_RENDERED_CHARS:
                 raise DataError(f"a rendered row is longer than {MAX_RENDERED_CHARS:,} characters")
             rendered.append(part)
-    except jinja2.UndefinedError as error:
-        raise DataError(f"the data template cannot be rendered: {error.message}") from None
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: a text compared with a number, too many arguments
+        raise DataError(f"the data template cannot be rendered: {error}") from None
     pieces: list[tuple[str, bool]] = []
     for index, text in enumerate(_PIECES.split("".join(rendered))):
         if text:

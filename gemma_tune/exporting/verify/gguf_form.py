@@ -7,6 +7,7 @@ from typing import Any
 
 from gemma_tune.exporting.verify.forms import Form
 from gemma_tune.exporting.verify.parity import Logits
+from gemma_tune.inference.open_llama import open_llama
 
 _CONTEXT_TOKENS = 2048
 
@@ -18,9 +19,7 @@ class GgufForm:
         import llama_cpp
 
         float32 = llama_cpp.GGML_TYPE_F32
-        self.model: Any = llama_cpp.Llama(
-            path, n_ctx=_CONTEXT_TOKENS, logits_all=True, type_k=float32, type_v=float32, verbose=False
-        )
+        self.model: Any = open_llama(path, n_ctx=_CONTEXT_TOKENS, logits_all=True, type_k=float32, type_v=float32)
         self.adds_bos = bool(llama_cpp.llama_vocab_get_add_bos(llama_cpp.llama_model_get_vocab(self.model.model)))
 
     def logits(self, token_ids: Sequence[int]) -> Logits:

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
-import time
+import resource
+import sys
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gemma_tune.data.rows import chat_template
 from gemma_tune.data.rows.chat_template import ChatRenderer, control_strings
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.errors import DataError
+from gemma_tune.models.tokenizer import load_tokenizer
+from gemma_tune.paths import TINY_MODEL_DIR
 
 Messages = list[dict[str, str]]
 
@@ -171,33 +175,102 @@ def test_a_template_that_changes_the_text_is_found_row_by_row() -> None:
         chat.row(talk("Hello", "A secret word"), where="here")
 
 
-@pytest.mark.parametrize(
-    "attack",
-    [
-        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
-        "{% set x = 'abcdefghij' %}" + "{% for _ in x %}" * 12 + "{% endfor %}" * 12,
-        "{% set n = namespace(x='ab') %}{% for _ in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "{% for _ in range(90000) %}" + "x" * 1000 + "{% endfor %}",
-        "{{ 'x' * 10000000000 }}",
-        "{{ 9 ** 9 ** 9 }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ 'x' | center(10000000000) }}",
-        "{{ 'x'.ljust(10000000000) }}",
-        "{{ '{:>10000000000}'.format(1) }}",
-        "{% set n = namespace(x='ab') %}{% for _ in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for _ in range(60) %}{% set n.x = n.x.replace('a', n.x) %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for _ in range(60) %}{% set n.x = n.x | join(n.x) %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for _ in range(60) %}"
-        "{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}{% endfor %}",
-        "{% set n = namespace(x=[1, 2]) %}{% for _ in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-    ],
-)
-def test_hostile_templates_end_quickly(attack: str) -> None:
-    started = time.monotonic()
-    with pytest.raises(DataError):
+def sixty(step: str, *, start: str = "'ab'", then: str = "") -> str:
+    """A template that computes n.x from itself sixty times."""
+    return f"{{% set n = namespace(x={start}) %}}{{% for _ in range(60) %}}{step}{{% endfor %}}{then}"
+
+
+SLOW = "{% for i in range(99999) %}{{ range(99999)|list|sum }}{% endfor %}"
+HOSTILE = {
+    # too long
+    "loops in loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over a text": "{% set x = 'abcdefghij' %}" + "{% for _ in x %}" * 12 + "{% endfor %}" * 12,
+    "a macro that calls itself twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ m(60) }}",
+    "a filter in a loop": SLOW,
+    "only for one row": "{% if messages[0].content == 'Hello' %}" + SLOW + "{% endif %}",
+    "parts of a text": "{% set s = 'a' * 9999999 %}{% for i in range(99999) %}{{ s[1:] == s }}{% endfor %}",
+    "a tree of lists": sixty("{% set n.x = [n.x, n.x] %}", start="[1]", then="{{ n.x }}"),
+    "a key of tuples": sixty("{% set n.x = (n.x, n.x) %}", start="(1,)", then="{{ {n.x: 1} }}"),
+    "a number that grows": sixty("{% set n.x = n.x * n.x %}", start="9"),
+    "many words": "{{ lipsum(n=10**8) }}",
+    "a constant": "{{ 9 ** 999999999 }}",
+    # too large
+    "a product": "{{ 'x' * 10000000000 }}",
+    "percent": "{{ '%10000000000d' % 1 }}",
+    "format": "{{ '{:>10000000000}'.format(1) }}",
+    "center": "{{ 'x' | center(10000000000) }}",
+    "ljust": "{{ 'x'.ljust(10000000000) }}",
+    "indent": r"{{ 'x\nx' | indent(10000000000) }}",
+    "json": "{{ [1] | tojson(indent=10000000000) }}",
+    "bytes": "{{ (1).to_bytes(10000000000, 'big') }}",
+    "batches": "{{ range(9) | batch(1000000000, 0) | list }}",
+    "slices": "{{ range(9) | slice(1000000000) | list | length }}",
+    "a text that doubles": sixty("{% set n.x = n.x ~ n.x %}"),
+    "replace": sixty("{% set n.x = n.x.replace('a', n.x) %}"),
+    "join": sixty("{% set n.x = n.x | join(n.x) %}"),
+    "a block that doubles": sixty("{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}"),
+    "a list that doubles": sixty("{% set n.x = n.x + n.x %}", start="[1, 2]"),
+    "much around little": "{% for _ in range(90000) %}" + "x" * 1000 + "{% endfor %}",
+    "some around little": "x" * 70_000,
+    # what cannot be compiled or called
+    "a macro without end": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
+    "parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "many sums": "{{ 1" + "+1" * 50000 + " }}",
+    "loops that Python cannot nest": "{% for a in 'a' %}" * 30 + "{% endfor %}" * 30,
+    "digits": "{{ " + "9" * 100_000 + " }}",
+    "itself": "{% include self %}",
+    "two megabytes": "{# " + "x" * 2_000_000 + " #}",
+}
+
+
+@pytest.mark.parametrize("attack", HOSTILE.values(), ids=HOSTILE)
+def test_hostile_templates_are_refused_in_time(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with pytest.raises(DataError, match=r"^the model's chat template (takes|writes|has|cannot|is wrong)") as caught:
         renderer(TURNS + attack + ASK).row(talk("Hello", "Hi!"), where="here")
-    assert time.monotonic() - started < 10
+    assert len(caught.value.message) < 400
+    chat_template._child_for.cache_clear()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
+    if sys.platform == "linux":  # macOS does not enforce it
+        assert after.ru_maxrss * 1024 < chat_template.MAX_BYTES + 50e6
+
+
+def test_a_row_that_is_refused_spoils_no_other_row() -> None:
+    chat = renderer("{% if messages[0].content == 'Hello' %}{{ 'x' * 10000000000 }}{% endif %}" + TURNS + ASK)
+    for _ in range(2):
+        with pytest.raises(DataError, match="takes more than 512 MB of memory"):
+            chat.row(talk("Hello", "Hi!"), where="here")
+        assert text_of(chat.row(talk("Bye", "Hi!"), where="here"), supervised=True) == "Hi!<end_of_turn>"
+
+
+def test_many_slow_rows_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
+    chat = renderer(
+        "{% for i in range(99) %}{{ range(29999)|list|sum|string|length * 0 or '' }}{% endfor %}" + TURNS + ASK
+    )
+    with pytest.raises(DataError, match=r"takes more than 0\.5 seconds of computing"):
+        for _ in range(99):
+            chat.row(talk("Hello", "Hi!"), where="here")
+
+
+def test_a_known_template_and_a_changed_one_render_the_same(any_tokenizer: Any) -> None:
+    known = ChatRenderer.from_tokenizer(any_tokenizer)
+    any_tokenizer.chat_template += "{# mine #}"
+    changed = ChatRenderer.from_tokenizer(any_tokenizer)
+    assert (known._known is not None, changed._known) == (True, None)
+    long = [talk("One? " + "word " * 200_000, "1" * 300_000, "🦊\ud83d", "\u2028 \x00 é")]
+    for messages in [*CONVERSATIONS, *long]:
+        assert known.row(messages, where="here") == changed.row(messages, where="here")
+        assert known.prompt(messages[:-1]) == changed.prompt(messages[:-1])
+
+
+def test_the_embedded_template_is_known() -> None:
+    chat = ChatRenderer.from_tokenizer(load_tokenizer(TINY_MODEL_DIR))
+    assert chat._known is not None
+    assert f"({TINY_MODEL_DIR / 'chat_template.jinja'})" in chat._name
 
 
 def test_generation_tags_are_read_as_their_content() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -101,12 +102,32 @@ def test_mistakes_in_the_file_are_named(text: str, expected: str) -> None:
         ("{{ question | center(1000000000) }}", "the filter center is not allowed"),
         ("{% include 'x' %}", "Include is not allowed"),
         ("{{ '\ue0f0' }}", "private-use"),
+        # Nested so deep that Jinja or Python fail to compile it, or take minutes; or too much of it.
+        ("{{ " + "(" * 3000 + "question" + ")" * 3000 + " }}", "nested too deeply"),
+        ("{{ question" + "|upper" * 300 + " }}", "more than 60 inside one another"),
+        ("{% if question %}" * 70 + "{% endif %}" * 70, "more than 60 inside one another"),
+        ("{{ question and " + "question and " * 3000 + "1 }}", "more than 60 inside one another"),
+        ("{{ question }}x" * 3000, "more than 5,000 expressions"),
+        ("{{ question == " + "9" * 5000 + " }}", "a number that is too large"),
+        # What fails for every row is found before one is read.
+        ("{{ question > 1 }}", "prompt: the data template cannot be rendered: '>' not supported"),
+        ("{{ question | title(1) }}", "cannot be rendered: do_title() takes 1"),
+        ("{% if question is string(1) %}x{% endif %}", "cannot be rendered: test_string() takes 1"),
     ],
 )
 def test_jinja_that_could_do_harm_is_refused(source: str, expected: str) -> None:
+    started = time.process_time()
     with pytest.raises(DataError) as caught:
         parse_template(_yaml(source), label="mine.yaml")
     assert expected in caught.value.message
+    assert time.process_time() - started < 2
+
+
+def test_jinja_as_large_as_it_may_be_is_compiled_soon() -> None:
+    started = time.process_time()
+    nested = "{{ question" + "|upper" * 55 + " }}"
+    assert parse_template(_yaml(nested + "{{ question }} and " * 1500), label="mine.yaml").fields
+    assert time.process_time() - started < 4
 
 
 def _yaml(prompt: str) -> str:
