@@ -38,6 +38,7 @@ def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantize
         base=base,
         prompt=describe_prompt(run),
         files=sorted(path.name for path in directory.iterdir()),
+        notes=record.facts.get("notes", ()),
         checks=_checks(record),
         quantized_from=quantized_from,
     )

@@ -6,14 +6,14 @@ written to `.parts` and removed at the end. A killed export is resumed: what was
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_tune.disk import directory_bytes, require_free_disk, shared_directory
 from gemma_tune.errors import CheckFailed, ExportError, GemmaTuneError
 from gemma_tune.exporting import export_record as records
-from gemma_tune.exporting.export_settings import ExportSettings
+from gemma_tune.exporting.export_settings import ExportSettings, MergeDtype
 from gemma_tune.exporting.export_source import ExportSource, open_source
 from gemma_tune.exporting.formats.format import ExportTask, Format
 from gemma_tune.exporting.formats.registry import FORMATS, find_formats
@@ -74,6 +74,7 @@ class _Step:
     format: Format
     output: Path
     made_from: Path
+    parent: str | None
     fingerprint: str
     kept: bool
 
@@ -94,6 +95,7 @@ def export_formats(
     that were made from something else, too little disk. A failed verdict is not an error: see `ExportOutcome.failed`.
     """
     asked = find_formats(formats)
+    asked_names = tuple(each.name for each in asked)
     steps = _plan(source, asked, output=output, settings=settings)
     missing = [step.format for step in steps.values() if not step.kept]
     needed_bytes = sum(each.estimate_bytes(source, settings.dtype) for each in missing)
@@ -101,14 +103,22 @@ def export_formats(
     with shared_directory(output / PARTS_DIR, sweeps=[output / each.name for each in asked]):
         if not all(step.output.is_dir() for step in steps.values() if step.kept):  # another export has just removed it
             steps = _plan(source, asked, output=output, settings=settings)
-        wanted = [steps[each.name] for each in asked]
-        for step in steps.values():
-            if step.kept:
-                _finish_if_killed(step.output)
-                reporter.detail(f"{step.format.name}: finished already")
-            else:
-                _write(step, source, settings, reporter=reporter)
-        unproven = [step.output for step in wanted if settings.verify and not records.read_record(step.output).passed]
+        later = [name for name, step in steps.items() if step.format.runs_parent and step.parent in asked_names]
+
+        def write(names: Iterable[str]) -> None:
+            for step in (steps[name] for name in names):
+                if step.kept:
+                    _finish_if_killed(step.output)
+                    reporter.detail(f"{step.format.name}: finished already")
+                else:
+                    _write(step, source, settings, asked=asked_names, reporter=reporter)
+
+        write(name for name in steps if name not in later)
+        unproven = [
+            steps[name].output
+            for name in asked_names
+            if settings.verify and name not in later and not records.read_record(steps[name].output).passed
+        ]
         parity = None
         if unproven:
             reporter.stage("verify")
@@ -120,6 +130,17 @@ def export_formats(
                 reporter=reporter,
                 measure=measure,
             )
+        for name in later:
+            step = steps[name]
+            parent = _choose_parent(step.format, source, asked, output=output, dtype=settings.dtype)
+            if parent != step.parent:  # which has failed by now
+                steps[name] = step = _plan(source, asked, output=output, settings=settings)[name]
+            write([name])
+            made_from = steps[str(parent)].output
+            result = records.take_verdict(step.output, made_from) if settings.verify else None
+            if parity is not None and result is not None:
+                parity = replace(parity, exports=(*parity.exports, result))
+        wanted = [steps[name] for name in asked_names]
         for step in wanted:
             _write_card(step.output, source, reporter=reporter)
     return ExportOutcome(tuple(_exported(step.output, kept=step.kept) for step in wanted), parity)
@@ -140,7 +161,7 @@ def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settin
 
     def add(each: Format) -> Path:
         if each.name not in steps:
-            parent = each.parent(source, asked, settings.dtype)
+            parent = _choose_parent(each, source, asked, output=output, dtype=settings.dtype)
             chosen = {name: getattr(settings, name) for name in each.settings}
             fingerprint = json_sha256({**inputs, **chosen, "format": each.name, "made_from": parent})
             final, part = output / each.name, output / PARTS_DIR / f"{each.name}-{fingerprint[:12]}"
@@ -151,12 +172,24 @@ def _plan(source: ExportSource, asked: Sequence[Format], *, output: Path, settin
             if not kept and not is_part:
                 _refuse_other(final)
             made_from = source.adapter if kept or parent is None else add(FORMATS[parent])
-            steps[each.name] = _Step(each, place, made_from, fingerprint, kept)
+            steps[each.name] = _Step(each, place, made_from, parent, fingerprint, kept)
         return steps[each.name].output
 
     for each in asked:
         add(each)
     return steps
+
+
+def _choose_parent(
+    each: Format, source: ExportSource, asked: Sequence[Format], *, output: Path, dtype: MergeDtype
+) -> str | None:
+    """What a format is made from; one that runs its parent's file is not made from one that failed, if it can be."""
+    parent = each.parent(source, asked, dtype)
+    if each.runs_parent and parent in [other.name for other in asked]:
+        sound = [other for other in asked if not records.has_failed(output / other.name)]
+        chosen = each.parent(source, sound, dtype)
+        return chosen if chosen in [other.name for other in sound] else parent
+    return parent
 
 
 def _is_finished(directory: Path, fingerprint: str, *, is_measured: bool) -> bool:
@@ -194,7 +227,9 @@ def _refuse_other(directory: Path) -> None:
 # --- writing and proving --------------------------------------------------------------------------------------------
 
 
-def _write(step: _Step, source: ExportSource, settings: ExportSettings, *, reporter: Reporter) -> None:
+def _write(
+    step: _Step, source: ExportSource, settings: ExportSettings, *, asked: tuple[str, ...], reporter: Reporter
+) -> None:
     reporter.stage(step.format.name)
     base = {"name": source.base_name, "revision": source.base.revision, "files": dict(source.base_files)}
     record = records.ExportRecord(step.format.name, step.fingerprint, base, source.adapter_hashes())
@@ -204,7 +239,7 @@ def _write(step: _Step, source: ExportSource, settings: ExportSettings, *, repor
     notice = licence_notice(source.base.model)
     if notice is not None:
         texts[NOTICE_FILE] = notice
-    task = ExportTask(source, step.made_from, step.output, texts, settings, reporter)
+    task = ExportTask(source, step.made_from, step.output, texts, settings, reporter, asked)
     records.finish_record(step.output, record, step.format.write(task))
 
 
@@ -238,9 +273,8 @@ def verify_directories(
         each.runner(directory, source, siblings or {}) for each, directory in zip(formats, directories, strict=True)
     ]
     report = verify_exports(runners, source.reference, probe=probe, reporter=reporter, measure=measure)
-    for directory, result in zip(directories, report.exports, strict=True):
-        records.add_verification(directory, report, result)
-    return report
+    pairs = zip(directories, report.exports, strict=True)
+    return replace(report, exports=tuple(records.add_verification(each, report, result) for each, result in pairs))
 
 
 def find_exports(path: Path, *, of: Path | None = None, base: str | None = None) -> tuple[ExportSource, list[Path]]:

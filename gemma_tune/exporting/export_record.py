@@ -93,11 +93,33 @@ def require_unchanged(directory: Path, record: ExportRecord) -> None:
         )
 
 
-def add_verification(directory: Path, report: ParityReport, result: FormReport) -> None:
-    """Store the figures and the verdict of one export."""
+def add_verification(directory: Path, report: ParityReport, result: FormReport) -> FormReport:
+    """Store the figures and the verdict of one export; return the verdict that stands."""
+    record = read_record(directory)
+    stored = stored_result(record)
+    if result.passed is None and stored is not None and stored.passed is False:  # not checked is not mended
+        return stored
     shared = {key: value for key, value in asdict(report).items() if key != "exports"}
     verification = {"date": utc_now(), "result": asdict(result), **shared}
-    write_json(directory / RECORD_FILE, asdict(replace(read_record(directory), verification=verification)))
+    write_json(directory / RECORD_FILE, asdict(replace(record, verification=verification)))
+    return result
+
+
+def has_failed(directory: Path) -> bool:
+    """Whether an export lies there that did not pass its check."""
+    return (directory / RECORD_FILE).is_file() and read_record(directory).passed is False
+
+
+def take_verdict(directory: Path, parent: Path) -> FormReport | None:
+    """Store the verdict of another export, whose file this one runs; return it, None where it had none."""
+    record, made_from = read_record(directory), read_record(parent)
+    result = stored_result(made_from)
+    if result is None or made_from.verification is None:
+        return None
+    result = replace(result, name=record.format, reason=f"the file of {made_from.format}: {result.reason}")
+    verification = {**made_from.verification, "result": asdict(result)}
+    write_json(directory / RECORD_FILE, asdict(replace(record, verification=verification)))
+    return result
 
 
 def stored_result(record: ExportRecord) -> FormReport | None:

@@ -71,6 +71,7 @@ class CardExport:
     base: LocalModel  # the base model that the run's lock names
     prompt: CardPrompt
     files: Sequence[str] = ()  # names of the exported files; a GGUF's and a Modelfile's are needed for their commands
+    notes: Sequence[str] = ()  # what a user must know to run them, a sentence each
     checks: Sequence[str] = ()  # what the export was compared with and came out, a sentence each
     # hub id of the same fine-tune in 16 bits. Without it a quantized export counts as a fine-tune of the base, because
     # the hub would list it among the base's own quantizations.

@@ -94,6 +94,20 @@ def test_several_formats_are_written_proven_and_measured_again(gemma: Gemma, run
     assert "run/export/merged-16bit" in out
 
 
+def test_ollama_takes_the_smallest_gguf_that_passed_and_says_so(gemma: Gemma, run: str) -> None:
+    gemma("export", run, "--format", "gguf-q8_0", "--skip-verify")
+    (path,) = Path("run/export/gguf-q8_0").glob("*.gguf")
+    path.write_bytes(path.read_bytes()[:-2000] + bytes(2000))  # weights that are not those of training
+    out, _ = gemma("export", run, "--format", "ollama,gguf-f16,gguf-q8_0", "--positions", "8", code=1)
+    assert "ollama: made of run-f16.gguf, the smallest of gguf-f16, gguf-q8_0 that passed" in out
+    record = json.loads(Path("run/export/ollama/export.json").read_text(encoding="utf-8"))
+    assert record["facts"]["gguf"] == "run-f16.gguf" and record["verification"]["result"]["passed"] is True
+    assert record["verification"]["result"]["reason"].startswith("the file of gguf-f16: ")
+    card = Path("run/export/ollama/README.md").read_text(encoding="utf-8")
+    assert "- made of run-f16.gguf, the smallest of" in card and "the file of gguf-f16" in card
+    assert "FROM ./run-f16.gguf\n" in Path("run/export/ollama/Modelfile").read_text(encoding="utf-8")
+
+
 def test_a_wrong_export_has_exit_code_1_and_stays(gemma: Gemma, run: str) -> None:
     gemma("merge", run, "--skip-verify")
     weights = Path("run/export/merged-16bit/model.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,10 @@ from gemma_tune.exporting.export_record import (
     ExportRecord,
     add_verification,
     finish_record,
+    has_failed,
     read_record,
     stored_result,
+    take_verdict,
 )
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
@@ -39,6 +41,25 @@ def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert record.passed is True and stored_result(record) == RESULT
     assert record.verification is not None
     assert record.verification["effect"] == asdict(NEAR) and record.verification["notes"] == ["a note"]
+
+
+def test_what_failed_stays_failed_until_it_is_checked_again(tmp_path: Path) -> None:
+    failed, unchecked = replace(RESULT, passed=False), replace(RESULT, passed=None)
+    (tmp_path / RECORD_FILE).write_text(ExportRecord("gguf-q8_0", "f00d", {}, {}).to_json(), encoding="utf-8")
+    for result, stands in ((unchecked, unchecked), (failed, failed), (unchecked, failed), (RESULT, RESULT)):
+        assert add_verification(tmp_path, REPORT, result) == stands == stored_result(read_record(tmp_path))
+        assert has_failed(tmp_path) == (stands.passed is False)
+
+
+def test_a_file_that_another_runs_has_its_verdict(tmp_path: Path) -> None:
+    for name in ("gguf-q8_0", "ollama"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECORD_FILE).write_text(ExportRecord(name, "f00d", {}, {}).to_json(), encoding="utf-8")
+    assert take_verdict(tmp_path / "ollama", tmp_path / "gguf-q8_0") is None
+    add_verification(tmp_path / "gguf-q8_0", REPORT, RESULT)
+    taken = take_verdict(tmp_path / "ollama", tmp_path / "gguf-q8_0")
+    assert taken == replace(RESULT, name="ollama", reason="the file of gguf-q8_0: near")
+    assert stored_result(read_record(tmp_path / "ollama")) == taken
 
 
 def test_json_holds_no_nan(tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def test_values_that_no_modelfile_can_hold_are_refused() -> None:
     for system in ('three """ quotes', "no\u00a0break"):
         with pytest.raises(ExportError, match=r"which no Modelfile can hold"):
             modelfile(PromptShape(False, "", "", around_system=("", ""), system=system))
+    with pytest.raises(ExportError, match="a stop token holds three quotes"):
+        modelfile(PromptShape(True, "", ""), stops=['a"""b'])
     for name in ('a".gguf', "../a.gguf", " a.gguf", "a\n.gguf"):
         with pytest.raises(ExportError, match=r"the file name .* cannot be written in a Modelfile"):
             format_modelfile(name, PromptShape(True, "", ""), stops=[], parameters={})
@@ -270,7 +272,12 @@ def run(tmp_path: Path) -> RunDir:
 def test_the_modelfile_of_a_run(run: RunDir, tmp_path: Path) -> None:
     folder = tmp_path / "gguf"
     folder.mkdir()
-    write_modelfile(run, folder / "model.Q8_0.gguf", licence="Gemma Terms of Use\nhttps://ai.google.dev/gemma/terms")
+    write_modelfile(
+        run,
+        folder / "model.Q8_0.gguf",
+        max_tokens=8192,
+        licence="Gemma Terms of Use\nhttps://ai.google.dev/gemma/terms",
+    )
     written = (folder / "Modelfile").read_text(encoding="utf-8")
     commands = go.parse_modelfile(written)
     assert commands[0] == ("FROM", "./model.Q8_0.gguf")
@@ -287,7 +294,7 @@ def test_the_modelfile_of_a_run(run: RunDir, tmp_path: Path) -> None:
     assert tokenizer(filled)["input_ids"] == trained(load_template("dolly-chat"), {"instruction": "Who?"}, tokenizer)
     assert str(tmp_path) not in written
     with pytest.raises(ExportError, match=r"Modelfile exists"):
-        write_modelfile(run, folder / "model.Q8_0.gguf")
+        write_modelfile(run, folder / "model.Q8_0.gguf", max_tokens=8192)
 
 
 def test_numbers_of_a_modelfile_are_written_out() -> None:
@@ -327,16 +334,17 @@ def test_llama_cpp_reads_the_ids_of_training(name: str, make_gguf_source: Callab
 def test_rows_with_control_tokens_of_their_own_are_told(run: RunDir, tmp_path: Path) -> None:
     recipe = {"data": {"source": "x", "max_seq_tokens": 64, "control_tokens": "control"}}
     run.resolved_recipe.write_text(json.dumps(recipe), encoding="utf-8")
-    notes = write_modelfile(run, tmp_path / "m.gguf", parameters={"temperature": 0.7, "top_k": 64})
+    notes = write_modelfile(run, tmp_path / "m.gguf", max_tokens=32, parameters={"temperature": 0.7, "top_k": 64})
     assert any("data.control_tokens" in note for note in notes)
     commands = dict(go.parse_modelfile((tmp_path / "Modelfile").read_text(encoding="utf-8")))
     assert (commands["PARAMETER temperature"], commands["PARAMETER top_k"]) == ("0.7", "64")
+    assert commands["PARAMETER num_ctx"] == "32"  # of data.max_seq_tokens 64 the model takes no more
 
 
 def test_a_run_without_its_tokenizer_leaves_nothing(run: RunDir, tmp_path: Path) -> None:
     shutil.rmtree(run.adapter)
     with pytest.raises(GemmaTuneError):
-        write_modelfile(run, tmp_path / "m.gguf")
+        write_modelfile(run, tmp_path / "m.gguf", max_tokens=32)
     assert not (tmp_path / "Modelfile").exists()
 
 

@@ -33,6 +33,7 @@ class ExportTask:
     texts: Mapping[str, str]  # name -> content of small files that go with it
     settings: ExportSettings
     reporter: Reporter
+    asked: tuple[str, ...] = ()  # names of the formats that are exported together
 
     def progress(self, what: str) -> Callable[[int, int], None]:
         """Report (bytes done, bytes in all) under a name."""
@@ -77,6 +78,9 @@ class Format:
     runner: Callable[[Path, ExportSource, Mapping[str, Path]], Runner]
     # (source, all formats asked for, dtype) -> the format that it is made from; None for base and adapter
     parent: Callable[[ExportSource, Sequence[Format], MergeDtype], str | None] = made_from_adapter
+    # whether what is run is its parent's own file, so that the parent's verdict is its own; such a format is written
+    # when the others have theirs, and not offered a parent that failed where there is another
+    runs_parent: bool = False
     # (facts of config.json, directory where the base is here) -> None; it refuses a base of which there is no such
     # export
     check_base: Callable[[TextConfig, Path | None], None] = refuse_quantised

@@ -20,6 +20,7 @@ from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.formats import gguf
 from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
 from gemma_tune.exporting.text_files import licence_notice
+from gemma_tune.models.config import read_config
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 
@@ -34,9 +35,17 @@ _DEFAULT_GGUF = next(each for each in gguf.FORMATS if each.name == "gguf-q8_0")
 
 
 def write_modelfile(
-    run: RunDir, gguf_file: Path, *, licence: str | None = None, parameters: Mapping[str, float] = GREEDY
+    run: RunDir,
+    gguf_file: Path,
+    *,
+    max_tokens: int,
+    licence: str | None = None,
+    parameters: Mapping[str, float] = GREEDY,
 ) -> tuple[str, ...]:
     """Write the Modelfile of a run's GGUF file next to it, and return what a user must know to ask well.
+
+    Args:
+        max_tokens: of a context, which the model was made for.
 
     Raises:
         ExportError: the training template cannot be translated, a Modelfile is there already, or cannot be written.
@@ -56,7 +65,7 @@ def write_modelfile(
         gguf_file.name,
         shape,
         stops=tokenizer.convert_ids_to_tokens(Encoder(tokenizer).stop_token_ids),
-        parameters={"num_ctx": section.max_seq_tokens, **parameters},
+        parameters={"num_ctx": min(section.max_seq_tokens, max_tokens), **parameters},
         notes=notes,
         licence=licence,
     )
@@ -96,7 +105,7 @@ def format_modelfile(
     lines += [f"FROM ./{gguf_name}", f'TEMPLATE """{shape.to_go()}"""']
     if shape.system:
         lines.append(f'SYSTEM """{plain_value(shape.system, what="the system text of the training template")}"""')
-    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines += [f'PARAMETER stop """{plain_value(stop, what="a stop token")}"""' for stop in stops]
     lines += [f"PARAMETER {key} {_number(value)}" for key, value in parameters.items()]
     if licence:
         lines.append(f'LICENSE """{plain_value(licence.strip(), what="the licence")}"""')
@@ -112,17 +121,20 @@ def _number(value: float) -> str:
 
 
 def _parent(source: ExportSource, asked: Sequence[Format], dtype: MergeDtype) -> str:
-    """The first GGUF that is asked for with it."""
+    """The smallest GGUF that is asked for with it."""
     if source.run is None:
         raise ExportError(
             "ollama needs a run, whose data template becomes the Modelfile's", hint="export a GGUF of this adapter"
         )
-    return next((each for each in asked if each in gguf.FORMATS), _DEFAULT_GGUF).name
+    choices = [each for each in asked if each in gguf.FORMATS] or [_DEFAULT_GGUF]
+    if len(choices) > 1:
+        choices.sort(key=lambda each: each.estimate_bytes(source, dtype))
+    return choices[0].name
 
 
 def _write(task: ExportTask) -> Facts:
     """A Modelfile and its GGUF, which shares its bytes with the export that it comes from where the disk can."""
-    run = task.source.run
+    run, base = task.source.run, task.source.base
     assert run is not None, "_parent refuses a source without a run"
     made_from = gguf.find_gguf(task.made_from)
     with task.directory() as directory:
@@ -131,8 +143,14 @@ def _write(task: ExportTask) -> Facts:
             os.link(made_from, file)
         except OSError:
             shutil.copyfile(made_from, file)
-        notes = write_modelfile(run, file, licence=licence_notice(task.source.base.model))
-    return {"create_command": create_command(run.name), "notes": list(notes)}
+        notes = write_modelfile(
+            run, file, licence=licence_notice(base.model), max_tokens=read_config(base.directory).context_tokens
+        )
+    choices = [each.name for each in gguf.FORMATS if each.name in task.asked]
+    took = f"made of {file.name}"
+    if len(choices) > 1:
+        took += f", the smallest of {', '.join(choices)}" + (" that passed" if task.settings.verify else "")
+    return {"create_command": create_command(run.name), "notes": [took, *notes], "gguf": file.name}
 
 
 FORMAT = Format(
@@ -145,5 +163,6 @@ FORMAT = Format(
     write=_write,
     runner=partial(gguf.run_directory, "ollama"),
     parent=_parent,
+    runs_parent=True,
     packages=_DEFAULT_GGUF.packages,
 )

@@ -65,7 +65,10 @@ def test_a_missing_package_is_named_with_the_command_that_installs_it(
     assert command in str(caught.value.hint)
 
 
-def test_ollama_takes_the_gguf_that_is_asked_for_beside_it() -> None:
+def test_ollama_takes_the_smallest_gguf_that_is_asked_for_with_it() -> None:
     ollama = FORMATS["ollama"]
     assert ollama.parent(SOURCE, find_formats(["merged-16bit", "gguf-f16", "ollama"]), "auto") == "gguf-f16"
     assert ollama.parent(SOURCE, find_formats(["ollama"]), "auto") == "gguf-q8_0"
+    several = find_formats(["gguf-f32", "gguf-f16", "ollama", "gguf-q8_0"])
+    assert ollama.parent(SOURCE, several, "auto") == "gguf-q8_0"
+    assert ollama.parent(SOURCE, several[:3], "auto") == "gguf-f16"
