@@ -14,17 +14,19 @@ from rich.markup import escape
 from rich.prompt import Prompt
 from rich.text import Text
 
-from gemma_tune.errors import DataError, EngineError, GemmaTuneError, ModelError, RecipeError
+from gemma_tune.errors import DataError, GemmaTuneError, RecipeError
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import format_bytes, format_seconds
+from gemma_tune.text import counted, format_bytes, format_seconds, shorten
 
 if TYPE_CHECKING:
-    from gemma_tune.data.inputs import Inputs
-    from gemma_tune.data.look.glance import Goal
+    from gemma_tune.data.look.glance import RenderedRows
+    from gemma_tune.data.look.recognise import Goal, Reading
+    from gemma_tune.flows.new_recipe import NewRecipe
     from gemma_tune.machine.cards import Card
     from gemma_tune.planning.propose import Proposal
 
 _NO_CARD = "none"
+_SHOWN_LINES, _SHOWN_CHARS = 8, 400  # of a prompt or an answer
 _Answer = TypeVar("_Answer")
 
 
@@ -69,7 +71,9 @@ def init(
 
     It asks for what is not given; where nobody can be asked, it says what is missing.
     """
-    from gemma_tune.data.look.glance import open_rows, read_columns
+    from gemma_tune.data.look.glance import read_columns, render_all
+    from gemma_tune.data.look.recognise import recognise
+    from gemma_tune.flows.new_recipe import NewRecipe, is_tuned, require_kind
     from gemma_tune.recipe.commented import format_recipe, write_new
 
     terminal = Terminal()
@@ -86,24 +90,55 @@ def init(
         raise DataError("init needs rows", hint="name them: gemma-tune init rows.jsonl")
     if not (asks or yes):
         _require_flags(goal=goal, gpu=gpu)
+    decide = functools.partial(recognise, source, columns, command=_typed_command())
+    likely: Goal | None = "chat" if is_tuned(model) else None
     if asks:
-        terminal.note(Text(f"  columns: {', '.join(columns)}", "dim"))
-    chosen_goal = goal or _settle_goal(terminal, (*columns, *mapped), model=model, asks=asks)
-    _require_kind(model, goal=chosen_goal)
-    template, mapped = _settle_template(terminal, source, columns, mapped, goal=chosen_goal, asks=asks, guesses=yes)
-    inputs = open_rows(source, template=template, columns=mapped)
-    card = _settle_card(terminal, gpu, asks=asks)
-    propose = _proposer(source, inputs, template=template, columns=mapped, card=card)
-    proposal = _settle_model(terminal, model, goal=chosen_goal, card=card, propose=propose, asks=asks)
-    header = _header(proposal, source=source, goal=chosen_goal, output=output)
-    text = format_recipe(header, proposal.settings)
+        terminal.err.print(make_table(("column", "holds"), [(each.name, each.about) for each in columns]))
+        reading = _ask_reading(terminal, decide, [each.name for each in columns], mapped, goal=goal, likely=likely)
+    else:
+        reading = decide(goal=goal or likely, mapped=mapped)
+    require_kind(model, goal=reading.goal)
+    rows = render_all(source, reading)
+    _show_rows(terminal, reading, rows)
+    new = NewRecipe(source, reading, rows, _settle_card(terminal, gpu, asks=asks))
+    proposal = new.require(model) if model is not None else _settle_model(terminal, new, asks=asks)
+    text = format_recipe(new.header(proposal, output=output), proposal.settings)
     write_new(output, text)
     terminal.plain(text)
     if proposal.plan is not None and proposal.plan.verdict == "tight":
-        terminal.note(f"[yellow]![/] {escape(proposal.plan.line)}")
+        _warn(terminal, proposal.plan.line)
+    advice = new.advise(proposal, output=output)
+    if advice is not None:
+        _warn(terminal, advice[0])
+        terminal.note(Text(f"  {advice[1]}"))
     terminal.note(f"[green]✓[/] wrote {escape(str(output))}; look at the rows, then train:")
     path = shlex.quote(str(output))
     terminal.note(Text(f"  gemma-tune data preview {path}\n  gemma-tune train {path}"))
+
+
+def _warn(terminal: Terminal, text: str) -> None:
+    terminal.note(f"[yellow]![/] {escape(text)}")
+
+
+def _show_rows(terminal: Terminal, reading: Reading, rows: RenderedRows) -> None:
+    """What was chosen and found, and the first row as it is trained."""
+    for note in (*reading.notes, *rows.notes):
+        _warn(terminal, note)
+    terminal.note(f"{counted(rows.num_rows, 'row')} can be used; {escape(rows.first.where)} as it is trained:")
+    shown = [("  prompt", _beginning(rows.first.prompt_text)), ("  learned", _beginning(rows.first.response))]
+    terminal.err.print(make_table(("", ""), shown))
+
+
+def _beginning(text: str) -> str:
+    """A few lines of a text."""
+    lines = shorten(text.strip(), num_chars=_SHOWN_CHARS).splitlines()
+    return "\n".join([*lines[:_SHOWN_LINES], *["…"] * (len(lines) > _SHOWN_LINES)])
+
+
+def _typed_command() -> str:
+    """What the user typed, for a hint that puts options behind it."""
+    words = sys.argv[1:]
+    return shlex.join(["gemma-tune", *words] if words[:1] == ["init"] else ["gemma-tune", "init", *words])
 
 
 def _parse_columns(given: Sequence[str]) -> dict[str, str]:
@@ -157,73 +192,44 @@ def _one_of(choices: Sequence[str]) -> Callable[[str], str]:
 # --- one decision each ------------------------------------------------------------------------------------------------
 
 
-def _settle_goal(terminal: Terminal, columns: Sequence[str], *, model: str | None, asks: bool) -> Goal:
-    from gemma_tune.data.look.glance import GOALS, likely_goal
-
-    likely: Goal = "chat" if _is_tuned(model) else likely_goal(columns)
-    if not asks:
-        return likely
-    terminal.err.print(make_table(("goal", ""), [(name, facts.about) for name, facts in GOALS.items()]))
-    answer = _ask(terminal, "Goal", default=likely, read=_one_of(list(GOALS)))
-    return next(name for name in GOALS if name == answer)
-
-
-def _is_tuned(model: str | None) -> bool | None:
-    """None: not known, or no matter, as the embedded model knows chat turns without having learned them."""
-    from gemma_tune.models.catalogue import TINY
-    from gemma_tune.models.resolve import resolve_model
-
-    row = None if model is None else resolve_model(model).model
-    return None if row is None or row.name == TINY else row.is_instruction_tuned
-
-
-def _require_kind(model: str | None, *, goal: Goal) -> None:
-    is_tuned = _is_tuned(model)
-    if goal == "chat" and is_tuned is False:
-        raise ModelError(
-            f"{model} is a base model and has no chat turns", hint="name an -it model, or use --goal instruct"
-        )
-    if goal != "chat" and is_tuned:
-        raise ModelError(
-            f"{model} has learned chat turns, which --goal {goal} would undo", hint="use --goal chat, or a base model"
-        )
-
-
-def _settle_template(
+def _ask_reading(
     terminal: Terminal,
-    source: str,
-    columns: Sequence[str],
+    decide: Callable[..., Reading],
+    names: Sequence[str],
     mapped: dict[str, str],
     *,
-    goal: Goal,
-    asks: bool,
-    guesses: bool,
-) -> tuple[str, dict[str, str]]:
-    """The template, and field → column where rows have names of their own."""
-    from gemma_tune.data.look.glance import GOALS, find_template, guess_columns, likely_goal
+    goal: Goal | None,
+    likely: Goal | None,
+) -> Reading:
+    """How the rows are read; what was guessed or is not clear is asked."""
+    from gemma_tune.data.look.recognise import GOALS, Undecided
 
-    template = find_template(columns, mapped, goal=goal)
-    if template is not None:
-        return template, mapped
-    fields = [field for field in GOALS[goal].fields if field not in mapped]
-    guessed = guess_columns(columns, goal=goal)
-    if asks:
-        terminal.note("  No template fits these columns. Which column holds")
-        for field in fields:
-            unused = [name for name in columns if name not in mapped.values()] or columns
-            default = guessed.get(field, unused[0])
-            mapped[field] = _ask(terminal, f"  the {field}", default=default, read=_one_of(columns))
-    elif guesses and all(field in guessed for field in fields):
-        mapped |= {field: guessed[field] for field in fields}
-    template = find_template(columns, mapped, goal=goal)
-    if template is not None:
-        return template, mapped
-    flags = " ".join(f"--column {field}={guessed.get(field, 'COLUMN')}" for field in fields)
-    hint = f"map them: {flags}"
-    other = likely_goal(columns)
-    if find_template(columns, {}, goal=other):
-        hint = f"they fit --goal {other}; or {hint}"
-    raise DataError(f"{source}: its columns ({', '.join(columns)}) fit no template for --goal {goal}", hint=hint)
+    def attempt(goal: Goal | None) -> Reading | None:
+        try:
+            return decide(goal=goal, mapped=mapped)
+        except Undecided:
+            return None
+
+    chosen: Goal = goal or likely or "instruct"
+    found = attempt(goal or likely)
+    if goal is None:
+        terminal.err.print(make_table(("goal", ""), [(name, facts.about) for name, facts in GOALS.items()]))
+        default = likely or (found.goal if found else chosen)
+        answer = _ask(terminal, "Goal", default=default, read=_one_of(list(GOALS)))
+        chosen = next(name for name in GOALS if name == answer)
+        found = attempt(chosen)
+    if found is not None and not found.is_guess:
+        return found
+    terminal.note("  Which column holds")
+    for field in (field for field in GOALS[chosen].fields if field not in mapped):
+        unused = [name for name in names if name not in mapped.values()] or names
+        guess = found.columns.get(field, field) if found else field
+        guess = guess if guess in names else unused[0]
+        mapped[field] = _ask(terminal, f"  the {field}", default=guess, read=_one_of(names))
+    context = found.columns.get("context") if found else None
+    if context is not None and context not in mapped.values():
+        mapped["context"] = context
+    return decide(goal=chosen, mapped=mapped)
 
 
 def _settle_card(terminal: Terminal, gpu: str | None, *, asks: bool) -> Card | None:
@@ -247,66 +253,17 @@ def _settle_card(terminal: Terminal, gpu: str | None, *, asks: bool) -> Card | N
     )
 
 
-def _proposer(
-    source: str, inputs: Inputs, *, template: str, columns: dict[str, str], card: Card | None
-) -> Callable[[str], Proposal | None]:
-    """What proposes a recipe for a model; rows are measured once for each tokenizer that is here."""
-    from gemma_tune.data.look.glance import measure_rows
-    from gemma_tune.planning.propose import RowFacts, propose
+def _settle_model(terminal: Terminal, new: NewRecipe, *, asks: bool) -> Proposal:
+    from gemma_tune.planning.propose import choose_model
 
-    @functools.cache
-    def facts(tokenizer: Path | None) -> RowFacts:
-        lengths = measure_rows(inputs, tokenizer=tokenizer)
-        return RowFacts(source, template, columns, lengths.num_rows, lengths.tokens)
-
-    return lambda model: propose(model, facts(_tokenizer_of(model)), card=card)
-
-
-def _tokenizer_of(model: str) -> Path | None:
-    """Its tokenizer.json, where the model is a directory on this machine."""
-    from gemma_tune.models.resolve import resolve_model
-
-    path = Path(resolve_model(model).location) / "tokenizer.json"
-    return path if path.is_file() else None
-
-
-def _settle_model(
-    terminal: Terminal,
-    model: str | None,
-    *,
-    goal: Goal,
-    card: Card | None,
-    propose: Callable[[str], Proposal | None],
-    asks: bool,
-) -> Proposal:
-    from gemma_tune.planning.propose import choose_model, models_for
-
-    def read(name: str) -> Proposal:
-        _require_kind(name, goal=goal)
-        proposal = propose(name)
-        if proposal is None:
-            assert card is not None
-            raise EngineError(
-                f"{name} does not fit on {card.name}, not even one row at a time, unless most rows are left out",
-                hint="a smaller one is proposed without --model",
-            )
-        return proposal
-
-    if model is not None:
-        return read(model)
-    proposals = [found for name in models_for(card, chat=goal == "chat") if (found := propose(name)) is not None]
-    if not proposals:
-        assert card is not None
-        raise EngineError(
-            f"no Gemma fits on {card.name} with these rows", hint="--gpu none trains the embedded model on a processor"
-        )
+    proposals = new.all()
     chosen = choose_model(proposals)
     if not asks:
         return chosen
     rows = [(each.model, *_figures(each)) for each in proposals]
     columns = ("model", "download", "needs", "", "time, a guess")
     terminal.err.print(make_table(columns, rows, right=(1, 2, 4)))
-    return _ask(terminal, "Model", default=chosen.model, read=read)
+    return _ask(terminal, "Model", default=chosen.model, read=new.require)
 
 
 def _figures(proposal: Proposal) -> tuple[str | None, ...]:
@@ -318,31 +275,3 @@ def _figures(proposal: Proposal) -> tuple[str | None, ...]:
     seconds = plan.schedule.seconds
     time = None if seconds is None else format_seconds(seconds)
     return format_bytes(download), format_bytes(plan.need_bytes), plan.verdict, time
-
-
-def _header(proposal: Proposal, *, source: str, goal: Goal, output: Path) -> dict[str, str]:
-    """The comments at the top, as shipped recipes have them."""
-    from gemma_tune.data.look.glance import GOALS
-    from gemma_tune.models.resolve import resolve_model
-
-    plan, command = proposal.plan, f"gemma-tune train {shlex.quote(str(output))}"
-    header = {"Goal": f"{GOALS[goal].about}, on the rows of {source}."}
-    if plan is None:
-        header["Hardware"] = "a processor; nothing was planned for a card."
-        expect = "not measured."
-    else:
-        assert plan.card is not None
-        header["Hardware"] = (
-            f"{plan.card.name}. Counted: {plan.need_bytes / 1e9:.1f} GB ± {plan.uncertainty_bytes / 1e9:.1f} of the "
-            f"{plan.card.usable_bytes / 1e9:.1f} GB it can use."
-        )
-        seconds = plan.schedule.seconds
-        expect = f"{plan.schedule.steps or 0:,} steps" if plan.schedule.steps else "as many steps as there are rows"
-        expect += f", about {format_seconds(seconds)}, counted: half or twice that is possible." if seconds else "."
-    header |= {"Command": command, "Expect": expect}
-    row = resolve_model(proposal.model).model
-    if row is not None:
-        header["Licence"] = f"{row.licence} for the model."
-        if row.is_gated:
-            header["Licence"] += f" Accept it at https://huggingface.co/{row.hub_id}, then `hf auth login`."
-    return header

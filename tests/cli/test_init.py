@@ -97,16 +97,16 @@ def test_nothing_is_overwritten_and_nothing_written_when_refused(command: InitCo
         (("tiny-world",), RecipeError, r"no terminal; it needs --goal .* and --gpu", "--yes"),
         (("tiny-world", "--gpu", "t4"), RecipeError, r"it needs --goal chat, instruct or complete$", "--yes"),
         (
-            ("faq.csv", "--yes"),
+            ("sides.csv", "--yes"),
             DataError,
-            r"its columns \(Frage, Antwort\) fit no template for --goal instruct",
-            "--column instruction=COLUMN --column response=COLUMN",
+            r"no column is clearly the instruction or the response\n  left    text .*\n  middle  text ",
+            "say which: gemma-tune init sides.csv --yes --column instruction=COLUMN --column response=COLUMN",
         ),
         (
-            ("faq.csv", "--yes", "--column", "instruction=Frage"),
+            ("sides.csv", "--yes", "--column", "instruction=left"),
             DataError,
-            r"fit no template",
-            "map them: --column response=COLUMN",
+            r"no column is clearly the response\n",
+            "say which: gemma-tune init sides.csv --yes --column instruction=left --column response=COLUMN",
         ),
         (
             ("faq.csv", "--yes", "--column", "instruction=frage", "--column", "response=Antwort"),
@@ -118,7 +118,7 @@ def test_nothing_is_overwritten_and_nothing_written_when_refused(command: InitCo
         (
             ("tiny-world", "--yes", "--goal", "complete"),
             DataError,
-            r"fit no template for --goal complete",
+            r"no column is clearly the text\n  instruction  text of about",
             "they fit --goal instruct; or map them: --column text=COLUMN",
         ),
         (("tiny-world", "--yes", "--gpu", "t5"), EngineError, r"no card is known by the name 't5'", "known: t4"),
@@ -153,6 +153,8 @@ def test_refusals_say_what_to_do(
     command: InitCommand, arguments: tuple[str, ...], error: type[GemmaTuneError], message: str, hint: str | None
 ) -> None:
     shipped_rows(Path("faq.csv"), names=("Frage", "Antwort"))
+    sides = [f"one more sentence {index},number {index} of it,and its third part {index}\n" for index in range(9)]
+    Path("sides.csv").write_text("left,middle,right\n" + "".join(sides), encoding="utf-8")
     with pytest.raises(error, match=message) as refused:
         command(*arguments)
     assert hint is None or hint in (refused.value.hint or "")

@@ -1,126 +1,102 @@
-"""A first look at rows without a recipe: what they are for, which template reads them, how long they are."""
+"""A first look at rows without a recipe: their columns, and every row as a training would render it."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-from gemma_tune.data.inputs import Inputs, detect_template, open_inputs
-from gemma_tune.data.sources.items import SourceRow
-from gemma_tune.data.sources.source import open_source, split_count
+from gemma_tune.data.inputs import Inputs, open_inputs
+from gemma_tune.data.look.recognise import Column, Reading, describe_columns
+from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.read import read_examples, render_rows
+from gemma_tune.data.rows.render import Example
+from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken
+from gemma_tune.data.sources.source import MAX_COLUMN_ROWS, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
-from gemma_tune.recipe.methods import DEFAULT_METHOD
+from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import DataSection
-
-Goal = Literal["chat", "instruct", "complete"]
+from gemma_tune.text import counted
 
 # Bytes of UTF-8 a token: fewer than the 4.2 of English prose that a plan takes as the mean, because here a row that is
 # counted too short would be left out.
 BYTES_PER_TOKEN = 3.5
-# What a template's own words and control tokens may add to a row.
-TEMPLATE_TOKENS = 32
-MAX_MEASURED_ROWS = 20_000
+MAX_RENDERED_ROWS = 20_000
+_MAX_TOLD = 3
 
 
 @dataclass(frozen=True)
-class GoalFacts:
-    """What a goal means for the rows."""
+class RenderedRows:
+    """Rows as they would be trained: the first MAX_RENDERED_ROWS of a source, and how many there are in all."""
 
-    about: str  # a line for a question
-    templates: tuple[str, ...]  # those that serve it; of the first of them come the fields of rows that fit none
-    fields: Mapping[str, tuple[str, ...]]  # to map other columns to, each with names that such a column often has
+    num_rows: int  # that can be used; those behind the rendered ones are taken to be as good. With `#N` that number
+    texts: tuple[str, ...]  # of each rendered row, prompt and response as one
+    first: Example
+    notes: tuple[str, ...]  # what the reading said, a sentence each
 
+    def num_tokens(self, tokenizer: Path | None) -> tuple[int, ...]:
+        """Lengths in tokens, sorted. `tokenizer`: a tokenizer.json, where there is one; else bytes are counted."""
+        if tokenizer is None:
+            sizes = (len(text.encode("utf-8", errors="surrogatepass")) for text in self.texts)
+            return tuple(sorted(round(size / BYTES_PER_TOKEN) + 2 for size in sizes))  # <bos> and the stop token
+        from tokenizers import Tokenizer
 
-_ASKED = ("question", "query", "prompt", "input", "user", "ask", "problem", "title")
-_ANSWERED = ("answer", "output", "completion", "reply", "assistant", "solution", "target", "label")
-_PAIR = {"instruction": _ASKED, "response": _ANSWERED}
-GOALS: dict[Goal, GoalFacts] = {
-    "chat": GoalFacts("an -it model answers in its own chat turns", ("dolly-chat", "alpaca-chat", "chat"), _PAIR),
-    "instruct": GoalFacts("a base model learns to follow instructions", ("dolly", "alpaca"), _PAIR),
-    "complete": GoalFacts(
-        "a base model goes on with text", ("text", "completion"), {"text": ("content", "document", "body", "story")}
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """How long the rows of a source are."""
-
-    tokens: tuple[int, ...]  # of each row that was measured, sorted; a template's own words are allowed for
-    num_rows: int  # of the source; MAX_MEASURED_ROWS where there are more. With `#N` that number
+        backend = Tokenizer.from_file(str(tokenizer))
+        encoded = backend.encode_batch_fast(list(self.texts), add_special_tokens=False)
+        return tuple(sorted(len(encoding.ids) + 2 for encoding in encoded))
 
 
-def read_columns(source: str) -> tuple[str, ...]:
-    """Read the columns of a source as `data.source` names it; raises a DataError for preference pairs."""
-    columns = open_source(split_count(source)[0]).columns
-    if {"chosen", "rejected"} <= set(columns):
-        raise DataError(
-            f"{source} holds preference pairs (chosen, rejected), which cannot be trained by method {DEFAULT_METHOD}",
-            hint=f"look at them with: gemma-tune data audit {source}",
-        )
-    return columns
+def read_columns(source: str) -> tuple[Column, ...]:
+    """Look at the columns of a source, as `data.source` names it, in its first rows."""
+    opened = open_source(split_count(source)[0])
+    if not opened.columns:
+        read_whole(opened)  # raises: there is not one row among the first lines
+    rows = (item.fields for item in opened.rows() if isinstance(item, SourceRow))
+    return describe_columns(list(itertools.islice(rows, MAX_COLUMN_ROWS)))
 
 
-def likely_goal(columns: Sequence[str]) -> Goal:
-    """What rows with these columns are mostly used for."""
-    found = detect_template(columns, prefers_chat=False)
-    return next(
-        (goal for goal, facts in GOALS.items() if found is not None and found.name in facts.templates), "instruct"
-    )
-
-
-def find_template(columns: Sequence[str], mapped: Mapping[str, str], *, goal: Goal) -> str | None:
-    """The shipped template that serves the goal and fits the columns and the fields mapped to them."""
-    found = detect_template((*columns, *mapped), prefers_chat=goal == "chat")
-    return found.name if found is not None and found.name in GOALS[goal].templates else None
-
-
-def guess_columns(columns: Sequence[str], *, goal: Goal) -> dict[str, str]:
-    """Field → the column that probably holds it; fields for which there is none are left out."""
-    guessed: dict[str, str] = {}
-    for field, names in GOALS[goal].fields.items():
-        column = next((column for name in (field, *names) for column in columns if column.lower() == name), None)
-        if column is not None and column not in guessed.values():
-            guessed[field] = column
-    return guessed
-
-
-def open_rows(source: str, *, template: str, columns: Mapping[str, str]) -> Inputs:
-    """Open rows as a recipe with this template would; raises a DataError for an unknown column or field."""
-    section = DataSection(source=source, template=template, columns=dict(columns), max_seq_tokens=8)
-    return open_inputs(section, prefers_chat=False)
-
-
-def measure_rows(inputs: Inputs, *, tokenizer: Path | None) -> Lengths:
-    """Lengths of the first MAX_MEASURED_ROWS rows.
-
-    Args:
-        tokenizer: a tokenizer.json, where the model's is on this machine; without it bytes are counted.
+def render_all(source: str, reading: Reading) -> RenderedRows:
+    """Count the rows of a source, and render them with the reader that trains on them.
 
     Raises:
-        DataError: none of them has a text.
+        DataError: lines are broken, too many rows cannot be used, or all are equal.
     """
+    section = DataSection(
+        source=source, template=reading.template, columns=dict(reading.columns), max_seq_tokens=8, eval_fraction=0
+    )
+    inputs = open_inputs(section, prefers_chat=False)
     item = inputs.train[0]
-    texts, num_rows = [], 0
-    for row in itertools.islice(item.source.rows(), MAX_MEASURED_ROWS):
-        num_rows += 1
-        text = "\n".join(text for _, text in item.texts(row.fields)) if isinstance(row, SourceRow) else ""
-        if text:
-            texts.append(text)
-    if not texts:
-        raise DataError(f"{item.source.label}: no row has a text", hint="look at it: its columns hold something else")
-    tokens = sorted(length + TEMPLATE_TOKENS for length in _count_tokens(texts, tokenizer))
-    return Lengths(tuple(tokens), item.num_rows or num_rows)
+    broken: list[BrokenLine] = []
+    num_rows = 0
+    for row in item.source.rows():
+        num_rows += isinstance(row, SourceRow)
+        broken += [row] if isinstance(row, BrokenLine) else []
+    stop_if_broken(broken)
+    head = replace(item.source, _read=lambda: itertools.islice(item.source.rows(), MAX_RENDERED_ROWS))
+    head_item = replace(item, source=head, num_rows=None)
+    chat = gemma_turns() if inputs.needs_chat else None
+    examples = read_examples(section, Inputs((head_item,), None), chat=chat)
+    report = examples.report
+    if report.train_rows > 1 and report.num_duplicates == report.train_rows - 1:
+        raise DataError(
+            f"{item.source.label}: {counted(report.train_rows, 'row')}, and all of them are equal",
+            hint="a model learns from rows that differ",
+        )
+    rows = list(examples.train)
+    notes = list(report.notes)
+    if len(rows) > 1 and len({row.response for row in rows}) == 1:
+        notes.append("every row has the same response, and a model learns to say nothing else")
+    if report.rows_bad:
+        notes.append(f"{counted(report.rows_bad, 'row')} cannot be used and are left out: ")
+        notes[-1] += "; ".join(report.bad_samples[:_MAX_TOLD])
+    texts = tuple("".join(segment.text for segment in row.segments) for row in rows)
+    rendered = (example for _, example in render_rows(head_item, cleaner=None, chat=chat))
+    first = next(example for example in rendered if isinstance(example, Example))
+    return RenderedRows(item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes))
 
 
-def _count_tokens(texts: Sequence[str], tokenizer: Path | None) -> list[int]:
-    if tokenizer is None:
-        return [round(len(text.encode("utf-8", errors="surrogatepass")) / BYTES_PER_TOKEN) for text in texts]
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_file(str(tokenizer))
-    return [len(encoding.ids) for encoding in backend.encode_batch_fast(list(texts))]
+def gemma_turns() -> ChatRenderer:
+    """The turns of every Gemma, as the embedded model has them; without transformers, which take seconds to load."""
+    template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+    marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+    return ChatRenderer(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)

@@ -1,4 +1,4 @@
-"""What `init` sees in rows: goal, template, columns and lengths."""
+"""What `init` measures of rows: their columns, how many there are and how long they are."""
 
 from __future__ import annotations
 
@@ -6,101 +6,59 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
-from gemma_tune.data.look.glance import (
-    GOALS,
-    MAX_MEASURED_ROWS,
-    TEMPLATE_TOKENS,
-    Goal,
-    find_template,
-    guess_columns,
-    likely_goal,
-    measure_rows,
-    open_rows,
-    read_columns,
-)
-from gemma_tune.data.rows.template import list_templates, load_template
+from gemma_tune.data.inputs import open_inputs
+from gemma_tune.data.look.glance import MAX_RENDERED_ROWS, RenderedRows, read_columns, render_all
+from gemma_tune.data.look.recognise import Reading
+from gemma_tune.data.open import load_encoder
+from gemma_tune.data.rows.read import read_examples
 from gemma_tune.errors import DataError
-from gemma_tune.paths import TINY_MODEL_DIR, TINY_ROWS_DIR
+from gemma_tune.models.fetch import fetch_model
+from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.recipe.schema import DataSection
 
 
-@pytest.mark.parametrize(
-    ("columns", "goal", "template"),
-    [
-        (("instruction", "context", "response", "category"), "instruct", "dolly"),
-        (("instruction", "input", "output"), "instruct", "alpaca"),
-        (("messages",), "chat", "chat"),
-        (("conversations", "id"), "chat", "chat"),
-        (("text",), "complete", "text"),
-        (("prompt", "completion"), "complete", "completion"),
-        (("Frage", "Antwort"), "instruct", None),
-    ],
-)
-def test_columns_tell_the_goal(columns: tuple[str, ...], goal: Goal, template: str | None) -> None:
-    assert likely_goal(columns) == goal
-    assert find_template(columns, {}, goal=goal) == template
+def render(source: str, template: str) -> RenderedRows:
+    return render_all(source, Reading("instruct", template, {}))
 
 
-def test_a_goal_takes_only_templates_that_serve_it() -> None:
-    dolly = ("instruction", "context", "response")
-    assert find_template(dolly, {}, goal="chat") == "dolly-chat"
-    assert find_template(dolly, {}, goal="complete") is None
-    assert find_template(("messages",), {}, goal="instruct") is None
-    mapped = {"instruction": "q", "response": "a"}
-    assert find_template(("q", "a"), mapped, goal="instruct") == "dolly"
-    assert find_template(("q", "a"), mapped, goal="chat") == "dolly-chat"
+def test_columns_of_the_first_rows() -> None:
+    names = [column.name for column in read_columns("tiny-world#5")]
+    assert names == ["instruction", "context", "response", "category"]
 
 
-def test_goals_name_templates_and_fields_that_exist() -> None:
-    for facts in GOALS.values():
-        assert set(facts.templates) <= set(list_templates())
-        template = load_template(facts.templates[0])
-        assert set(facts.fields) == set(template.required)
+@pytest.mark.parametrize("template", ["dolly", "dolly-chat"])
+def test_lengths_are_those_of_the_training(template: str) -> None:
+    rows = render("tiny-world", template)
+    section = DataSection(source="tiny-world", template=template, max_seq_tokens=4096, eval_fraction=0)
+    inputs = open_inputs(section, prefers_chat=False)
+    _, encoder, chat = load_encoder(fetch_model("gemma-tiny"), inputs=inputs)
+    examples = read_examples(section, inputs, chat=chat)
+    encoded = encoder.encode_rows([row.segments for row in examples.train], train_on="response")
+    assert rows.num_rows == len(examples.train)
+    lengths = rows.num_tokens(TINY_MODEL_DIR / "tokenizer.json")
+    # Segments that are cut one by one may have a token more or less at a border than the text as a whole.
+    pairs = zip(lengths, sorted(encoded.lengths.tolist()), strict=True)
+    assert max(abs(measured - trained) for measured, trained in pairs) <= 2
 
 
-def test_columns_are_guessed_by_name_and_each_once() -> None:
-    assert guess_columns(("Question", "ANSWER", "id"), goal="instruct") == {
-        "instruction": "Question",
-        "response": "ANSWER",
-    }
-    assert guess_columns(("prompt", "completion"), goal="chat") == {"instruction": "prompt", "response": "completion"}
-    assert guess_columns(("body", "date"), goal="complete") == {"text": "body"}
-    assert guess_columns(("a", "b"), goal="instruct") == {}
-
-
-def test_preference_pairs_are_refused_before_anything_is_asked(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"preference pairs .* cannot be trained by method sft"):
-        read_columns(str(path))
-    assert read_columns("tiny-world#5") == ("instruction", "context", "response", "category")
-
-
-def test_lengths_are_those_of_the_tokenizer() -> None:
-    rows = open_rows("tiny-world", template="dolly", columns={})
-    lengths = measure_rows(rows, tokenizer=TINY_MODEL_DIR / "tokenizer.json")
-    tokenizer = AutoTokenizer.from_pretrained(TINY_MODEL_DIR)
-    lines = (TINY_ROWS_DIR / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    texts = []
-    for line in lines:
-        row = json.loads(line)
-        texts.append("\n".join(row[name] for name in ("instruction", "response", "context")))
-    expected = sorted(len(ids) + TEMPLATE_TOKENS for ids in tokenizer(texts)["input_ids"])
-    # The order in which fields are joined may cost or save a token at a border.
-    assert lengths.num_rows == len(lines)
-    assert len(lengths.tokens) == len(lines)
-    assert max(abs(a - b) for a, b in zip(lengths.tokens, expected, strict=True)) <= 2
-
-
-def test_without_a_tokenizer_bytes_are_counted_and_only_so_many_rows(tmp_path: Path) -> None:
+def test_without_a_tokenizer_bytes_are_counted_and_every_row_counts(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"text": "' + "ä" * 350 + '"}\n' + '{"text": "abc"}\n' * MAX_MEASURED_ROWS, encoding="utf-8")
-    rows = open_rows(str(path), template="text", columns={})
-    lengths = measure_rows(rows, tokenizer=None)
-    assert lengths.num_rows == MAX_MEASURED_ROWS
-    assert (lengths.tokens[0], lengths.tokens[-1]) == (1 + TEMPLATE_TOKENS, 200 + TEMPLATE_TOKENS)
-    only_ids = tmp_path / "empty.jsonl"
-    only_ids.write_text('{"text": null}\n', encoding="utf-8")
-    with pytest.raises(DataError, match=r"no row has a text"):
-        measure_rows(open_rows(str(only_ids), template="text", columns={}), tokenizer=None)
+    lines = [json.dumps({"text": f"{index:04} abc" if index else "ä" * 350}) for index in range(MAX_RENDERED_ROWS + 7)]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    rows = render(str(path), "text")
+    assert rows.num_rows == MAX_RENDERED_ROWS + 7
+    lengths = rows.num_tokens(None)
+    assert len(lengths) == MAX_RENDERED_ROWS
+    assert (lengths[0], lengths[-1]) == (2 + 2, 200 + 2)
+    only_null = tmp_path / "empty.jsonl"
+    only_null.write_text('{"text": null}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"1 of 1 row of empty.jsonl cannot be used"):
+        render(str(only_null), "text")
+
+
+def test_a_broken_line_behind_the_rendered_rows_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "abc"}\n' * 3 + '{"text"\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl:4"):
+        render(str(path), "text")
