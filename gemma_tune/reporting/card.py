@@ -95,8 +95,6 @@ def build_model_card(run: RunDir, export: CardExport) -> str:
         "facts": facts,
         "repository": REPOSITORY,
         "front_matter": _front_matter(facts),
-        "measured": _measured(facts.summary) if facts.summary else [],
-        "made": _made(facts),
         "recipe_yaml": _recipe_yaml(facts.recipe),
     }
     return mask_private(
@@ -209,52 +207,6 @@ def _eval_results(facts: _Facts) -> list[Any]:
         for (metric, name), value in measured.items()
         if value is not None
     ]
-
-
-def _measured(summary: RunSummary) -> list[tuple[str, str, str]]:
-    """Return the figures of the held-out rows before and after the training, those that were measured."""
-    rows = [
-        (f"loss, {summary.eval_rows:,} rows", summary.eval_loss_before, summary.eval_loss_after, ".3f"),
-        (
-            f"exact match, {summary.exact_match_rows:,} rows",
-            summary.exact_match_before,
-            summary.exact_match_after,
-            ".1%",
-        ),
-    ]
-    return [
-        (what, format(before, form) if before is not None else "—", format(after, form))
-        for what, before, after, form in rows
-        if after is not None
-    ]
-
-
-def _made(facts: _Facts) -> list[tuple[str, str]]:
-    """Return what the model was made from and with, as label and value."""
-    recipe, lock, data, summary = facts.recipe, facts.lock, facts.data, facts.summary
-    revision = f", revision {facts.base.revision}" if facts.base.revision else ""
-    weights = [item for item in lock["base"]["files"].items() if item[0].endswith(".safetensors")]
-    rows = [
-        ("base", f"{facts.base_name}{revision}"),
-        *((f"sha256 of the base's {name}", digest) for name, digest in weights),
-        ("rows", f"{', '.join(facts.labels)}: {data['train_rows']:,} trained, {data['eval_rows']:,} held out"),
-        ("sha256 of the rows", data["sha256"]),
-        ("method", recipe.method_facts.about),
-        ("LoRA", f"rank {recipe.lora.rank}, alpha {recipe.lora.alpha:g} on {', '.join(recipe.lora.targets)}"),
-        ("quantization while training", _quantization(recipe)),
-        ("precision", lock["precision"]["compute"]),
-        ("seed", str(lock["seed"])),
-        ("hardware", lock["hardware"]["name"]),
-        ("software", ", ".join(f"{name} {version}" for name, version in lock["packages"].items() if version)),
-    ]
-    if summary is not None:
-        tokens = f"{summary.num_tokens:,} tokens in {summary.training_seconds:,.0f} s"
-        rows.append(("training", f"{summary.steps:,} steps, {tokens}"))
-    return rows
-
-
-def _quantization(recipe: Recipe) -> str:
-    return "NF4 (QLoRA)" if recipe.model.load_in_4bit else "LLM.int8()" if recipe.model.load_in_8bit else "none"
 
 
 def _recipe_yaml(recipe: Recipe) -> str:
