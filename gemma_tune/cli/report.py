@@ -138,19 +138,13 @@ def print_files(terminal: Terminal, run: RunDir) -> None:
 
 
 def _figures(summary: RunSummary) -> list[tuple[str, str | None, str | None]]:
-    def loss(value: float | None) -> str | None:
-        return None if value is None else f"{value:.3f}"
+    def written(value: float | None, form: str) -> str | None:
+        return None if value is None else format(value, form)
 
-    def share(value: float | None) -> str | None:
-        return None if value is None else f"{value:.1%}"
-
+    loss, match = f"eval loss, {summary.eval_rows} rows", f"exact match, {summary.exact_match_rows} rows"
     return [
-        (f"eval loss, {summary.eval_rows} rows", loss(summary.eval_loss_before), loss(summary.eval_loss_after)),
-        (
-            f"exact match, {summary.exact_match_rows} rows",
-            share(summary.exact_match_before),
-            share(summary.exact_match_after),
-        ),
+        (loss, written(summary.eval_loss_before, ".3f"), written(summary.eval_loss_after, ".3f")),
+        (match, written(summary.exact_match_before, ".1%"), written(summary.exact_match_after, ".1%")),
     ]
 
 

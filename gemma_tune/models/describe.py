@@ -6,6 +6,7 @@ Names are those of transformers' `Gemma…ForCausalLM`; the tests compare every 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -126,25 +127,15 @@ def _nf4_bytes(num_weights: int) -> int:
 
 def _fold_layers(rows: list[LayerRow], config: TextConfig) -> list[LayerRow]:
     folded: list[LayerRow] = []
-    last = ""
-    for row in rows:
-        if not row.name.startswith("model.layers."):
-            folded.append(row)
+    previous, shape = "model.embed_tokens", (None, None, config.hidden_size)
+    for name, group in itertools.groupby(rows, lambda row: ".".join(row.name.split(".")[:3])):
+        if not name.startswith("model.layers."):
+            folded += group
             continue
-        name = ".".join(row.name.split(".")[:3])
-        if name == last:
-            previous = folded[-1]
-            folded[-1] = _layer_row(name, config, previous.num_params + row.num_params, previous.connected_to)
-            continue
-        index = int(name.rsplit(".", 1)[-1])
-        before = f"model.layers.{index - 1}" if index else "model.embed_tokens"
-        folded.append(_layer_row(name, config, row.num_params, before))
-        last = name
+        num_params = sum(row.num_params for row in group)
+        folded.append(LayerRow(name, "DecoderLayer", shape, (), num_params, previous))
+        previous = name
     return folded
-
-
-def _layer_row(name: str, config: TextConfig, num_params: int, connected_to: str) -> LayerRow:
-    return LayerRow(name, "DecoderLayer", (None, None, config.hidden_size), (), num_params, connected_to)
 
 
 def _linear(name: str, size_in: int, size_out: int, connected_to: str, *, bias: bool = False) -> LayerRow:

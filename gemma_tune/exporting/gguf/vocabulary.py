@@ -23,7 +23,6 @@ from gemma_tune.models.token_ids import ids_beyond
 _SPACE = "▁"
 _TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>")
 _NEVER_MERGED = -1e9
-_KEEP_HINT = "export `merged-16bit` instead; it keeps tokenizer.json as it is"
 
 
 class TokenType(IntEnum):
@@ -89,7 +88,7 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
     unknown_id = id_of[_named(tokenizer["model"].get("unk_token"), "unk_token", id_of, path)]
     types[unknown_id] = TokenType.UNKNOWN
     if len(set(tokens)) != num_rows:
-        raise ExportError(f"{path}: a token is named [PADn], which is the name of an unused row", hint=_KEEP_HINT)
+        raise _cannot_say(path, "a token is named [PADn], which is the name of an unused row")
 
     special = {**_special_ids(config, id_of, directory), "unk": unknown_id}
     if "<end_of_turn>" in id_of:
@@ -124,6 +123,10 @@ def add_vocabulary(writer: Any, vocabulary: GgufVocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
+def _cannot_say(path: Path, what: str) -> ExportError:
+    return ExportError(f"{path}: {what}", hint="export `merged-16bit` instead; it keeps tokenizer.json as it is")
+
+
 def _is_byte(piece: str) -> bool:
     return len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
 
@@ -155,17 +158,13 @@ def _refuse_other_forms(tokenizer: Mapping[str, Any], added: list[dict[str, Any]
         if not is_right
     ]
     if wrong:
-        raise ExportError(
-            f"{path}: {', '.join(wrong)} is not as in Gemma's tokenizer; llama.cpp would cut texts into other tokens",
-            hint=_KEEP_HINT,
-        )
+        what = f"{', '.join(wrong)} is not as in Gemma's tokenizer; llama.cpp would cut texts into other tokens"
+        raise _cannot_say(path, what)
     for token in added:
         flags = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
         if flags:
-            raise ExportError(
-                f"{path}: the added token {token['content']!r} has {', '.join(flags)}, which a GGUF cannot say",
-                hint=_KEEP_HINT,
-            )
+            what = f"the added token {token['content']!r} has {', '.join(flags)}, which a GGUF cannot say"
+            raise _cannot_say(path, what)
 
 
 def _ids(pieces: Mapping[str, int], added: list[dict[str, Any]], num_rows: int, path: Path) -> dict[str, int]:
@@ -174,19 +173,17 @@ def _ids(pieces: Mapping[str, int], added: list[dict[str, Any]], num_rows: int, 
     for token in added:
         piece, index = token["content"], token["id"]
         if id_of.setdefault(piece, index) != index:
-            raise ExportError(f"{path}: token {piece!r} has two ids, {id_of[piece]} and {index}", hint=_KEEP_HINT)
+            raise _cannot_say(path, f"token {piece!r} has two ids, {id_of[piece]} and {index}")
     beyond = [piece for piece, index in id_of.items() if index >= num_rows]
     if beyond:
         raise ExportError(
             f"{path}: token {beyond[0]!r} has id {id_of[beyond[0]]}, the embedding has {num_rows} rows",
             hint="the tokenizer was extended: resize the embedding to it and train it, or remove the added tokens",
         )
-    if len(set(id_of.values())) != len(id_of):
-        owner: dict[int, str] = {}
-        twice = next((a, b) for b, index in id_of.items() if (a := owner.setdefault(index, b)) != b)
-        raise ExportError(
-            f"{path}: tokens {twice[0]!r} and {twice[1]!r} have one id, {id_of[twice[0]]}", hint=_KEEP_HINT
-        )
+    owner: dict[int, str] = {}
+    for piece, index in id_of.items():
+        if (first := owner.setdefault(index, piece)) != piece:
+            raise _cannot_say(path, f"tokens {first!r} and {piece!r} have one id, {index}")
     return id_of
 
 
@@ -198,11 +195,8 @@ def _refuse_missing_bytes(id_of: Mapping[str, int], path: Path) -> None:
         if f"<0x{byte:02X}>" not in id_of and not (byte < 128 and chr(byte) in id_of)
     ]
     if missing:
-        raise ExportError(
-            f"{path}: {len(missing)} of the 256 byte pieces are missing: {', '.join(missing[:3])}; "
-            "llama.cpp aborts on a character that no piece spells",
-            hint=_KEEP_HINT,
-        )
+        what = f"{len(missing)} of the 256 byte pieces are missing: {', '.join(missing[:3])}"
+        raise _cannot_say(path, f"{what}; llama.cpp aborts on a character that no piece spells")
 
 
 def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: Path) -> dict[str, int]:
@@ -220,11 +214,9 @@ def _ranks(merges: list[Any], plain: set[str], pieces: Mapping[str, int], path: 
             continue
         num_splits = sum(piece[:cut] in pieces and piece[cut:] in pieces for cut in range(1, len(piece)))
         if num_splits != num_merges_of.get(piece, 0):
-            raise ExportError(
-                f"{path}: {piece!r} can be made of two pieces in {num_splits} ways, but there are "
-                f"{num_merges_of.get(piece, 0)} merges for it; llama.cpp would cut some texts into other tokens",
-                hint=_KEEP_HINT,
-            )
+            found = f"in {num_splits} ways, but there are {num_merges_of.get(piece, 0)} merges for it"
+            what = f"{piece!r} can be made of two pieces {found}; llama.cpp would cut some texts into other tokens"
+            raise _cannot_say(path, what)
     return ranks
 
 
@@ -263,10 +255,8 @@ def _refuse_other_ends(post_processor: Any, config: Mapping[str, Any], path: Pat
         for part in post_processor.get("single", [{"SpecialToken": {"id": None}}])
     ]
     if parts not in (["text"], ["bos", "text"], ["text", "eos"], ["bos", "text", "eos"]):
-        raise ExportError(
-            f"{path}: the post-processor does not put <bos> before or <eos> after a text, but {', '.join(parts)}",
-            hint=_KEEP_HINT,
-        )
+        what = f"the post-processor does not put <bos> before or <eos> after a text, but {', '.join(parts)}"
+        raise _cannot_say(path, what)
 
 
 def _text(token: Any) -> Any:

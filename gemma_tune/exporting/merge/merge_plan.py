@@ -9,6 +9,7 @@ nothing is written.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -89,10 +90,13 @@ def plan_merge(
     config = dict(base_config)
     notes: tuple[str, ...] = ()
     if EMBEDDING in name_of:
-        ends = _plan_ends(adapter, base=base, name_of=name_of, base_config=base_config, same_values=same_values)
+        embedding, head, notes = _plan_ends(
+            adapter, base=base, name_of=name_of, base_config=base_config, same_values=same_values
+        )
         planned.pop(name_of.get(HEAD, ""), None)
-        planned |= {tensor.name: tensor for tensor in (ends.embedding, ends.head) if tensor is not None}
-        config, notes = _with_ends(config, ends), ends.notes
+        planned |= {tensor.name: tensor for tensor in (embedding, head) if tensor is not None}
+        rows_before = base[name_of[EMBEDDING]].shape[0]
+        config = _with_ends(config, has_head=head is not None, rows=embedding.source.shape[0], rows_before=rows_before)
     for output in planned.values():
         _check_shapes(adapter, output)
 
@@ -167,17 +171,6 @@ def _by_canonical_name(
     return factors, trained, copies
 
 
-@dataclass(frozen=True)
-class _Ends:
-    """The two ends of the model. `head` is None when the output ties it to the embedding."""
-
-    embedding: PlannedTensor
-    head: PlannedTensor | None
-    was_tied: bool
-    rows_before: int
-    notes: tuple[str, ...]
-
-
 def _plan_ends(
     adapter: LoraAdapter,
     *,
@@ -185,9 +178,10 @@ def _plan_ends(
     name_of: Mapping[str, str],
     base_config: Mapping[str, Any],
     same_values: SameValues,
-) -> _Ends:
-    """Follow PEFT's forward pass, not its merge, which adds a change trained on one end to both (peft issue 2777).
+) -> tuple[PlannedTensor, PlannedTensor | None, tuple[str, ...]]:
+    """Plan embedding and head, which is None when the output ties the two, and say what a user should know of them.
 
+    It follows PEFT's forward pass, not its merge, which adds a change trained on one end to both (peft issue 2777).
     In a tied base both ends are one parameter. modules_to_save trains a copy of its own, so the other end stays what it
     was; an embedding that is merely saved with the adapter is loaded into the one parameter, so both ends are it. LoRA
     on one end changes that end alone, unless ensure_weight_tying made them one.
@@ -235,7 +229,7 @@ def _plan_ends(
         notes.append("lm_head and the embedding were trained apart: the output stores both and is no longer tied")
     if source_in.shape[0] != stored.shape[0]:
         notes.append(f"the vocabulary was resized from {stored.shape[0]} to {source_in.shape[0]} rows")
-    return _Ends(embedding, None if stays_tied else head, was_tied, stored.shape[0], tuple(notes))
+    return embedding, None if stays_tied else head, tuple(notes)
 
 
 def _says_tied(config: Mapping[str, Any]) -> bool:
@@ -292,14 +286,11 @@ def _is_one(adapter: LoraAdapter, embedding: PlannedTensor, head: PlannedTensor,
     return same(at_in.a, at_out.b, True) and same(at_in.b, at_out.a, True)
 
 
-def _with_ends(config: dict[str, Any], ends: _Ends) -> dict[str, Any]:
+def _with_ends(config: dict[str, Any], *, has_head: bool, rows: int, rows_before: int) -> dict[str, Any]:
     """The output's config: untied where the ends differ, and with the new number of rows."""
-    changes: dict[str, Any] = {}
-    if ends.head is not None and _says_tied(config):
-        changes["tie_word_embeddings"] = False
-    rows = ends.embedding.source.shape[0]
+    changes: dict[str, Any] = {"tie_word_embeddings": False} if has_head and _says_tied(config) else {}
     text_config = config.get("text_config")
-    if rows != ends.rows_before:
+    if rows != rows_before:
         changes["vocab_size"] = rows
     if isinstance(text_config, dict):
         config = config | {"text_config": text_config | changes}
@@ -325,21 +316,19 @@ def _check_shapes(adapter: LoraAdapter, tensor: PlannedTensor) -> None:
 
 def _main_dtype(tensors: Iterable[PlannedTensor]) -> str:
     """The floating dtype that most bytes have, as config.json names it."""
-    bytes_of: dict[str, int] = {}
+    bytes_of: Counter[str] = Counter()
     for tensor in tensors:
         if tensor.dtype in FLOAT_DTYPES:
-            bytes_of[tensor.dtype] = bytes_of.get(tensor.dtype, 0) + tensor.num_bytes
-    return _DTYPE_NAME_OF[max(bytes_of, key=lambda stored: bytes_of[stored])]
+            bytes_of[tensor.dtype] += tensor.num_bytes
+    return _DTYPE_NAME_OF[max(bytes_of, key=bytes_of.__getitem__)]
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json with the output's dtype at every level, no quantization_config, and no path of the machine."""
-    output: dict[str, Any] = {}
-    for key, value in config.items():
-        if key in ("quantization_config", "_name_or_path"):
-            continue
+
+    def output(key: str, value: Any) -> Any:
         if key in ("dtype", "torch_dtype"):
-            output[key] = dtype
-        else:
-            output[key] = _with_dtype(value, dtype) if key.endswith("_config") and isinstance(value, dict) else value
-    return output
+            return dtype
+        return _with_dtype(value, dtype) if key.endswith("_config") and isinstance(value, dict) else value
+
+    return {k: output(k, value) for k, value in config.items() if k not in ("quantization_config", "_name_or_path")}

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.verify.parity import Logits
@@ -47,6 +48,9 @@ class Form:
     dtype: str = "float32"  # in which precision an nf4 form computes
     # whether prompts are answered; not in 4 bits, where every token would expand all weights again
     answers: bool = True
+
+
+_FORMS = TypeAdapter(list[Form])
 
 
 class OpenForm(Protocol):
@@ -133,7 +137,7 @@ def measure_in_child(
     Raises:
         ExportError: what the process raised, or that it was ended by the system or by an abort of a library.
     """
-    request = {"forms": [_to_json(form) for form in forms], "probe": asdict(probe), "directory": str(directory)}
+    request = {"forms": _FORMS.dump_python([*forms], mode="json"), "probe": asdict(probe), "directory": str(directory)}
 
     def tell(message: dict[str, Any]) -> None:
         if on_progress is not None:
@@ -160,15 +164,6 @@ def measure_in_child(
     ]
 
 
-def _to_json(form: Form) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in asdict(form).items()}
-
-
-def _from_json(values: dict[str, Any]) -> Form:
-    paths = {key: values[key] and Path(values[key]) for key in ("path", "adapter", "tokenizer")}
-    return Form(**{**values, **paths})
-
-
 def _ended(forms: Sequence[Form], end: ChildEnd) -> ExportError:
     names = ", ".join(form.name for form in forms)
     if end.signal == "SIGKILL":
@@ -185,13 +180,9 @@ def send_measured(send: Send, *, forms: list[Any], probe: dict[str, Any], direct
     """Measure for `measure_in_child`, in the process that it starts."""
     folder = Path(directory)
     measured = measure_here(
-        [_from_json(form) for form in forms],
-        Probe(**{key: _tuples(value) for key, value in probe.items()}),
+        _FORMS.validate_python(forms),
+        TypeAdapter(Probe).validate_python(probe),
         directory=folder,
         on_progress=lambda done, total: send(done=done, total=total),
     )
     return [(str(folder / f"{each.form.name}.npy"), each.text_ids, each.answers) for each in measured]
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
