@@ -9,6 +9,7 @@ import importlib.metadata
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -40,19 +41,8 @@ class KnownBad:
     on: Literal["cpu", "cuda"] | None = None  # only on this kind of device; None on both
 
 
-KNOWN_BAD = (
-    KnownBad(
-        "trl", ">=1.15,<1.17", "its trainer crashes on a CPU ('NoneType' object has no attribute 'apply')", on="cpu"
-    ),
-    KnownBad("unsloth", "<2026.10.9", "it has no CPU backend: importing it ends with an error", on="cpu"),
-    KnownBad("transformers", ">5.17.0", "Unsloth 2026.10.9 patches it up to 5.17.0", together_with="unsloth"),
-    KnownBad("torch", ">=2.15", "Unsloth 2026.10.9 allows it below 2.15", together_with="unsloth"),
-    KnownBad("trl", ">1.15.0", "Unsloth 2026.10.9 patches it up to 1.15.0", together_with="unsloth"),
-    KnownBad("datasets", ">=5", "Unsloth 2026.10.9 allows it below 5", together_with="unsloth"),
-    KnownBad("peft", "<0.18", "Unsloth 2026.10.9 needs 0.18", together_with="unsloth"),
-    KnownBad("transformers", "<5.0", "its Trainer can run code from a checkpoint's rng_state.pth (CVE-2026-1839)"),
-    KnownBad("torch", "<2.6", "torch.load can run code from a file even with weights_only=True (CVE-2025-32434)"),
-)
+_FILE = Path(__file__).with_name("known_bad.toml")
+KNOWN_BAD = [KnownBad(**row) for row in tomllib.loads(_FILE.read_text(encoding="utf-8"))["known_bad"]]
 
 
 def read_tested_set() -> list[Requirement]:

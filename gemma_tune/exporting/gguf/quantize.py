@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,24 +33,8 @@ class Quantization:
     fallback_bits: float  # the same where a row is no multiple of 256 (`tensor_type_fallback` in llama-quant.cpp)
 
 
-QUANTIZATIONS = {
-    "q2_k": Quantization(10, 2.625, 4.5),
-    "q3_k_s": Quantization(11, 3.4375, 4.5),
-    "q3_k_m": Quantization(12, 3.4375, 4.5),
-    "q3_k_l": Quantization(13, 3.4375, 4.5),
-    "q4_0": Quantization(2, 4.5, 4.5),
-    "q4_1": Quantization(3, 5.0, 5.0),
-    "q4_k_s": Quantization(14, 4.5, 5.5),
-    "q4_k_m": Quantization(15, 4.5, 5.5),
-    "q5_0": Quantization(8, 5.5, 5.5),
-    "q5_1": Quantization(9, 6.0, 6.0),
-    "q5_k_s": Quantization(16, 5.5, 6.0),
-    "q5_k_m": Quantization(17, 5.5, 6.0),
-    "q6_k": Quantization(18, 6.5625, 8.5),
-    "q8_0": Quantization(7, 8.5, 8.5),
-    "iq4_nl": Quantization(25, 4.5, 4.5),
-    "iq4_xs": Quantization(30, 4.25, 4.5),
-}
+_FILE = Path(__file__).with_name("quantizations.toml")
+QUANTIZATIONS = {name: Quantization(**row) for name, row in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()}
 _NEED_IMATRIX = frozenset(
     {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "q2_k_s"}
 )
