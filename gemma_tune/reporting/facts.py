@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
-from gemma_tune.text import counted, format_bytes, format_seconds
+from gemma_tune.text import format_bytes, format_seconds
 from gemma_tune.yaml_io import read_yaml
 
 # Settings in which two runs differ without learning otherwise.
@@ -102,7 +102,7 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe_run(run: RunFacts) -> dict[str, Any]:
     """Return what the templates of a report read of a run, as text, tables and charts."""
-    evaluation, data, lock, summary = run.evaluation, run.data, run.lock, run.summary
+    evaluation = run.evaluation
     return {
         "name": run.name,
         "headline": run.headline,
@@ -114,13 +114,10 @@ def describe_run(run: RunFacts) -> dict[str, Any]:
         "figures": [_describe_figure(figure) for figure in evaluation.rows[0].figures] if evaluation else [],
         "categories": [_describe_category(group) for group in evaluation.rows[1:]] if evaluation else [],
         "general": [_describe_figure(figure) for figure in evaluation.general[0].figures] if evaluation else [],
-        "questions": summary.questions if summary else (),
-        "data": data,
-        "data_facts": data_facts(data) if data else [],
-        "plan": plan_against_measured(run),
-        "lock": lock_facts(lock) if lock else [],
-        "overrides": lock["overrides"] if lock else [],
-        "packages": [(name, version) for name, version in lock["packages"].items() if version] if lock else [],
+        "summary": run.summary,
+        "data": run.data,
+        "plan": run.plan,
+        "lock": run.lock,
         "recipe": run.recipe,
         "steps": reproduce_steps(run),
     }
@@ -256,54 +253,6 @@ def _answer(label: str, text: str, asked: Question) -> tuple[str, str, bool]:
     return label, text, text.split() == asked.expected.split()
 
 
-def plan_against_measured(run: RunFacts) -> list[tuple[str, str, str]]:
-    """Return what was planned and what was measured; nothing without a plan.
-
-    Memory is what PyTorch allocates, as the peak of a run is, so without CUDA's own context.
-    """
-    if run.plan is None:
-        return []
-    plan, schedule = run.plan, run.plan.get("schedule") or {}
-    spread = f" ± {format_bytes(plan['uncertainty_bytes'])}" if plan.get("uncertainty_bytes") else ""
-    rows: list[tuple[str, Any, str, Callable[[Any], str]]] = [
-        ("memory allocated", plan.get("allocated_bytes"), "peak_memory_bytes", format_bytes),
-        ("steps", schedule.get("steps"), "steps", "{:,}".format),
-        ("tokens", schedule.get("tokens"), "num_tokens", "{:,.0f}".format),
-        ("time of training", schedule.get("seconds"), "training_seconds", format_seconds),
-    ]
-    return [
-        (
-            what,
-            "—" if planned is None else form(planned) + (spread if form is format_bytes else ""),
-            form(getattr(run.summary, measured)) if run.summary else "—",
-        )
-        for what, planned, measured, form in rows
-    ]
-
-
-def data_facts(data: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return counts of the rows, as label and value; what did not happen is left out."""
-    share = data["train_supervised_tokens"] / max(1, data["train_tokens"])
-    rows = [
-        ("read", f"{data['rows_read']:,} rows"),
-        (
-            "trained",
-            f"{data['train_rows']:,} rows, {data['train_tokens']:,} tokens, {share * 100:.0f} % of them in the loss",
-        ),
-        ("held out", f"{data['eval_rows']:,} rows, {data['eval_tokens']:,} tokens"),
-        (
-            "row length",
-            f"{data['length_p50']:,} tokens (half of the rows at most), {data['length_p90']:,} (90 %), "
-            f"{data['length_p99']:,} (99 %), {data['length_max']:,} (longest); allowed {data['max_seq_tokens']:,}",
-        ),
-    ]
-    counts = [
-        ("beyond the limits of the recipe", data["num_unused"]),
-        ("with the text of another row", data["num_duplicates"]),
-    ]
-    return rows + [(label, counted(count, "row")) for label, count in counts if count]
-
-
 def warnings(run: RunFacts) -> list[str]:
     """Return what a reader of the figures has to know, the worst first."""
     found = []
@@ -339,24 +288,6 @@ def warnings(run: RunFacts) -> list[str]:
         found += [f"{count:,} {what}" for count, what in counts if count]
         found += data["notes"]
     return found
-
-
-def lock_facts(lock: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return what the run depends on, as label and value."""
-    base, engine, precision, hardware = (lock[part] for part in ("base", "engine", "precision", "hardware"))
-    memory = f", {format_bytes(hardware['memory_bytes'])}" if hardware.get("memory_bytes") else ""
-    return [
-        ("base", base["name"] + (f", revision {base['revision']}" if base["revision"] else "")),
-        *((f"sha256 of {name}", digest) for name, digest in base["files"].items() if name.endswith(".safetensors")),
-        ("rows", lock["data"]["label"]),
-        ("sha256 of the rows", lock["data"]["sha256"]),
-        ("method", lock["method"]),
-        ("engine", f"{engine['name']}: {engine['reason']}"),
-        ("precision", f"{precision['compute']}: {precision['reason']}"),
-        ("hardware", hardware["name"] + memory),
-        ("seed", str(lock["seed"])),
-        ("python", f"{lock['python']} on {lock['platform']}"),
-    ]
 
 
 def reproduce_steps(run: RunFacts) -> list[str]:

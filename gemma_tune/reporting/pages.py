@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.templates import render_template
-from gemma_tune.text import counted
+from gemma_tune.text import counted, format_bytes, format_seconds
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
+TEXT_FILTERS: Mapping[str, Callable[..., str]] = {"counted": counted, "bytes": format_bytes, "duration": format_seconds}
 
 
 def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:
@@ -30,7 +31,7 @@ def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:
         # The browser takes this one style sheet and nothing else, whatever a row's text smuggles in.
         "style_hash": base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
     }
-    text = render_template(TEMPLATES_DIR / f"{name}.html.j2", page | values, filters={"counted": counted})
+    text = render_template(TEMPLATES_DIR / f"{name}.html.j2", page | values, filters=TEXT_FILTERS)
     path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
 
 

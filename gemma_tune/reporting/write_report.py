@@ -17,7 +17,7 @@ from gemma_tune.reporting.facts import (
     results_side_by_side,
 )
 from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
-from gemma_tune.reporting.pages import TEMPLATES_DIR, write_page
+from gemma_tune.reporting.pages import TEMPLATES_DIR, TEXT_FILTERS, write_page
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.templates import render_template
 
@@ -57,7 +57,8 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
         except OSError as error:
             raise cannot_write(html, error) from None
     if text is not None:
-        written = render_template(TEMPLATES_DIR / "report.md.j2", described, filters=MARKDOWN_FILTERS)
+        filters = {**MARKDOWN_FILTERS, **TEXT_FILTERS}
+        written = render_template(TEMPLATES_DIR / "report.md.j2", described, filters=filters)
         write_text(text, written.rstrip() + "\n")
 
 
