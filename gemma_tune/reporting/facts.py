@@ -12,7 +12,7 @@ from typing import Any
 from gemma_tune.disk import read_json
 from gemma_tune.errors import RunError
 from gemma_tune.reporting.charts import Point, points_of, smoothed
-from gemma_tune.runs.evaluation import METRICS, Evaluation, Figure, Group, format_estimate, read_evaluation
+from gemma_tune.runs.evaluation import METRICS, Evaluation, format_estimate, read_evaluation
 from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Manifest
@@ -67,6 +67,83 @@ class RunFacts:
             return f"{summary.model} · {summary.engine} · {summary.quantization} · {summary.precision}"
         return str(self.settings.get("model.name", ""))
 
+    @property
+    def results(self) -> list[tuple[str, str]]:
+        """Return what came out, as label and value."""
+        state: str = self.manifest.status
+        if self.manifest.total_steps:
+            state += f", step {self.manifest.step:,} of {self.manifest.total_steps:,}"
+        rows = [("status", state)]
+        summary = self.summary
+        if summary is None:
+            return rows
+        loss = before_after(summary.eval_loss_before, summary.eval_loss_after, form=".3f", rows=summary.eval_rows)
+        before, after = summary.exact_match_before, summary.exact_match_after
+        trained, total = format_seconds(summary.training_seconds), format_seconds(summary.total_seconds)
+        return [
+            *rows,
+            ("eval loss, nats a token", loss),
+            ("exact match", before_after(before, after, form=".1%", rows=summary.exact_match_rows)),
+            ("training loss, last tenth", f"{summary.train_loss:.3f}"),
+            ("rows", f"{summary.train_rows:,} trained, {summary.eval_rows:,} held out"),
+            ("trained parameters", f"{summary.num_trainable:,}"),
+            ("tokens", f"{summary.num_tokens:,}"),
+            ("time of training", f"{trained} of {total}"),
+            ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
+            ("peak memory", format_bytes(summary.peak_memory_bytes)),
+        ]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Return what a reader of the figures has to know, the worst first."""
+        found = []
+        if self.manifest.status != "finished":
+            why = f": {self.manifest.error}" if self.manifest.error else ""
+            found.append(f"the run is {self.manifest.status}{why}")
+        if self.evaluation is not None:
+            forgetting = self.evaluation.general[0].figure("loss")
+            if forgetting is not None and forgetting.verdict == "worse":
+                moved = format_estimate(forgetting.difference, metric="loss", signed=True)
+                general = self.evaluation.general_label
+                found.append(f"general text got less likely: loss {moved} nats a token on {general}")
+        losses = self.eval_losses
+        if losses:
+            best_step, best = min(losses, key=lambda point: point[1])
+            last = losses[-1][1]
+            if last > best * 1.02:
+                found.append(f"the eval loss rose again: {best:.3f} at step {best_step:,.0f}, {last:.3f} at the end")
+        skipped = sum("loss" in row and row["loss"] is None for row in self.metrics)
+        if skipped:
+            found.append(f"{skipped:,} logged steps have no finite loss")
+        data = self.data
+        if data is not None:
+            counts = [
+                (data["rows_bad"], "rows could not be used"),
+                (data["dropped_too_long"], f"rows are longer than {data['max_seq_tokens']:,} tokens and were left out"),
+                (data["truncated"], "prompts were cut to fit"),
+                (data["truncated_answers"], "answers were cut to fit"),
+                (data["num_leaked"], "train rows were left out, being eval rows, too"),
+                (data["control_strings"], f"control tokens are spelled out in row text, read as {data['control_as']}"),
+                *((count, f"rows left out: {reason}") for reason, count in data["left_out"].items()),
+            ]
+            found += [f"{count:,} {what}" for count, what in counts if count]
+            found += data["notes"]
+        return found
+
+    @property
+    def steps(self) -> list[str]:
+        """Return commands that re-run it, each with what it does."""
+        packages = (self.lock or {}).get("packages", {})
+        pins = " ".join(
+            f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version and name != "gemma-tune"
+        )
+        path = shlex.quote(str(self.path))
+        return [
+            *([f"pip install {pins}"] if pins else []),
+            f"gemma-tune train {path}/resolved.yaml run.name={self.name}-again  # the same recipe as a new run",
+            f"gemma-tune reproduce {path}  # the same, and compares the adapters bit for bit",
+        ]
+
 
 def gather_facts(run: RunDir) -> RunFacts:
     """Read a run directory.
@@ -100,29 +177,6 @@ def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def describe_run(run: RunFacts) -> dict[str, Any]:
-    """Return what the templates of a report read of a run, as text, tables and charts."""
-    evaluation = run.evaluation
-    return {
-        "name": run.name,
-        "headline": run.headline,
-        "manifest": run.manifest,
-        "results": results(run),
-        "cards": _cards(run),
-        "warnings": warnings(run),
-        "evaluation": evaluation,
-        "figures": [_describe_figure(figure) for figure in evaluation.rows[0].figures] if evaluation else [],
-        "categories": [_describe_category(group) for group in evaluation.rows[1:]] if evaluation else [],
-        "general": [_describe_figure(figure) for figure in evaluation.general[0].figures] if evaluation else [],
-        "summary": run.summary,
-        "data": run.data,
-        "plan": run.plan,
-        "lock": run.lock,
-        "recipe": run.recipe,
-        "steps": reproduce_steps(run),
-    }
-
-
 def differing_settings(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     """Return the settings that are not the same in all runs, with the value of each; `—` where a recipe has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in _NOT_COMPARED)
@@ -137,40 +191,9 @@ def _written(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def results(run: RunFacts) -> list[tuple[str, str]]:
-    """Return what came out, as label and value."""
-    state: str = run.manifest.status
-    if run.manifest.total_steps:
-        state += f", step {run.manifest.step:,} of {run.manifest.total_steps:,}"
-    rows = [("status", state)]
-    summary = run.summary
-    if summary is None:
-        return rows
-    return [
-        *rows,
-        (
-            "eval loss, nats a token",
-            before_after(summary.eval_loss_before, summary.eval_loss_after, form=".3f", rows=summary.eval_rows),
-        ),
-        (
-            "exact match",
-            before_after(
-                summary.exact_match_before, summary.exact_match_after, form=".1%", rows=summary.exact_match_rows
-            ),
-        ),
-        ("training loss, last tenth", f"{summary.train_loss:.3f}"),
-        ("rows", f"{summary.train_rows:,} trained, {summary.eval_rows:,} held out"),
-        ("trained parameters", f"{summary.num_trainable:,}"),
-        ("tokens", f"{summary.num_tokens:,}"),
-        ("time of training", f"{format_seconds(summary.training_seconds)} of {format_seconds(summary.total_seconds)}"),
-        ("speed", f"{summary.tokens_per_second:,.0f} tokens/s"),
-        ("peak memory", format_bytes(summary.peak_memory_bytes)),
-    ]
-
-
 def results_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
     """Return every result, with the value of each run."""
-    columns = [dict(results(run)) for run in runs]
+    columns = [dict(run.results) for run in runs]
     labels = dict.fromkeys(label for column in columns for label in column)
     return [(label, [column.get(label, "—") for column in columns]) for label in labels]
 
@@ -181,49 +204,6 @@ def before_after(before: float | None, after: float | None, *, form: str, rows: 
     if not written:
         return "—"
     return " → ".join(written) + ("" if rows is None else f" ({rows:,} rows)")
-
-
-def _cards(run: RunFacts) -> list[tuple[str, str, bool]]:
-    """Return the figures that matter most, as value, label, is wide: what came out, then what it took."""
-    summary = run.summary
-    if summary is None:
-        return []
-    shown = dict(results(run))
-    cards = []
-    if summary.exact_match_after is not None:
-        matched = before_after(summary.exact_match_before, summary.exact_match_after, form=".1%")
-        cards.append((matched, f"exact match on {summary.exact_match_rows:,} held-out rows", True))
-    if summary.eval_loss_after is not None:
-        loss = before_after(summary.eval_loss_before, summary.eval_loss_after, form=".3f")
-        cards.append((loss, "eval loss on held-out rows, nats a token", True))
-    return [
-        *cards,
-        (f"{summary.train_rows:,}", "training rows", False),
-        (f"{summary.steps:,}", "steps", False),
-        (format_seconds(summary.training_seconds), f"of training, at {shown['speed']}", False),
-        (shown["peak memory"], "peak memory", False),
-    ]
-
-
-def _describe_figure(figure: Figure | None) -> dict[str, str]:
-    """Return a figure's estimates as text, and the verdict on their difference."""
-    if figure is None:
-        return {"label": "", "base": "—", "tuned": "—", "difference": "—", "verdict": ""}
-    return {
-        "label": METRICS[figure.metric].label,
-        "base": format_estimate(figure.base, metric=figure.metric),
-        "tuned": format_estimate(figure.tuned, metric=figure.metric),
-        "difference": format_estimate(figure.difference, metric=figure.metric, signed=True),
-        "verdict": figure.verdict or "",
-    }
-
-
-def _describe_category(group: Group) -> dict[str, Any]:
-    """Return the exact match of a category's rows; without shares where it was not measured."""
-    figure = group.figure("exact_match")
-    sides = [(figure.base, 1), (figure.tuned, 0)] if figure else []
-    shares = [(share, colour) for share, colour in sides if share]
-    return {"name": group.category or "", "rows": group.rows, "shares": shares, **_describe_figure(figure)}
 
 
 def evaluations_side_by_side(runs: Sequence[RunFacts]) -> list[tuple[str, list[str]]]:
@@ -251,54 +231,3 @@ def questions_side_by_side(runs: Sequence[RunFacts]) -> list[dict[str, Any]]:
 
 def _answer(label: str, text: str, asked: Question) -> tuple[str, str, bool]:
     return label, text, text.split() == asked.expected.split()
-
-
-def warnings(run: RunFacts) -> list[str]:
-    """Return what a reader of the figures has to know, the worst first."""
-    found = []
-    if run.manifest.status != "finished":
-        found.append(f"the run is {run.manifest.status}" + (f": {run.manifest.error}" if run.manifest.error else ""))
-    evaluation = run.evaluation
-    if evaluation is not None:
-        forgetting = evaluation.general[0].figure("loss")
-        if forgetting is not None and forgetting.verdict == "worse":
-            moved = format_estimate(forgetting.difference, metric="loss", signed=True)
-            found.append(f"general text got less likely: loss {moved} nats a token on {evaluation.general_label}")
-    losses = run.eval_losses
-    if losses:
-        best_step, best = min(losses, key=lambda point: point[1])
-        if losses[-1][1] > best * 1.02:
-            found.append(
-                f"the eval loss rose again: {best:.3f} at step {best_step:,.0f}, {losses[-1][1]:.3f} at the end"
-            )
-    skipped = sum("loss" in row and row["loss"] is None for row in run.metrics)
-    if skipped:
-        found.append(f"{skipped:,} logged steps have no finite loss")
-    data = run.data
-    if data is not None:
-        counts = [
-            (data["rows_bad"], "rows could not be used"),
-            (data["dropped_too_long"], f"rows are longer than {data['max_seq_tokens']:,} tokens and were left out"),
-            (data["truncated"], "prompts were cut to fit"),
-            (data["truncated_answers"], "answers were cut to fit"),
-            (data["num_leaked"], "train rows were left out, being eval rows, too"),
-            (data["control_strings"], f"control tokens are spelled out in row text, read as {data['control_as']}"),
-            *((count, f"rows left out: {reason}") for reason, count in data["left_out"].items()),
-        ]
-        found += [f"{count:,} {what}" for count, what in counts if count]
-        found += data["notes"]
-    return found
-
-
-def reproduce_steps(run: RunFacts) -> list[str]:
-    """Return commands that re-run it, each with what it does."""
-    packages = (run.lock or {}).get("packages", {})
-    pins = " ".join(
-        f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version and name != "gemma-tune"
-    )
-    path = shlex.quote(str(run.path))
-    return [
-        *([f"pip install {pins}"] if pins else []),
-        f"gemma-tune train {path}/resolved.yaml run.name={run.name}-again  # the same recipe as a new run",
-        f"gemma-tune reproduce {path}  # the same, and compares the adapters bit for bit",
-    ]

@@ -8,11 +8,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.runs.evaluation import format_estimate
 from gemma_tune.templates import render_template
 from gemma_tune.text import counted, format_bytes, format_seconds
 
 TEMPLATES_DIR = Path(__file__).parent / "templates"
-TEXT_FILTERS: Mapping[str, Callable[..., str]] = {"counted": counted, "bytes": format_bytes, "duration": format_seconds}
+TEXT_FILTERS: Mapping[str, Callable[..., str]] = {
+    "counted": counted,
+    "bytes": format_bytes,
+    "duration": format_seconds,
+    "estimate": format_estimate,
+}
 
 
 def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:

@@ -9,7 +9,7 @@ from gemma_tune.disk import cannot_write, write_text
 from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Chart, Line, place_curves
 from gemma_tune.reporting.facts import (
     RunFacts,
-    describe_run,
+    before_after,
     differing_settings,
     evaluations_side_by_side,
     gather_facts,
@@ -18,6 +18,7 @@ from gemma_tune.reporting.facts import (
 )
 from gemma_tune.reporting.markdown import MARKDOWN_FILTERS
 from gemma_tune.reporting.pages import TEMPLATES_DIR, TEXT_FILTERS, write_page
+from gemma_tune.runs.evaluation import METRICS
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.templates import render_template
 
@@ -37,7 +38,8 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
     """
     facts = [gather_facts(run) for run in runs]
     described = {
-        "runs": [describe_run(run) for run in facts],
+        "runs": facts,
+        "metrics": METRICS,
         "compared": results_side_by_side(facts),
         "settings": differing_settings(facts),
     }
@@ -48,6 +50,7 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
                 "report",
                 title=facts[0].name if len(facts) == 1 else f"{len(facts)} runs side by side",
                 num_colours=NUM_COLOURS,
+                before_after=before_after,
                 loss_chart=_loss_chart(facts),
                 curves=[(title, chart) for name, title in _CURVES if (chart := _curve(facts, name, title))],
                 evaluations=evaluations_side_by_side(facts),

@@ -17,7 +17,7 @@ from markdown_it import MarkdownIt
 
 from gemma_tune.disk import write_json
 from gemma_tune.errors import RunError
-from gemma_tune.reporting.facts import differing_settings, gather_facts, warnings
+from gemma_tune.reporting.facts import differing_settings, gather_facts
 from gemma_tune.reporting.write_report import write_report, write_reports
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import update_manifest
@@ -133,12 +133,12 @@ def test_runs_side_by_side(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_what_a_reader_has_to_know(make_run: MakeRun) -> None:
     run = make_run()
-    found = warnings(gather_facts(run))
+    found = gather_facts(run).warnings
     assert found[0].startswith("general text got less likely: loss +0.250")
     assert "2 rows could not be used" in found and "3 rows left out: near duplicates" in found and found[-1] == "a note"
     append_metrics(run, {"step": 20, "eval_loss": 1.4})
     append_metrics(run, {"step": 20, "loss": float("nan")})
-    found = warnings(gather_facts(run))
+    found = gather_facts(run).warnings
     assert "the eval loss rose again: 0.900 at step 10, 1.400 at the end" in found
     assert "1 logged steps have no finite loss" in found
 
