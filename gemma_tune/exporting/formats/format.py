@@ -9,11 +9,12 @@ from pathlib import Path
 from re import Pattern
 from typing import Any
 
-from gemma_tune.disk import output_directory, write_text
+from gemma_tune.disk import output_directory
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings, MergeDtype
 from gemma_tune.exporting.export_source import ExportSource
 from gemma_tune.exporting.required_packages import RequiredPackage
+from gemma_tune.exporting.text_files import write_text_files
 from gemma_tune.exporting.verify.runner import Runner
 from gemma_tune.models.config import TextConfig
 from gemma_tune.reporting.card import CardFormat
@@ -43,8 +44,7 @@ class ExportTask:
     def directory(self) -> Iterator[Path]:
         """Yield a directory with the texts in it, which becomes the output when the block ends without an error."""
         with output_directory(self.output) as directory:
-            for name, text in self.texts.items():
-                write_text(directory / name, text)
+            write_text_files(directory, copied={}, given=self.texts)
             yield directory
 
 
