@@ -97,7 +97,7 @@ def _count_local(name: str, stamps: tuple[tuple[str, int, int], ...]) -> RowCoun
         if isinstance(item, SourceRow):
             rows += 1
             text_bytes += sum(map(_size_of, item.fields.values()))
-        else:
+        elif isinstance(item, BrokenLine):
             broken.append(item)
     if how == "counted":
         stop_if_broken(broken)

@@ -130,7 +130,12 @@ def read_examples(
         num_unused=sum(map(len, kept)) + sum(repeats) - len(used_train) + len(eval_rows) - len(used_eval),
         train_rows=len(used_train),
         eval_rows=len(used_eval),
-        notes=(*_label_notes(own_train), *_strip_notes(section.clean, cleaner.stripped), *_ending_notes(used_train)),
+        notes=(
+            *dict.fromkeys(note for item in inputs.all for note in item.source.notes),
+            *_label_notes(own_train),
+            *_strip_notes(section.clean, cleaner.stripped),
+            *_ending_notes(used_train),
+        ),
     )
     return Examples(used_train, used_eval, report, examples_sha256(section, inputs, chat=chat))
 

@@ -34,7 +34,9 @@ def _arrow_rows_one_by_one(batch: Any, first: int, place: Callable[[int], str]) 
         try:
             yield SourceRow(batch.slice(offset, 1).to_pylist()[0], where)
         except UnicodeDecodeError as error:
-            yield BrokenLine(where, not_utf8(error.object[error.start]))
+            yield BrokenLine(
+                where, not_utf8(error.object[error.start]), hint="write the table again with its text in UTF-8"
+            )
         except (ValueError, OverflowError) as error:
             yield BrokenLine(where, str(error))
 

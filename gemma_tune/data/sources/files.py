@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tune.data.sources.arrow_rows import read_parquet
 from gemma_tune.data.sources.csv_rows import read_delimited
-from gemma_tune.data.sources.items import RowFile, SourceItem, shown
+from gemma_tune.data.sources.items import RowFile, SourceItem, shown, utf8_hint
 from gemma_tune.data.sources.json_rows import read_json, read_jsonl
 from gemma_tune.errors import DataError
 from gemma_tune.identity import file_sha256, file_stamp
@@ -197,20 +197,20 @@ def _refuse_foreign(head: bytes, file: RowFile) -> None:
 def _refuse_utf16(head: bytes, file: RowFile) -> None:
     # Without a BOM it shows by its zero bytes: a file of rows starts with signs of ASCII.
     if head.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in head[:4]:
-        name = file.path.name
         raise DataError(
             f"{file.name}:1: not UTF-8 (byte 0x{head[0]:02x}), it looks like UTF-16",
-            hint=f"save the file as UTF-8, for example: iconv -f UTF-16 -t UTF-8 {name} > utf8-{name}",
+            hint=utf8_hint(file, encoding="UTF-16"),
         )
 
 
 _READERS: dict[str, Callable[[io.BufferedReader, RowFile], Iterator[SourceItem]]] = {
     ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
     ".json": read_json,
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": read_parquet,
 }
 # Kinds of which a beginning can be read alone.
-LINE_KINDS = (".jsonl", ".csv", ".tsv")
+LINE_KINDS = (".jsonl", ".ndjson", ".csv", ".tsv")
 _BINARY_KINDS = (".parquet",)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma_tune.data.data_report import MAX_SAMPLES
@@ -16,6 +17,9 @@ STOPPED = "reading stopped here"
 JSON_HINT = "a .json file is one list of objects: [{…}, {…}]"
 # What surrogateescape makes of bytes that are not UTF-8.
 ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
+
+# Suffix → what prints the unpacked file.
+UNPACKERS = {".gz": "gzip -dc", ".bz2": "bzip2 -dc", ".xz": "xz -dc", ".zst": "zstd -dc"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +37,17 @@ class BrokenLine:
     where: str  # as in a row; with the 1-based column behind the line where it is known (`rows.jsonl:12:7`)
     problem: str  # what is wrong with it, such as `a list, not an object`
     ends_reading: bool = False  # nothing behind it could be read: the structure of a .json list or a CSV file is broken
+    hint: str | None = field(default=None, compare=False)  # how the file is repaired, where that follows
 
 
-SourceItem = SourceRow | BrokenLine
+@dataclass(frozen=True, slots=True)
+class SourceNote:
+    """What is to be said once of a source, such as a column that is not read."""
+
+    text: str
+
+
+SourceItem = SourceRow | BrokenLine | SourceNote
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +89,8 @@ def stop_if_broken(broken: Sequence[BrokenLine], *, unusable: Sequence[str] = ()
 
 def _hint(line: BrokenLine) -> str:
     name = line.where.partition(":")[0]
-    if "UTF-8" in line.problem:
-        return utf8_hint(name)
+    if line.hint:
+        return line.hint
     if ".csv" in name or ".tsv" in name:
         return "quote a cell that holds a line break, a quote or the delimiter; the first line names the columns"
     if ".jsonl" in name:
@@ -104,6 +116,15 @@ def escaped_byte(match: re.Match[str]) -> int:
     return ord(match[0]) - 0xDC00
 
 
-def utf8_hint(name: str) -> str:
-    """Say how the file of this name becomes UTF-8."""
-    return f"save the file as UTF-8, for example: iconv -f CP1252 -t UTF-8 {name} > utf8-{name}"
+def utf8_hint(file: RowFile, *, encoding: str = "CP1252") -> str:
+    """Say how a file of text becomes UTF-8, as a command that works where the file was named."""
+    path, suffix = file.path, file.path.suffix.lower()
+    unpack = UNPACKERS.get(suffix)
+    into = shlex.quote(str(path.with_name(f"utf8-{path.stem if unpack else path.name}")))
+    read, given = (f"{unpack} {shlex.quote(str(path))} | ", "") if unpack else ("", f"{shlex.quote(str(path))} ")
+    return f"save the file as UTF-8, for example: {read}iconv -f {encoding} -t UTF-8 {given}> {into}"
+
+
+def is_index_name(name: str) -> bool:
+    """Whether a first column of this name is the index of a pandas table."""
+    return not name or name == "__index_level_0__" or re.fullmatch(r"Unnamed: 0(\.\d+)*", name) is not None

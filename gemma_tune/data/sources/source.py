@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, near_hint, read_rows
 from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
-from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow, shown, stop_if_broken
+from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceNote, SourceRow, shown, stop_if_broken
 from gemma_tune.errors import DataError
 from gemma_tune.paths import TINY_ROWS_DIR
 
@@ -31,6 +31,7 @@ class Source:
     label: str  # the source as messages call it: `rows.jsonl`, `rows-*.jsonl (3 files)`, `owner/name[train]`
     sha256: str  # of the file's bytes; of several files' names and hashes; of a hub dataset's rows as JSON
     columns: tuple[str, ...]  # of the first 1,000 rows, in the order of first appearance
+    notes: tuple[str, ...]  # what is to be said once of the whole, such as a column that is not read
     _read: Callable[[], Iterator[SourceItem]] = field(repr=False, compare=False)
 
     def rows(self) -> Iterator[SourceRow | BrokenLine]:
@@ -39,7 +40,7 @@ class Source:
         Raises:
             DataError: a file turns out not to be whole, or was changed since the source was opened.
         """
-        return self._read()
+        return (item for item in self._read() if not isinstance(item, SourceNote))
 
 
 def open_source(source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None) -> Source:
@@ -115,8 +116,12 @@ def _refuse_hub_settings(source: str, *, subset: str | None, split: str, revisio
 def _made(label: str, *, sha256: str, read: Callable[[], Iterator[SourceItem]]) -> Source:
     """The source with its columns, once it is known to hold something."""
     columns: dict[str, None] = {}
+    notes: list[str] = []
     is_empty, num_rows = True, 0
     for item in read():
+        if isinstance(item, SourceNote):
+            notes.append(item.text)
+            continue
         is_empty = False
         if isinstance(item, SourceRow):
             columns.update(dict.fromkeys(item.fields))
@@ -125,7 +130,7 @@ def _made(label: str, *, sha256: str, read: Callable[[], Iterator[SourceItem]]) 
             break
     if is_empty:
         raise DataError(f"{label} is empty: it holds no rows", hint="it needs at least one row")
-    return Source(label=label, sha256=sha256, columns=tuple(columns), _read=read)
+    return Source(label=label, sha256=sha256, columns=tuple(columns), notes=tuple(notes), _read=read)
 
 
 def _open_files(files: Sequence[RowFile], *, label: str) -> Source:
