@@ -7,8 +7,8 @@ overwritten, two processes never write one output, and an OSError inside the blo
 A killed process leaves its partial output, which the next one to the same path removes; or resumes, when both name
 the same `fingerprint` of everything that decides the content, and `keep_file` recorded which files were finished.
 
-`replaced_directory`, `write_text` and `write_json` keep what was there until the new content is whole. Text that is
-written here has its credentials masked.
+`replaced_directory`, `write_text` and `write_json` keep what was there until the new content is whole, and
+`write_generated` replaces only what it wrote. Text that is written here has its credentials masked.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from gemma_tune.text import format_bytes
 
 ErrorClass = type[GemmaTuneError]
 _RECORD_FILE = ".finished.json"
+_NEXT_CONTENT = re.compile(r"\..+\.\d+\.tmp")  # what `write_text` renames
+GENERATED = "generated-by-gemma-tune"  # in a page that may be replaced by a newer one
 _MARK = ".made-by-gemma-tune"  # in a working directory that is ours to empty and to remove
 
 
@@ -39,15 +42,31 @@ _MARK = ".made-by-gemma-tune"  # in a working directory that is ours to empty an
 
 
 def write_text(path: Path, text: str, *, error: ErrorClass = RunError) -> None:
-    """Replace a file by UTF-8 text, its credentials masked. A reader sees the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file by UTF-8 text, its credentials masked. A reader sees the old file or the new one.
+
+    Half a surrogate pair, which a broken row can hold, is written as an escape sequence, which is JSON's as well.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(mask_secrets(text), encoding="utf-8", newline="\n")
+        temporary.write_bytes(mask_secrets(text).encode("utf-8", errors="backslashreplace"))
         sync_file(temporary)
         temporary.replace(path)
     except OSError as cause:
         temporary.unlink(missing_ok=True)
         raise cannot_write(path, cause, error=error) from None
+
+
+def write_generated(path: Path, text: str, *, error: ErrorClass = RunError) -> None:
+    """Write a page that may be written again, which holds the word `GENERATED`; a file without it is not replaced."""
+    path = path.resolve()
+    try:
+        if path.exists() and not (path.is_file() and GENERATED.encode() in path.read_bytes()):
+            raise error(
+                f"{path} exists, and is not a page that gemma-tune wrote", hint="give another name, or remove it"
+            )
+    except OSError as cause:
+        raise cannot_write(path, cause, error=error) from None
+    write_text(path, text, error=error)
 
 
 def write_json(path: Path, value: object, *, error: ErrorClass = RunError) -> None:
@@ -139,16 +158,21 @@ def sync_tree(path: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False) -> Iterator[bool]:
+def locked(path: Path, *, shared: bool = False, patience_seconds: float = 0) -> Iterator[bool]:
     """Open a file or directory and lock it; yield whether it is ours alone, or `shared` with others, for the block.
+
+    With patience it is asked for again: others may only have looked.
 
     The system drops the lock with its process, however that ends, and there is no lock file to be left behind. Where
     there are no locks (Windows, a mounted Drive or bucket) the answer is yes.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        until = time.monotonic() + patience_seconds
+        while not (is_locked := _take_lock(descriptor, shared=shared)) and time.monotonic() < until:
+            time.sleep(0.02)
         # The second test: its last holder may have renamed or removed it between our opening and locking it.
-        yield _take_lock(descriptor, shared=shared) and _is_at(descriptor, path)
+        yield is_locked and _is_at(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -409,14 +433,19 @@ def _empty(directory: Path, *, all_but: set[str]) -> None:
 
 
 def _sweep_leftovers(directory: Path) -> None:
-    for path in filter(is_leftover, list(directory.iterdir())):
-        if path.is_file() or (path / _MARK).is_file() or not any(path.iterdir()):
+    for path in list(directory.iterdir()):
+        if path.name == _MARK or _NEXT_CONTENT.fullmatch(path.name) or (is_leftover(path) and (path / _MARK).is_file()):
             _remove(path)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file of an output is what a killed process left: our mark, or the next content of a file of ours."""
+    """Whether what lies in an output may be what a killed process left, and is no part of it."""
     return path.name == _MARK or (path.name.startswith(".") and path.suffix in (".tmp", ".partial"))
+
+
+def is_next_content(name: str, of: Container[str]) -> bool:
+    """Whether a file is one of those named, or what a killed process left of writing one."""
+    return name in of or (_NEXT_CONTENT.fullmatch(name) is not None and name[1:].rsplit(".", 2)[0] in of)
 
 
 def _read_record(partial_dir: Path) -> dict[str, Any]:

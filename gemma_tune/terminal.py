@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
+import select
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 from rich.console import Console
@@ -15,7 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tune.disk import to_json, to_json_lines
+from gemma_tune.disk import reason_of, to_json, to_json_lines
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.runs.reporter import StepProgress
 from gemma_tune.secrets import mask_secrets
@@ -23,12 +27,55 @@ from gemma_tune.text import format_bytes, format_seconds, without_controls
 
 # In a pipe a line of progress comes at most this often (seconds), except the first and the last.
 _PIPE_INTERVAL_SECONDS = 10.0
+# How a stream treats what its encoding lacks where the locale is C (the second), or any other: it raises.
+_RAISING = ("strict", "surrogateescape")
+
+
+class _Output(io.FileIO):
+    """stdout or stderr whose loss is not the end of the work: a full disk, a reader or a terminal that has gone.
+
+    The first write that fails is reported on stderr, where somebody may still read it; what follows is dropped.
+    """
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.lost is None:
+            try:
+                while (written := super().write(data)) is None:  # the pipe is full, and somebody made it non-blocking
+                    select.select([], [self], [])
+                return written
+            except OSError as cause:
+                self.lost = cause
+                if cause.errno not in (errno.EPIPE, errno.EIO) and self.fileno() == 1:
+                    with suppress(OSError):
+                        os.write(2, f"! stdout: {reason_of(cause)}; what follows is not printed\n".encode())
+        return memoryview(data).nbytes
+
+
+def guard_output() -> None:
+    """Replace this program's stdout and stderr by ones that never raise, whatever becomes of their other end.
+
+    A descriptor that the shell closed (`>&-`) is opened on nothing: otherwise the next file to be opened would get its
+    number, and what a library prints.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        is_file = isinstance(getattr(stream, "buffer", None), io.BufferedWriter | io.FileIO)
+        if isinstance(stream, io.TextIOWrapper) and is_file and not (sys.platform == "win32" and stream.isatty()):
+            output = io.BufferedWriter(_Output(stream.fileno(), "w", closefd=False))
+            errors = "replace" if stream.errors in _RAISING else stream.errors
+            setattr(sys, name, io.TextIOWrapper(output, stream.encoding, errors, line_buffering=stream.line_buffering))
 
 
 def _console(stream: Any) -> Console:
     if stream is None:  # closed by the shell (`>&-`)
         return Console(file=io.StringIO())
-    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in _RAISING:
         # A pipe on Windows is cp1252, in a cron job ASCII: what cannot be written is replaced, after the work was done.
         stream.reconfigure(errors="replace")
     # A pipe has no width: 80 columns would cut tables and paths that a program reads.
@@ -41,6 +88,16 @@ class Terminal:
     def __init__(self) -> None:
         self.out = _console(sys.stdout)
         self.err = _console(sys.stderr)
+
+    def require_reader(self) -> None:
+        """End the program where nobody reads stdout any more, and all that is left to do is to print.
+
+        Raises:
+            SystemExit: 141 after a closed pipe, as its signal would; 2 where it cannot be written.
+        """
+        output = getattr(getattr(self.out.file, "buffer", None), "raw", None)
+        if isinstance(output, _Output) and output.lost is not None:
+            raise SystemExit(141 if output.lost.errno == errno.EPIPE else 2)
 
     def result(self, text: str | Text | Table) -> None:
         self.out.print(_masked(text))

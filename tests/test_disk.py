@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,17 +17,22 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.disk import (
+    GENERATED,
     finished_files,
     keep_file,
+    locked,
     output_directory,
     output_file,
     read_json,
     refuse_existing,
     replaced_directory,
     require_free_disk,
+    write_generated,
     write_json,
 )
 from gemma_tune.errors import ExportError, RunError
+from gemma_tune.runs.index import hold_run, is_held
+from gemma_tune.runs.layout import RunDir
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Opener = Callable[[Path], AbstractContextManager[Path]]
@@ -91,6 +97,8 @@ def test_a_file_that_the_system_refuses_to_lengthen(output: Path) -> None:
 import resource, signal, sys
 from pathlib import Path
 from gemma_tune.errors import ExportError, RunError
+from gemma_tune.runs.index import hold_run, is_held
+from gemma_tune.runs.layout import RunDir
 from gemma_tune.disk import output_directory
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -311,3 +319,38 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert read_json(path) == {"x": 1}
     with pytest.raises(RunError, match="cannot write"):
         write_json(tmp_path / "missing" / "a.json", {})
+
+
+@pytest.mark.parametrize("kind", ["text", "link", "folder", "device"])
+def test_a_page_replaces_only_a_page_of_ours(kind: str, tmp_path: Path) -> None:
+    page, users = tmp_path / "page.html", tmp_path / "users"
+    users.write_text("mine", encoding="utf-8")
+    {"text": lambda: page.write_text("mine", encoding="utf-8"), "link": lambda: page.symlink_to(users),
+     "folder": page.mkdir, "device": lambda: page.symlink_to("/dev/null")}[kind]()  # fmt: skip
+    before = page.lstat()
+    with pytest.raises(RunError, match="is not a page that gemma-tune wrote"):
+        write_generated(page, GENERATED)
+    assert page.lstat() == before and users.read_text(encoding="utf-8") == "mine"
+    assert names(tmp_path) == ["page.html", "users"]
+
+
+def test_a_page_of_ours_is_written_again_through_a_link(tmp_path: Path) -> None:
+    link, page = tmp_path / "latest.html", tmp_path / "page.html"
+    link.symlink_to(page)
+    for number in (1, 2):
+        write_generated(link, f"{GENERATED} {number} \ud83d")
+    assert link.is_symlink() and page.read_text(encoding="utf-8") == f"{GENERATED} 2 \\ud83d"
+
+
+def test_two_look_at_a_lock_and_a_third_takes_it(tmp_path: Path) -> None:
+    """Who looks holds a shared lock for a moment, which must neither be taken for a holder nor refuse one."""
+    with locked(tmp_path, shared=True) as first, locked(tmp_path, shared=True) as second:
+        assert first and second
+        with locked(tmp_path) as third:
+            assert not third
+    looking = threading.Thread(target=lambda: [None for _ in range(20) if is_held(RunDir(tmp_path))])
+    looking.start()
+    for _ in range(20):
+        with hold_run(RunDir(tmp_path)):
+            assert is_held(RunDir(tmp_path))
+    looking.join()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 
@@ -32,7 +31,7 @@ from gemma_tune.cli.verify import verify
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.machine.processes import end_process, is_one_of_several
 from gemma_tune.secrets import mask_secrets
-from gemma_tune.terminal import Terminal
+from gemma_tune.terminal import Terminal, guard_output
 
 app = typer.Typer(
     name="gemma-tune",
@@ -67,6 +66,7 @@ app.add_typer(models_app, name="models")
 
 def main() -> None:
     """Run the command line; a user's mistake is reported in a sentence, with its exit code and without a traceback."""
+    guard_output()
     code = _run()
     if is_one_of_several():
         end_process(code)
@@ -87,9 +87,6 @@ def _run() -> int:
     except KeyboardInterrupt:
         terminal.note("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except Exception:  # a bug: all of it is shown, except credentials
         sys.stderr.write(mask_secrets(traceback.format_exc()))
         return 1

@@ -10,7 +10,6 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides
-from gemma_tune.errors import GemmaTuneError
 from gemma_tune.terminal import Terminal, TerminalReporter
 from gemma_tune.text import format_bytes
 
@@ -87,13 +86,9 @@ def audit(
     with libraries_to(None), TerminalReporter(terminal) as reporter:
         report = audit_data(loaded.recipe, reporter=reporter)
     if html is not None:
-        from gemma_tune.disk import cannot_write
         from gemma_tune.reporting.pages import write_audit_page
 
-        try:
-            write_audit_page(html, asdict(report), title=loaded.name)
-        except OSError as error:
-            raise cannot_write(html, error, error=GemmaTuneError) from None
+        write_audit_page(html, asdict(report), title=loaded.name)
     if as_json:
         terminal.json(asdict(report))
     else:

@@ -66,6 +66,8 @@ def generate(
         streams = is_single and settings.sampling.num_beams == 1 and not as_json and output is None
 
         def show(answers: list[Answered]) -> None:
+            if output is None:
+                terminal.require_reader()
             for answer in answers:
                 if as_json:
                     terminal.json_line(answer.to_json())

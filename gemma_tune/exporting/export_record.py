@@ -76,7 +76,7 @@ def list_files(directory: Path) -> dict[str, int]:
     return {
         path.name: path.stat().st_size
         for path in sorted(directory.iterdir())
-        if path.name not in _CHANGING and not is_leftover(path)
+        if path.is_file() and path.name not in _CHANGING and not is_leftover(path)
     }
 
 

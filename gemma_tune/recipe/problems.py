@@ -42,12 +42,14 @@ _OUT_OF_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_
 # Values that went, and what serves in their place.
 _SERVED_BY = {"training.data_parallel='zero2'": "training.data_parallel=fsdp"}
 _MAX_WORD_CHARS = 60
+_MAX_DIGITS = 6  # of a word; a telephone number has more
 
 
 def _found(value: object) -> str:
-    """The value as YAML would show it; of what may be a row's only the kind."""
+    """The value as YAML would show it; of what may be a row's, such as a name or a number to call, only the kind."""
     if isinstance(value, str):
-        is_word = len(value) <= _MAX_WORD_CHARS and not any(map(str.isspace, value))
+        is_word = len(value) <= _MAX_WORD_CHARS and not any(map(str.isspace, value)) and "@" not in value
+        is_word &= sum(map(str.isdigit, value)) <= _MAX_DIGITS
         return f"'{value}'" if is_word else f"text of {len(value)} characters"
     if isinstance(value, bool | None):
         return {None: "null", True: "true", False: "false"}[value]
@@ -81,7 +83,8 @@ def problem_of(error: ErrorDetails, root: type[BaseModel]) -> Problem:
         return Problem(path, f"unknown {where}; {hint_for(root, error['loc'])}", shown_path=shown)
     if error["type"] == "missing":
         return Problem(path, "is required and missing")
-    found = _found(error["input"])
+    is_section = error["type"] in ("model_type", "model_attributes_type")  # text in its place may be anything
+    found = "text" if is_section and isinstance(error["input"], str) else _found(error["input"])
     near = suggestion(found, re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))))
     message = f"{_allowed(error, field_at(root, error['loc']))}, found {found}{near}"
     return Problem(path, message, fix=_SERVED_BY.get(f"{path}={found}"))
@@ -89,18 +92,22 @@ def problem_of(error: ErrorDetails, root: type[BaseModel]) -> Problem:
 
 def raise_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, int]) -> None:
     """Raise one `RecipeError` that lists every problem with its file, line and YAML path, if there is any."""
-    if not problems:
-        return
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError(
+            f"{count} in the recipe\n{list_problems(problems, label=label, lines=lines)}",
+            hint="every key with its type and meaning: gemma-tune recipes schema",
+        )
+
+
+def list_problems(problems: Sequence[Problem], *, label: str, lines: dict[str, int]) -> str:
+    """Return a line a problem, with its file, line and YAML path."""
     told = []
     for problem in problems:
         where = _where(problem.path, label=label, lines=lines)
         fix = f"\n    fix: {problem.fix}" if problem.fix else ""
-        told.append(f"{where}: {problem.shown_path or problem.path}: {problem.message}{fix}")
-    count = "1 problem" if len(told) == 1 else f"{len(told)} problems"
-    raise RecipeError(
-        f"{count} in the recipe\n" + "\n".join(f"  {line}" for line in told),
-        hint="every key with its type and meaning: gemma-tune recipes schema",
-    )
+        told.append(f"  {where}: {problem.shown_path or problem.path}: {problem.message}{fix}")
+    return "\n".join(told)
 
 
 def _where(path: str, *, label: str, lines: dict[str, int]) -> str:

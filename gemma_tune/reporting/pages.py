@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gemma_tune.disk import GENERATED, write_generated
 from gemma_tune.runs.evaluation import format_estimate
 from gemma_tune.templates import render_template
 from gemma_tune.text import counted, format_bytes, format_seconds
@@ -24,8 +25,7 @@ TEXT_FILTERS: Mapping[str, Callable[..., str]] = {
 def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:
     """Write the page of `<name>.html.j2` and `<name>.css` to `path`.
 
-    All text is escaped. Half a surrogate pair, which a broken row can hold, is written as
-    an escape sequence.
+    All text is escaped.
 
     Args:
         values: what the template reads, besides `title`.
@@ -33,12 +33,13 @@ def write_page(path: Path, name: str, *, title: str, **values: Any) -> None:
     css = "".join((TEMPLATES_DIR / f"{part}.css").read_text(encoding="utf-8") for part in ("page", name))
     page = {
         "title": title,
+        "generator": GENERATED,
         "style": css,
         # The browser takes this one style sheet and nothing else, whatever a row's text smuggles in.
         "style_hash": base64.b64encode(hashlib.sha256(css.encode()).digest()).decode(),
     }
     text = render_template(TEMPLATES_DIR / f"{name}.html.j2", page | values, filters=TEXT_FILTERS)
-    path.write_bytes(text.encode("utf-8", errors="backslashreplace"))
+    write_generated(path, text)
 
 
 def write_compare_page(path: Path, comparison: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from gemma_tune.disk import cannot_write, write_text
+from gemma_tune.disk import GENERATED, write_generated
 from gemma_tune.reporting.charts import NARROW, NUM_COLOURS, Chart, Line, place_curves
 from gemma_tune.reporting.facts import (
     RunFacts,
@@ -44,25 +44,22 @@ def write_reports(runs: Sequence[RunDir], *, html: Path | None, text: Path | Non
         "settings": differing_settings(facts),
     }
     if html is not None:
-        try:
-            write_page(
-                html,
-                "report",
-                title=facts[0].name if len(facts) == 1 else f"{len(facts)} runs side by side",
-                num_colours=NUM_COLOURS,
-                before_after=before_after,
-                loss_chart=_loss_chart(facts),
-                curves=[(title, chart) for name, title in _CURVES if (chart := _curve(facts, name, title))],
-                evaluations=evaluations_side_by_side(facts),
-                questions=questions_side_by_side(facts),
-                **described,
-            )
-        except OSError as error:
-            raise cannot_write(html, error) from None
+        write_page(
+            html,
+            "report",
+            title=facts[0].name if len(facts) == 1 else f"{len(facts)} runs side by side",
+            num_colours=NUM_COLOURS,
+            before_after=before_after,
+            loss_chart=_loss_chart(facts),
+            curves=[(title, chart) for name, title in _CURVES if (chart := _curve(facts, name, title))],
+            evaluations=evaluations_side_by_side(facts),
+            questions=questions_side_by_side(facts),
+            **described,
+        )
     if text is not None:
         filters = {**MARKDOWN_FILTERS, **TEXT_FILTERS}
         written = render_template(TEMPLATES_DIR / "report.md.j2", described, filters=filters)
-        write_text(text, written.rstrip() + "\n")
+        write_generated(text, f"{written.rstrip()}\n\n[//]: # ({GENERATED})\n")
 
 
 def _loss_chart(runs: Sequence[RunFacts]) -> Chart | None:

@@ -40,7 +40,7 @@ def hold_run(run: RunDir) -> Iterator[None]:
     Raises:
         RunError: another process holds it.
     """
-    with locked(run.path) as is_ours:
+    with locked(run.path, patience_seconds=0.5) as is_ours:
         if not is_ours:
             raise RunError(
                 f"{run.path} is being trained by another process", hint="wait for it, or choose another run.name"
@@ -50,8 +50,8 @@ def hold_run(run: RunDir) -> Iterator[None]:
 
 def is_held(run: RunDir) -> bool:
     """Whether some process trains in the run now."""
-    with locked(run.path) as is_ours:
-        return not is_ours
+    with locked(run.path, shared=True) as is_free:  # shared: two who look at once do not see each other
+        return not is_free
 
 
 def find_begun(output_dir: Path, *, name: str | None, recipe_name: str) -> RunDir:

@@ -24,7 +24,7 @@ class RunDir:
 
     @property
     def made(self) -> Path:
-        """Which folders were made for the run: its first file, gone once it is ready to train."""
+        """How many folders were made for the run: its first file, gone once it is ready to train."""
         return self.path / ".made.json"
 
     @property

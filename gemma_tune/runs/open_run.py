@@ -6,14 +6,13 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gemma_tune.disk import reason_of, require_free_disk, to_json
+from gemma_tune.disk import is_next_content, reason_of, require_free_disk, to_json
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import World, explain_lost_processes
@@ -179,14 +178,16 @@ def create_run(output_dir: Path, *, name: str | None, recipe_name: str, needed_b
                 output_dir, needed_bytes, what="the run", error=RunError, spare_bytes=0,
                 hint="free some space, or set run.output_dir to another disk",
             )  # fmt: skip
-            run = RunDir(_make_numbered(output_dir, recipe_name) if name is None else output_dir / name)
+            path = _make_numbered(output_dir, recipe_name) if name is None else output_dir / name
             if name is not None:
-                run.path.mkdir()
-            _record_made(run, [*made, run.path])
-            return run
+                path.mkdir()
+            made.append(path)
+            _record_made(RunDir(path), len(made))
+            return RunDir(path)
         except (RunError, OSError):
             for folder in reversed(made):  # leave nothing behind that was not there
-                folder.rmdir()
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
             raise
     except OSError as error:
         raise RunError(
@@ -198,9 +199,9 @@ def _take_existing(run: RunDir) -> RunDir:
     """Return an empty folder, or a run that a kill ended before its first step, as a new run; refuse anything else."""
     entries = {entry.name for entry in run.path.iterdir()} if run.path.is_dir() else None
     if entries == set():
-        _record_made(run, [])
+        _record_made(run, 0)
         return run
-    if entries and run.made.name in entries and all(entry in _first_names(run) for entry in entries):
+    if entries and run.made.name in entries and all(_is_first(run, entry) for entry in entries):
         return run
     if run.manifest.is_file():
         raise RunError(
@@ -213,37 +214,45 @@ def _take_existing(run: RunDir) -> RunDir:
     )
 
 
-def _record_made(run: RunDir, folders: list[Path]) -> None:
-    """Write which folders were made for a run, before anything else of it; raises where another process did."""
+def _record_made(run: RunDir, num_folders: int) -> None:
+    """Write how many folders were made for a run, itself first, before anything else of it.
+
+    Raises:
+        FileExistsError: another process did.
+    """
     with run.made.open("x", encoding="utf-8") as file:
-        file.write(to_json([str(folder.absolute()) for folder in folders]))
-        file.flush()
-        os.fsync(file.fileno())
+        try:
+            file.write(to_json(num_folders))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            run.made.unlink()
+            raise
 
 
-def _first_names(run: RunDir) -> set[str]:
-    """The names of all files that a run writes before its first step."""
+def _is_first(run: RunDir, name: str) -> bool:
+    """Whether a name is that of a file that a run writes before its first step."""
     files = (run.recipe, run.resolved_recipe, run.template, run.manifest, run.data_report, run.plan, run.lock)
-    return {run.made.name, run.library_log.name, *(name for file in files for name in (file.name, f".{file.name}.tmp"))}
+    return is_next_content(name, {run.made.name, run.library_log.name, *(file.name for file in files)})
 
 
 def discard_run(run: RunDir) -> bool:
-    """Remove what was made for a run that never trained: its folders, or its files in a folder that was there before.
+    """Remove what was made for a run that never trained: its files, and its folders where nothing else is in them.
 
     Returns:
         False where there is no record of what was made: nothing is removed.
     """
     if not run.made.is_file():
         return False
-    with contextlib.suppress(ValueError):  # a record that a kill cut short names no folder
-        folders = [Path(folder) for folder in json.loads(run.made.read_text(encoding="utf-8"))]
-        if run.path.absolute() in folders:
-            shutil.rmtree(run.path)
-        for folder in reversed(folders):
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
-    for name in _first_names(run) if run.path.is_dir() else ():
-        (run.path / name).unlink(missing_ok=True)
+    num_folders = 0
+    with contextlib.suppress(ValueError, TypeError):  # a record that a kill cut short names no folder
+        num_folders = int(json.loads(run.made.read_text(encoding="utf-8")))
+    names = [entry.name for entry in run.path.iterdir() if _is_first(run, entry.name)]
+    for name in sorted(names, key=run.made.name.__eq__):  # the record goes last
+        (run.path / name).unlink()
+    with contextlib.suppress(OSError):  # not empty
+        for folder in (run.path.absolute(), *run.path.absolute().parents)[:num_folders]:
+            folder.rmdir()
     return True
 
 

@@ -69,8 +69,11 @@ def test_read_only_folder(tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path / "locked"], capture_output=True, check=False)
 
 
-def test_discarding_removes_what_was_made(tmp_path: Path) -> None:
-    run = create_run(tmp_path / "runs", name=None, recipe_name="r", needed_bytes=0)
-    (run.path / "x").write_text("x", encoding="utf-8")
-    discard_run(run)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("users", [None, "notes.txt", ".recipe.yaml.old.tmp", "checkpoints"])
+def test_discarding_removes_what_was_made_and_nothing_else(tmp_path: Path, users: str | None) -> None:
+    run = create_run(tmp_path / "new" / "runs", name=None, recipe_name="r", needed_bytes=0)
+    for name in filter(None, ("recipe.yaml", ".lock.json.77.tmp", "manifest.json", users)):
+        (run.path / name).write_text("x", encoding="utf-8")
+    assert discard_run(run)
+    left = list(run.path.iterdir()) if users else list(tmp_path.iterdir())
+    assert left == ([run.path / users] if users else [])

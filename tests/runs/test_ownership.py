@@ -84,7 +84,7 @@ def test_an_empty_folder_is_used_and_stays(tmp_path: Path) -> None:
 def test_a_run_that_was_killed_in_its_first_files_is_taken_again(tmp_path: Path) -> None:
     run = create(tmp_path / "runs")
     run.recipe.write_text("half", encoding="utf-8")
-    (run.path / ".resolved.yaml.tmp").write_text("", encoding="utf-8")
+    (run.path / ".resolved.yaml.77.tmp").write_text("", encoding="utf-8")
     assert create(tmp_path / "runs") == run
     assert discard_run(run) and tree(tmp_path) == {}
     (tmp_path / "runs").mkdir()  # the user's own, and empty
@@ -106,13 +106,13 @@ def test_a_crash_after_a_run_was_ready_is_recorded(tmp_path: Path) -> None:
 def test_two_that_share_a_scratch_directory(tmp_path: Path) -> None:
     scratch, output = tmp_path / "out" / ".parts", tmp_path / "out" / "gguf"
     output.mkdir(parents=True)
-    for name in ("export.json", ".export.json.tmp", "model.gguf"):
+    for name in ("export.json", ".export.json.77.tmp", "model.gguf"):
         (output / name).write_text("x", encoding="utf-8")
     with shared_directory(scratch, sweeps=[output]):
         (scratch / "part").mkdir()
         with shared_directory(scratch, sweeps=[output]):
             pass
-        assert (scratch / "part").is_dir() and (output / ".export.json.tmp").is_file()
+        assert (scratch / "part").is_dir() and (output / ".export.json.77.tmp").is_file()
     assert sorted(tree(tmp_path / "out")) == ["gguf", "gguf/export.json", "gguf/model.gguf"]
 
 

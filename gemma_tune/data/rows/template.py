@@ -12,7 +12,7 @@ from gemma_tune.data.rows.render import TEMPLATE_KINDS, TemplateKind
 from gemma_tune.errors import DataError
 from gemma_tune.identity import text_sha256
 from gemma_tune.paths import DATA_TEMPLATES_DIR
-from gemma_tune.recipe.problems import problem_of
+from gemma_tune.recipe.problems import list_problems, problem_of
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.recipe.section import Names, NonEmpty, Section
 from gemma_tune.text import did_you_mean, suggestion
@@ -113,15 +113,15 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
 
     Raises a DataError: not YAML, an unknown key, a Jinja mistake, a field that is declared but not used.
     """
-    values, _ = read_yaml(text, label=label, error=DataError)
+    values, lines = read_yaml(text, label=label, error=DataError)
+    if not isinstance(values, dict):
+        raise DataError(f"{label} is not a data template: it has no keys", hint=_SHAPE_HINT)
     try:
         file = _TemplateFile.model_validate(values)
     except ValidationError as error:
         problems = [problem_of(item, _TemplateFile) for item in error.errors(include_url=False)]
         # The words are a recipe's, whose top-level keys are sections.
-        told = "\n".join(
-            f"  {problem.path}: {problem.message}".replace("unknown section", "unknown key") for problem in problems
-        )
+        told = list_problems(problems, label=label, lines=lines).replace("unknown section", "unknown key")
         raise DataError(f"{label} is not a data template\n{told}", hint=_SHAPE_HINT) from None
     _check_shape(file, label=label)
     sources = {"prompt": file.prompt, "response": file.response}
