@@ -110,7 +110,7 @@ def init(
     advice = new.advise(proposal, output=output)
     if advice is not None:
         _warn(terminal, advice[0])
-        terminal.note(Text(f"  {advice[1]}"))
+        terminal.err.print(Text(f"  {advice[1]}"), soft_wrap=True)  # to be copied in one piece
     terminal.note(f"[green]✓[/] wrote {escape(str(output))}; look at the rows, then train:")
     path = shlex.quote(str(output))
     terminal.note(Text(f"  gemma-tune data preview {path}\n  gemma-tune train {path}"))

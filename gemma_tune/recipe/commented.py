@@ -13,7 +13,7 @@ from gemma_tune.errors import RecipeError
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.yaml_io import yaml_scalar
 
-_LINE_WIDTH = 120
+_LINE_WIDTH = 79  # of a terminal; a value that is longer stays whole
 _COMMENT_COLUMN = 34
 
 
@@ -38,13 +38,17 @@ def format_recipe(header: Mapping[str, str], settings: Sequence[Setting]) -> str
     for section in Recipe.model_fields:
         own = [setting for setting in settings if setting.path.startswith(f"{section}.")]
         lines += ["", f"{section}:"] if own else []
-        lines += [_line(setting) for setting in own]
+        lines += [line for setting in own for line in _lines(setting)]
     return "\n".join(lines) + "\n"
 
 
-def _line(setting: Setting) -> str:
+def _lines(setting: Setting) -> list[str]:
+    """The setting with its reason behind it, or above it where that would be too long a line."""
     text = f"  {setting.path.partition('.')[2]}: {_value(setting.value)}"
-    return f"{text:<{_COMMENT_COLUMN}}  # {setting.why}" if setting.why else text
+    line = f"{text:<{_COMMENT_COLUMN}}  # {setting.why}" if setting.why else text
+    if not setting.why or len(line) <= _LINE_WIDTH:
+        return [line]
+    return [*wrap(setting.why, _LINE_WIDTH, initial_indent="  # ", subsequent_indent="  # "), text]
 
 
 def _value(value: object) -> str:

@@ -165,6 +165,33 @@ READ: dict[str, tuple[tuple[str, bytes], str, dict[str, str]]] = {
     ),
     "parquet": (parquet(rows(pair)), "dolly", PAIR),
     "a corpus": (jsonl(rows(lambda i: {"text": f"{answer(i)} {question(i)}", "source": "web"})), "text", {}),
+    "the question is named context": (
+        jsonl(rows(lambda i: {"context": question(i), "response": answer(i)})),
+        "alpaca",
+        {"instruction": "context", "output": "response"},
+    ),
+    "code": (
+        jsonl(rows(lambda i: {"task_id": i, "text": question(i), "code": f"def f{i}():\n    return {i}"})),
+        "dolly",
+        {"instruction": "text", "response": "code"},
+    ),
+    "a Kaggle export of tickets": (
+        table(
+            rows(
+                lambda i: {
+                    "Ticket ID": i,
+                    "Customer Name": f"Ada L. {i}",
+                    "Customer Email": f"a{i}@example.com",
+                    "Ticket Subject": ("Setup", "Refund")[i % 2],
+                    "Ticket Description": question(i),
+                    "Resolution": answer(i) if i % 4 else "",
+                    "image_url": f"https://example.com/{i}.png",
+                }
+            )
+        ),
+        "dolly",
+        {"instruction": "Ticket Description", "response": "Resolution"},
+    ),
     "half without an answer": (
         jsonl(rows(lambda i: pair(i) if i % 3 else {"question": question(i), "answer": ""})),
         "dolly",
@@ -230,6 +257,26 @@ REFUSED: dict[str, tuple[tuple[str, bytes], str, str]] = {
         table(rows(lambda i: {"file": f"img/{i}.JPG", "caption": answer(i)})),
         "the column file holds pictures or sound",
         "--column instruction=COLUMN",
+    ),
+    "answers as objects": (
+        jsonl(rows(lambda i: pair(i, "question", "context") | {"answers": {"text": ["5"], "start": [0]}})),
+        undecided("question", "context", r"answers +objects \(text, start\)"),
+        "--column instruction=question --column response=COLUMN",
+    ),
+    "a label of two sentences": (
+        jsonl(rows(lambda i: {"sentence1": answer(i), "sentence2": answer(i + 1), "label": i % 3})),
+        "no column is clearly the instruction\n",
+        "--column instruction=COLUMN --column response=label",
+    ),
+    "choices": (
+        table(rows(lambda i: pair(i) | {"A": "here", "B": "there", "C": "far", "D": "near"})),
+        r"what is chosen from \(A, B, C and 1 more\)",
+        "write the choices into the question",
+    ),
+    "a message a row": (
+        jsonl(rows(lambda i: {"chat": i // 2, "role": ("user", "assistant")[i % 2], "text": answer(i)})),
+        "a message a row, whose role says who speaks",
+        '{"messages": [{"role": "user"',
     ),
     "an empty file": (("rows.csv", b""), "is empty", ""),
     "a header alone": (("rows.csv", b"question,answer\n"), "no row", ""),

@@ -34,7 +34,7 @@ def test_it_reads_back(tmp_path: Path) -> None:
     assert recipe.training.gradient_checkpointing == "off"
     assert not recipe.evaluation.exact_match
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert max(map(len, lines)) <= 120
+    assert max(map(len, lines)) <= 79
     assert [line for line in lines if line.endswith(":")] == ["data:", "training:", "evaluation:"]
     assert next(line for line in lines if "epochs" in line).endswith("# few rows")
     assert all(line.startswith("#           try") for line in lines[1:3])

@@ -59,7 +59,7 @@ _ANSWERED = _weights(
     (3, "answer response completion output reply antwort respuesta risposta antwoord reponse réponse"),
     (2, "assistant bot gpt solution resolution target summary translation correction rewrite generation highlight"),
     (1.5, "agent support expected gold reference"),
-    (1, "definition explanation meaning"),
+    (1, "definition explanation meaning code"),
 )
 _LABELS = ["label", "sentiment", "intent", "category", "class", "emotion", "topic", "polarity", "rating", "star"]
 _CONTEXT = ["context", "input", "passage", "knowledge", "background"]
@@ -76,11 +76,14 @@ _FORMS: Mapping[str, re.Pattern[str]] = {
     "e-mail addresses": re.compile(r"\S+@\S+\.\w+"),
 }
 _MEDIA_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|mp4|flac|ogg|webm)", re.IGNORECASE)
+_MEDIA_NAMES = (["image"], ["img"], ["picture"], ["photo"], ["audio"], ["video"])
 _CODE = re.compile(r"(?=.*[\d_#/:-])[!-~]+")  # one word of ASCII with a digit or a joint in it
 _NEARLY_ALL = 0.95
 # Whether an answer is a good one.
 _TWO, _JUDGED = ("true or false", "2 numbers"), {"label", "correct", "good", "accepted", "helpful"}
 
+# What a question offers to choose from.
+_OPTIONS, _LETTERS = {"choice", "option", "distractor"}, ("A", "B", "C", "D", "E")
 # Columns that other training methods take, by the kind of their rows.
 _PAIRS = (
     ("chosen", "rejected"), ("preferred", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"),
@@ -120,6 +123,11 @@ class Column:
     @property
     def asks_strongly(self) -> bool:
         return self.questions >= _CLEAR or _score(self.name, _ASKED, _ANSWERED) >= 2
+
+    @property
+    def can_answer(self) -> bool:
+        """Whether it is not clearly something else."""
+        return not self.is_clearly_asked and self.name.lower() not in _CONTEXT
 
     @property
     def can_be_asked(self) -> bool:
@@ -171,13 +179,14 @@ def recognise(
     order = [(goal, name) for name in GOALS[goal].templates] if goal else _LIKELY
     found = next((each for each in order if _fits(each[1], usable | mapped.keys())), None)
     if found:
-        return Reading(*found, mapped)
+        return Reading(found[0], *_without_clash(found[1], mapped))
     if len(messages) == 1 and goal in (None, "chat") and not mapped:
         return Reading("chat", "chat", {"messages": messages[0]}, (f"the conversation is the column {messages[0]}",))
     pair = {} if goal == "complete" else _find_pair(columns, mapped)
     if len(pair) == len(_PAIR):
         settled = goal or "instruct"
-        return Reading(settled, GOALS[settled].templates[0], *_told(pair, columns, mapped), is_guess=True)
+        chosen, notes = _told(pair, columns, mapped)
+        return Reading(settled, *_without_clash(GOALS[settled].templates[0], chosen), notes, is_guess=True)
     is_wanted = goal == "complete"
     whole = _whole_text(columns, wanted=is_wanted) if not mapped and (is_wanted or goal is None) else None
     if whole is not None:
@@ -190,6 +199,15 @@ def recognise(
 def _fits(template: str, names: set[str]) -> bool:
     facts = load_template(template)
     return names.issuperset(facts.required) and (not facts.conversation or not names.isdisjoint(facts.conversation))
+
+
+def _without_clash(template: str, columns: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
+    """The template and its columns; where dolly's would read a column named context twice, alpaca's."""
+    taken = {field for field, column in columns.items() if column == "context"} - {"context"}
+    if not (taken and template.startswith("dolly")):
+        return template, columns
+    names = {"response": "output", "context": "input"}
+    return template.replace("dolly", "alpaca"), {names.get(field, field): name for field, name in columns.items()}
 
 
 def _whole_text(columns: Sequence[Column], *, wanted: bool) -> Column | None:
@@ -213,8 +231,12 @@ def _find_pair(columns: Sequence[Column], mapped: Mapping[str, str]) -> dict[str
         asked = asking[0]  # nothing else can be what is asked
     if response is None and asked is not None:
         others = [column for column in texts if column is not asked]
-        is_left = len(others) == 1 and asked.asks_strongly and not others[0].is_clearly_asked
+        is_left = len(others) == 1 and asked.asks_strongly and others[0].can_answer
+        is_left = is_left and not any(each.kind == "other" and each.is_clearly_answered for each in free)
         response = others[0] if is_left else _find_label(free)
+    if asked is not None and response is not None and response.kind != "text" and "instruction" not in pair:
+        rivals = [column for column in asking if column is not asked and _is_close(asked.asked, column.asked)]
+        asked = None if rivals else asked  # a label of two sentences, of which one would not be read
     found = {"instruction": asked, "response": response}
     return {field: column for field, column in found.items() if column is not None}
 
@@ -253,14 +275,19 @@ def _told(
         chosen["context"] = context
     notes = [f"{field} is the column {name} ({_about(columns, name)})" for field, name in chosen.items()]
     for field, score in (("instruction", "asked"), ("response", "answered")):
-        for column in columns if field not in mapped else ():
-            is_close = getattr(pair[field], score) - getattr(column, score) < _CLOSE
+        for column in columns if field not in mapped and pair[field].kind == "text" else ():
+            is_close = _is_close(getattr(pair[field], score), getattr(column, score))
             if is_close and column.kind == "text" and column.name not in chosen.values():
                 notes.append(f"{column.name} would do about as well: --column {field}={column.name}")
+    notes.append("another column: --column instruction=COLUMN, or data.columns.instruction in the recipe")
     unread = [column.name for column in columns if column.name not in chosen.values() and column.kind != "empty"]
     if unread:
         notes.append(f"not read: {listed(unread, shown=8)}")
     return {field: name for field, name in chosen.items() if field != name}, tuple(notes)
+
+
+def _is_close(best: float, other: float) -> bool:
+    return best - other < _CLOSE
 
 
 def _about(columns: Sequence[Column], name: str) -> str:
@@ -285,6 +312,19 @@ def _refuse_other_rows(label: str, columns: Sequence[Column], *, command: str) -
             f"{label} holds {ROW_KINDS[rows]}, which cannot be trained by method {DEFAULT_METHOD}",
             hint=way_out or "write rows with the good answers alone, as instruction and response or as messages",
         )
+    roles = next((each.name for each in columns if each.kind == "label" and each.name in ("role", "speaker")), None)
+    if roles is not None:
+        raise DataError(
+            f"{label} holds a message a row, whose {roles} says who speaks, and a conversation is one row",
+            hint='group them: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
+        )
+    options = [column.name for column in columns if _OPTIONS & set(_words(column.name)) or column.name in _LETTERS]
+    if len(options) > 2 or any(column.kind == "other" and column.name in options for column in columns):
+        raise DataError(
+            f"{label}: what is chosen from ({listed(options)}) stands in columns of its own, which no template reads",
+            hint="write the choices into the question, and the chosen one as the answer; or without them: "
+            f"{command} --column instruction=COLUMN --column response=COLUMN",
+        )
     media = next((column.name for column in columns if column.kind == "media"), None)
     if media is not None:
         raise DataError(
@@ -305,16 +345,17 @@ def _undecided(
 ) -> Undecided:
     """Say what each column holds, and the options that decide. `pair`: the fields that are clear."""
     clear = {field: column.name for field, column in pair.items() if field not in mapped}
-    missing = [field for field in GOALS[goal or "instruct"].fields if field not in mapped and field not in clear]
+    fields = [field for field in GOALS[goal or "instruct"].fields if field not in mapped]
+    missing = [field for field in fields if field not in clear]
     width = max(len(column.name) for column in columns)
     message = f"{label}: no column is clearly the {' or the '.join(missing)}\n" + "\n".join(
         f"  {column.name:<{width}}  {column.about}" for column in columns
     )
     texts = [column for column in columns if column.kind == "text"]
     free = [column for column in texts if column.name not in (*mapped.values(), *clear.values())]
-    is_exact = len(free) == len(missing) and not ("response" in missing and free[-1].is_clearly_asked)
-    named = [column.name for column in free] if is_exact else ["COLUMN"] * len(missing)
-    flags = _flags(clear | dict(zip(missing, named, strict=True)))
+    is_exact = len(free) == len(missing) and ("response" not in missing or free[-1].can_answer)
+    named = iter([column.name for column in free] if is_exact else ["COLUMN"] * len(missing))
+    flags = _flags({field: clear[field] if field in clear else next(named) for field in fields})
     if goal is not None and not mapped:
         with suppress(DataError):
             other = recognise(label, columns, goal=None, mapped={}, command=command).goal
@@ -388,11 +429,12 @@ def _describe_texts(name: str, texts: Sequence[str], *, filled: float) -> Column
         return sum(pattern.fullmatch(text) is not None for text in texts) >= _NEARLY_ALL * len(texts)
 
     distinct, words = len(set(texts)), statistics.fmean(map(_num_words, texts))
-    if nearly_all(_MEDIA_FILE):
+    form = next((form for form, pattern in _FORMS.items() if nearly_all(pattern)), None)
+    # A picture's address next to a text is mostly an ornament.
+    if nearly_all(_MEDIA_FILE) and (form is None or _words(name) in _MEDIA_NAMES):
         return Column(name, "media", "pictures or sound", filled=filled)
     if all(_is_messages(text) for text in texts):
         return Column(name, "messages", "messages as JSON text", filled=filled)
-    form = next((form for form, pattern in _FORMS.items() if nearly_all(pattern)), None)
     if form is not None:
         return Column(name, "form", form, filled=filled)
     is_code = nearly_all(_CODE) and distinct >= _NEARLY_ALL * len(texts)
