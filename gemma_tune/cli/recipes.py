@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -60,11 +61,13 @@ def schema() -> None:
 
 def read_header(path: Path) -> tuple[str, str]:
     """Goal and hardware from the comment at the top of a recipe (`# Goal: …`, `# Hardware: …`)."""
+    header = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
     facts = {"goal": "", "hardware": ""}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        key, _, value = line.lstrip("# ").partition(":")
-        if key.strip().lower() in facts:
-            facts[key.strip().lower()] = value.strip()
+    key = ""
+    for line in header:
+        if not line.startswith("#   "):  # else it continues the one before
+            name, _, line = line.removeprefix("# ").partition(":")
+            key = name.lower()
+        if key in facts:
+            facts[key] = f"{facts[key]} {line.lstrip('# ')}".strip()
     return facts["goal"], facts["hardware"]

@@ -32,9 +32,7 @@ def format_recipe(header: Mapping[str, str], settings: Sequence[Setting]) -> str
     lines = []
     for key, text in header.items():
         indents = f"# {key + ':':<{width}} ", f"# {'':<{width}} "
-        lines += wrap(
-            text, _LINE_WIDTH, initial_indent=indents[0], subsequent_indent=indents[1], break_long_words=False
-        )
+        lines += _wrapped(text, *indents)
     for section in Recipe.model_fields:
         own = [setting for setting in settings if setting.path.startswith(f"{section}.")]
         lines += ["", f"{section}:"] if own else []
@@ -48,7 +46,19 @@ def _lines(setting: Setting) -> list[str]:
     line = f"{text:<{_COMMENT_COLUMN}}  # {setting.why}" if setting.why else text
     if not setting.why or len(line) <= _LINE_WIDTH:
         return [line]
-    return [*wrap(setting.why, _LINE_WIDTH, initial_indent="  # ", subsequent_indent="  # "), text]
+    return [*_wrapped(setting.why, "  # ", "  # "), text]
+
+
+def _wrapped(text: str, first: str, others: str) -> list[str]:
+    """Lines that begin with `first` and `others`, broken at spaces alone: a name with a hyphen stays whole."""
+    return wrap(
+        text,
+        _LINE_WIDTH,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _value(value: object) -> str:

@@ -203,11 +203,10 @@ def _fits(template: str, names: set[str]) -> bool:
 
 def _without_clash(template: str, columns: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
     """The template and its columns; where dolly's would read a column named context twice, alpaca's."""
-    taken = {field for field, column in columns.items() if column == "context"} - {"context"}
-    if not (taken and template.startswith("dolly")):
+    if not (columns.get("instruction") == "context" and template.startswith("dolly")):
         return template, columns
-    names = {"response": "output", "context": "input"}
-    return template.replace("dolly", "alpaca"), {names.get(field, field): name for field, name in columns.items()}
+    mapped = {"instruction": columns["instruction"], "output": columns.get("response", "response")}
+    return template.replace("dolly", "alpaca"), mapped
 
 
 def _whole_text(columns: Sequence[Column], *, wanted: bool) -> Column | None:
