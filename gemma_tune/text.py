@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 
 
@@ -39,6 +40,11 @@ def shorten(text: str, *, num_chars: int) -> str:
 _CONTROL_SIGNS = {code: 0x2400 + code for code in range(32) if code not in (9, 10)} | {
     code: 0xFFFD for code in range(127, 160)
 }
+
+
+def in_shell(value: object) -> str:
+    """Return a path or another text as one word of a shell's command line."""
+    return shlex.quote(str(value))
 
 
 def without_controls(text: str) -> str:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gemma_tune.errors import DataError, GemmaTuneError, RecipeError
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import counted, format_bytes, format_seconds, shorten
+from gemma_tune.text import counted, format_bytes, format_seconds, in_shell, shorten
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.glance import RenderedRows
@@ -112,7 +112,7 @@ def init(
         _warn(terminal, advice[0])
         terminal.err.print(Text(f"  {advice[1]}"), soft_wrap=True)  # to be copied in one piece
     terminal.note(f"[green]✓[/] wrote {escape(str(output))}; look at the rows, then train:")
-    path = shlex.quote(str(output))
+    path = in_shell(output)
     terminal.note(Text(f"  gemma-tune data preview {path}\n  gemma-tune train {path}"))
 
 

@@ -11,6 +11,7 @@ import typer
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.text import in_shell
 
 recipes_app = typer.Typer(help="The recipes that ship with gemma-tune.", no_args_is_help=True)
 RecipeName = Annotated[str, typer.Argument(metavar="NAME", help="Name of a shipped recipe.", show_default=False)]
@@ -48,7 +49,7 @@ def copy(
     source = find_recipe(Path(name))
     target = target / source.name if target.is_dir() else target
     write_new(target, source.read_text(encoding="utf-8"))
-    Terminal().note(f"[green]✓[/] wrote {target}; run it with: gemma-tune train {target}")
+    Terminal().note(f"[green]✓[/] wrote {target}; run it with: gemma-tune train {in_shell(target)}")
 
 
 @recipes_app.command("schema")

@@ -22,7 +22,7 @@ from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.summary import RunSummary, read_summary
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import format_bytes, format_seconds, shorten
+from gemma_tune.text import format_bytes, format_seconds, in_shell, shorten
 
 
 def report(
@@ -162,9 +162,10 @@ def _exports(run: RunDir) -> list[Path]:
 
 
 def _next_commands(run: RunDir) -> list[tuple[str, str]]:
-    commands = [("ask it", f'gemma-tune generate {run.path} --prompt "…"')]
+    path = in_shell(run.path)
+    commands = [("ask it", f'gemma-tune generate {path} --prompt "…"')]
     if read_evaluation(run) is None:
-        commands.append(("measure it", f"gemma-tune evaluate {run.path}"))
+        commands.append(("measure it", f"gemma-tune evaluate {path}"))
     if not _exports(run):
-        commands.append(("export it", f"gemma-tune export {run.path} --format merged-16bit"))
-    return [*commands, ("this again", f"gemma-tune report {run.path}")]
+        commands.append(("export it", f"gemma-tune export {path} --format merged-16bit"))
+    return [*commands, ("this again", f"gemma-tune report {path}")]

@@ -26,6 +26,7 @@ from gemma_tune.reporting.card import CARD_FILE
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.reporter import Reporter
+from gemma_tune.text import in_shell
 
 PARTS_DIR = ".parts"
 
@@ -291,7 +292,9 @@ def find_exports(path: Path, *, of: Path | None = None, base: str | None = None)
     source = open_source(path, base=base)
     directories = _exports_at(source.default_output)
     if not directories:
-        raise ExportError(f"{path} has no export yet", hint=f"make one: gemma-tune export {path} --format merged-16bit")
+        raise ExportError(
+            f"{path} has no export yet", hint=f"make one: gemma-tune export {in_shell(path)} --format merged-16bit"
+        )
     return source, directories
 
 

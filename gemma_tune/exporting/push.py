@@ -25,6 +25,7 @@ from gemma_tune.reporting.card import CARD_FILE, REPOSITORY
 from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.secrets import mask_private
+from gemma_tune.text import in_shell
 
 _NAMES = {CARD_FILE, TEMPLATE_FILE, *LICENCE_FILES, *SMALL_FILES}
 _WEIGHTS = re.compile(r".*\.safetensors(\.index\.json)?", re.ASCII)
@@ -62,7 +63,7 @@ def find_export(path: Path) -> Path:
         return found[0]
     if not found:
         raise ExportError(
-            f"{path} has no export yet", hint=f"make one: gemma-tune export {shlex.quote(str(path))} --format adapter"
+            f"{path} has no export yet", hint=f"make one: gemma-tune export {in_shell(path)} --format adapter"
         )
     raise ExportError(
         f"{path} has {len(found)} exports, and a repository holds one",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.catalogue import TINY
 from gemma_tune.models.resolve import resolve_model
 from gemma_tune.planning.propose import Proposal, RowFacts, choose_model, models_for, propose
-from gemma_tune.text import format_seconds
+from gemma_tune.text import format_seconds, in_shell
 
 # A card that is free in notebooks, for who has none.
 _FREE_CARD = "t4"
@@ -83,7 +82,7 @@ class NewRecipe:
             seconds = plan.schedule.seconds
             expect = f"{plan.schedule.steps or 0:,} steps" if plan.schedule.steps else "as many steps as there are rows"
             expect += f", about {format_seconds(seconds)}, counted: half or twice that is possible." if seconds else "."
-        header |= {"Command": f"gemma-tune train {shlex.quote(str(output))}", "Expect": expect}
+        header |= {"Command": f"gemma-tune train {in_shell(output)}", "Expect": expect}
         row = resolve_model(proposal.model).model
         if row is not None:
             header["Licence"] = f"{row.licence} for the model."
@@ -97,9 +96,9 @@ class NewRecipe:
             return None
         card = CARDS[_FREE_CARD]
         on_card = NewRecipe(self.source, self.reading, self.rows, card)
-        flags = [f"--column {shlex.quote(f'{field}={column}')}" for field, column in self.reading.columns.items()]
-        told = ["gemma-tune init", shlex.quote(self.source), "--goal", self.reading.goal, *flags, "--gpu", _FREE_CARD]
-        told += ["-o", shlex.quote(str(output.with_stem(f"{output.stem}-{_FREE_CARD}")))]
+        flags = [f"--column {in_shell(f'{field}={column}')}" for field, column in self.reading.columns.items()]
+        told = ["gemma-tune init", in_shell(self.source), "--goal", self.reading.goal, *flags, "--gpu", _FREE_CARD]
+        told += ["-o", in_shell(output.with_stem(f"{output.stem}-{_FREE_CARD}"))]
         about = (
             f"{TINY} is a toy to try the commands with: it learns nothing of use from your rows. On a {card.name}, as "
             f"Colab and Kaggle lend it (notebooks/gemma_tune_colab.ipynb), {choose_model(on_card.all()).model} can be "

@@ -13,7 +13,7 @@ from gemma_tune.disk import to_json_lines
 from gemma_tune.errors import DataError
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.streaming import OnText
-from gemma_tune.text import suggestion
+from gemma_tune.text import in_shell, suggestion
 
 if TYPE_CHECKING:
     from gemma_tune.data.rows.chat_template import ChatRenderer
@@ -32,8 +32,8 @@ def require_turns(template: DataTemplate, *, target: str) -> None:
     if not template.needs_chat:
         raise DataError(
             f"{target} is asked with the data template {template.name}, which has no turns of a talk",
-            hint=f'ask single questions: gemma-tune generate {target} --prompt "…"; for a talk, train on chat rows '
-            "(data.template=chat or dolly-chat), or take an -it model; --template chat tries it anyway",
+            hint=f'ask single questions: gemma-tune generate {in_shell(target)} --prompt "…"; for a talk, train on '
+            "chat rows (data.template=chat or dolly-chat), or take an -it model; --template chat tries it anyway",
         )
 
 

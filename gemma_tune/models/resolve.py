@@ -12,7 +12,7 @@ from gemma_tune.errors import GemmaTuneError, ModelError
 from gemma_tune.models.catalogue import LIST_HINT, NOT_KNOWN, GemmaModel, look_up, unknown_name
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.directory import check_directory
-from gemma_tune.text import did_you_mean
+from gemma_tune.text import did_you_mean, in_shell
 
 Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf-file", "exports"]
 Wanted = Literal["a model", "a run", "a run or an adapter"]
@@ -50,8 +50,8 @@ _WANTED: dict[Wanted, tuple[Kind, ...]] = {
     "a run or an adapter": ("run", "adapter"),
 }
 _USE_ADAPTER = (
-    "train on from it with model.adapter={name}; `gemma-tune generate {name}` answers with it, "
-    "and `gemma-tune merge {name}` makes a model of it"
+    "train on from it with model.adapter={name}; `gemma-tune generate {word}` answers with it, "
+    "and `gemma-tune merge {word}` makes a model of it"
 )
 # What to do with something of another kind than is wanted.
 _HINTS: dict[tuple[Kind, Wanted], str] = {
@@ -164,7 +164,7 @@ def require(named: Resolved, wanted: Wanted, *, error: type[GemmaTuneError] = Mo
             or NOT_KNOWN
         )
         title = f"a LoRA adapter for the base model {base!r}"
-    hint = _HINTS.get((named.kind, wanted), _WANTED_HINTS[wanted]).format(name=named.name)
+    hint = _HINTS.get((named.kind, wanted), _WANTED_HINTS[wanted]).format(name=named.name, word=in_shell(named.name))
     raise error(f"{named.name} is {title}, {wanted} is expected", hint=hint)
 
 

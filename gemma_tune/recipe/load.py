@@ -16,7 +16,7 @@ from gemma_tune.recipe.problems import Problem, problem_of, raise_problems
 from gemma_tune.recipe.rules import check_rules
 from gemma_tune.recipe.schema import Recipe
 from gemma_tune.secrets import find_secrets
-from gemma_tune.text import suggestion
+from gemma_tune.text import in_shell, suggestion
 from gemma_tune.yaml_io import dump_yaml, read_yaml, read_yaml_text
 
 MAX_RECIPE_BYTES = 256 * 1024
@@ -78,7 +78,8 @@ def find_recipe(path: Path) -> Path:
     if path.is_file():
         if _ROWS_SUFFIXES.intersection(suffix.lower() for suffix in path.suffixes[-2:]):
             raise RecipeError(
-                f"{path} holds rows, and a recipe is expected", hint=f"gemma-tune init {path} writes a recipe for them"
+                f"{path} holds rows, and a recipe is expected",
+                hint=f"gemma-tune init {in_shell(path)} writes a recipe for them",
             )
         return path
     if path.exists() and not path.is_dir():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import Manifest
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.runs.summary import Question, RunSummary, read_summary
-from gemma_tune.text import format_bytes, format_seconds
+from gemma_tune.text import format_bytes, format_seconds, in_shell
 from gemma_tune.yaml_io import read_yaml
 
 # Settings in which two runs differ without learning otherwise.
@@ -137,7 +136,7 @@ class RunFacts:
         pins = " ".join(
             f"{name}=={version.split('+')[0]}" for name, version in packages.items() if version and name != "gemma-tune"
         )
-        path = shlex.quote(str(self.path))
+        path = in_shell(self.path)
         return [
             *([f"pip install {pins}"] if pins else []),
             f"gemma-tune train {path}/resolved.yaml run.name={self.name}-again  # the same recipe as a new run",

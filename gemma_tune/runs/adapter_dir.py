@@ -15,7 +15,7 @@ from gemma_tune.errors import ExportError, GemmaTuneError, RunError
 from gemma_tune.identity import files_sha256
 from gemma_tune.models.safetensors import StoredTensor, read_header
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.text import listed
+from gemma_tune.text import in_shell, listed
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -241,7 +241,9 @@ def open_run_adapter(run: RunDir) -> AdapterDir:
     """Return the adapter of a run; RunError when it has none yet."""
     adapter = AdapterDir(run.adapter, RunError)
     if not adapter.exists:
-        raise RunError(f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {run.path}")
+        raise RunError(
+            f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {in_shell(run.path)}"
+        )
     return adapter
 
 

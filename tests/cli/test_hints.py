@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import re
+import shlex
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import typer.main
 
 from gemma_tune.cli.app import app
+from gemma_tune.cli.report import report
 from gemma_tune.recipe.keys import field_at
 from gemma_tune.recipe.schema import Recipe
+from tests.reporting.made_runs import make_run_in
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = typer.main.get_command(app)
@@ -98,3 +103,29 @@ def test_nothing_is_installed_from_an_index_that_does_not_have_it() -> None:
         for requirement in re.findall(r"(?<=pip install )'([^']+)'", text):
             name = re.split(r"[=<>\[]", requirement)[0]
             assert name not in pins or requirement == pins[name], where
+
+
+def test_a_name_in_a_command_is_one_word_of_it() -> None:
+    """Paths may hold blanks."""
+    wrong = []
+    for path in sorted((ROOT / "gemma_tune").rglob("*.py")):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            parts = node.values if isinstance(node, ast.JoinedStr) else []
+            for before, value in itertools.pairwise(parts):
+                if isinstance(before, ast.Constant) and re.search(r"gemma-tune [a-z ]+$", str(before.value)):
+                    told = ast.unparse(value).strip("f'")[1:-1]
+                    is_word = told.startswith("in_shell(") or f"{told} = in_shell(" in source
+                    wrong += [] if is_word else [f"{path.name}:{node.lineno}: {told}"]
+    # A seed, a handle, the name of a model, and a template that is filled later.
+    assert {each.partition(":")[0] for each in wrong} <= {"divide.py", "worker.py", "random_model.py"}
+
+
+def test_the_commands_after_a_run_work_in_a_folder_with_blanks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run_in(tmp_path / "my runs")
+    report([run.path])
+    out = re.sub(r" +", " ", capsys.readouterr().out)
+    lines = [line.partition("gemma-tune ")[2].strip() for line in out.splitlines() if "gemma-tune " in line]
+    assert lines and all(str(run.path) in shlex.split(line) for line in lines)
