@@ -57,13 +57,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
 
 
 def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedRecipe:
-    """A recipe; or, for a file that is no YAML, the defaults with that file as `data.source`.
+    """A recipe; or, for a directory or a file that is not YAML, the defaults with it as `data.source`.
 
     Raises:
         RecipeError: as `load_recipe`.
     """
     is_recipe = path.suffix.lower() in (".yaml", ".yml") or (len(path.parts) == 1 and not path.suffix)
-    if is_recipe:
+    if is_recipe and not path.is_dir():
         return load_recipe(path, overrides)
     values: dict[str, Any] = {"data": {"source": str(path), "max_seq_tokens": ROWS_MAX_SEQ_TOKENS}}
     lines = {"data": 0}

@@ -44,7 +44,7 @@ PUBLISHED_ROWS = {"databricks/databricks-dolly-15k": (15_011, 13_100_000)}
 def count_train_rows(data: DataSection) -> RowCount:
     """Count the rows of a recipe that are trained on: those of its source or mix, less what is held out of them."""
     if data.source is None:
-        parts = [count_rows(part.source) for part in data.mix]
+        parts = [count_rows(part.source, split=part.split or data.split) for part in data.mix]
         if any(part.rows is None or part.mean_tokens is None for part in parts):
             return _NOT_KNOWN
         rows = sum(part.rows or 0 for part in parts)
@@ -54,7 +54,8 @@ def count_train_rows(data: DataSection) -> RowCount:
         name, wanted = split_count(data.source)
         is_tiny = name == TINY_WORLD
         counted = count_rows(
-            f"{TINY_ROWS_DIR / 'train.jsonl'}{data.source.removeprefix(name)}" if is_tiny else data.source
+            f"{TINY_ROWS_DIR / 'train.jsonl'}{data.source.removeprefix(name)}" if is_tiny else data.source,
+            split="train" if is_tiny else data.split,
         )
         limit = data.max_train_rows
         if counted.rows is not None and limit is not None and limit < counted.rows:
@@ -66,7 +67,7 @@ def count_train_rows(data: DataSection) -> RowCount:
     return replace(counted, rows=max(counted.rows - math.floor(counted.rows * data.eval_fraction), 1))
 
 
-def count_rows(source: str) -> RowCount:
+def count_rows(source: str, *, split: str = "train") -> RowCount:
     """Count rows and mean tokens of a source (with its `#N`): of what is on this machine, or from published figures.
 
     Raises:
@@ -79,18 +80,19 @@ def count_rows(source: str) -> RowCount:
         rows, size = PUBLISHED_ROWS[name.lower()]
         counted = RowCount(rows, size * _TEXT_SHARE / rows / _BYTES_PER_TOKEN, "the dataset's page")
     else:
-        counted = _count_local(name, tuple((each, *file_stamp(Path(each))) for each in found)) if found else _NOT_KNOWN
+        stamps = tuple((each, *file_stamp(Path(each))) for each in found)
+        counted = _count_local(name, split, stamps) if found else _NOT_KNOWN
     return counted if wanted is None else RowCount(wanted, counted.mean_tokens, source)
 
 
 @functools.lru_cache(maxsize=16)
-def _count_local(name: str, stamps: tuple[tuple[str, int, int], ...]) -> RowCount:
+def _count_local(name: str, split: str, stamps: tuple[tuple[str, int, int], ...]) -> RowCount:
     """Count as the reader reads; of what is larger than MAX_COUNTED_BYTES, its first rows say how many the rest are."""
     size = sum(size for _, size, _ in stamps)
     if size > MAX_COUNTED_BYTES and all(path.lower().endswith(LINE_KINDS) for path, _, _ in stamps):
         items, read_bytes, how = read_beginning(Path(stamps[0][0]), SAMPLE_BYTES), SAMPLE_BYTES, "estimated"
     else:
-        items, read_bytes, how = open_source(name).rows(), size, "counted"
+        items, read_bytes, how = open_source(name, split=split).rows(), size, "counted"
     rows = text_bytes = 0
     broken: list[BrokenLine] = []
     for item in items:

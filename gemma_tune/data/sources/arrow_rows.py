@@ -1,15 +1,25 @@
-"""Rows out of Arrow tables and parquet files."""
+"""Rows out of Arrow tables, Arrow files and parquet files."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceRow, not_utf8
+from gemma_tune.data.sources.items import (
+    BrokenLine,
+    RowFile,
+    SourceItem,
+    SourceNote,
+    SourceRow,
+    is_index_name,
+    not_utf8,
+)
 from gemma_tune.errors import DataError
 
 BATCH_ROWS = 1_000
+_FILE_MARK = b"ARROW1"
 _BUFFER_BYTES = 2**18
 
 
@@ -48,15 +58,54 @@ def read_parquet(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceIte
 
     # A compressed one must be unpacked whole: parquet is read from its end.
     content = file.path if isinstance(stream.raw, io.FileIO) else pyarrow.BufferReader(stream.read())
+    # pre_buffer would keep the bytes of every row group until the end.
+    with (
+        _whole(file, "parquet"),
+        pyarrow.parquet.ParquetFile(content, pre_buffer=False, buffer_size=_BUFFER_BYTES) as table,
+    ):
+        yield from _table_rows(table.schema_arrow.names, table.iter_batches(batch_size=BATCH_ROWS), file)
+
+
+def read_arrow(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]:
+    """Read an Arrow file or stream, of which a set of rows saved by the library datasets is made."""
+    import pyarrow
+    import pyarrow.ipc
+
+    with _whole(file, "Arrow"):
+        if not stream.peek(len(_FILE_MARK)).startswith(_FILE_MARK):
+            with pyarrow.ipc.open_stream(stream) as batches:
+                yield from _table_rows(batches.schema.names, _in_parts(batches), file)
+            return
+        # A file is read from its end.
+        with pyarrow.ipc.open_file(pyarrow.BufferReader(stream.read())) as table:
+            parts = (table.get_batch(number) for number in range(table.num_record_batches))
+            yield from _table_rows(table.schema.names, _in_parts(parts), file)
+
+
+def _in_parts(batches: Iterable[Any]) -> Iterator[Any]:
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            yield batch.slice(start, BATCH_ROWS)
+
+
+def _table_rows(names: list[str], batches: Iterable[Any], file: RowFile) -> Iterator[SourceItem]:
+    twice = [column for index, column in enumerate(names) if column in names[:index]]
+    if twice:
+        raise DataError(f"{file.name}: two columns are called {twice[0]!r}", hint="rename one of them")
+    index = [name for name in names if name and is_index_name(name)]
+    if index:
+        yield SourceNote(f"{file.name}: the column {index[0]} is an index and is not read")
+        batches = (batch.drop_columns(index) for batch in batches)
+    yield from arrow_rows(batches, lambda number: f"{file.name}[{number}]")
+
+
+@contextmanager
+def _whole(file: RowFile, kind: str) -> Iterator[None]:
+    """Tell what stops the reading of a table."""
+    import pyarrow
+
     try:
-        # pre_buffer would keep the bytes of every row group until the end.
-        with pyarrow.parquet.ParquetFile(content, pre_buffer=False, buffer_size=_BUFFER_BYTES) as table:
-            names = table.schema_arrow.names
-            twice = [column for index, column in enumerate(names) if column in names[:index]]
-            if twice:
-                raise DataError(f"{file.name}: two columns are called {twice[0]!r}", hint="rename one of them")
-            yield from arrow_rows(table.iter_batches(batch_size=BATCH_ROWS), lambda index: f"{file.name}[{index}]")
+        yield
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(
-            f"{file.name} is not a whole parquet file: {str(error).splitlines()[0]}", hint="download or write it again"
-        ) from None
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{file.name} is not a whole {kind} file: {said}", hint="download or write it again") from None

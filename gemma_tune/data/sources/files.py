@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.data.sources.arrow_rows import read_parquet
+from gemma_tune.data.sources.arrow_rows import read_arrow, read_parquet
 from gemma_tune.data.sources.csv_rows import read_delimited
-from gemma_tune.data.sources.items import RowFile, SourceItem, shown, utf8_hint
+from gemma_tune.data.sources.items import RowFile, SourceItem, utf8_hint
 from gemma_tune.data.sources.json_rows import read_json, read_jsonl
 from gemma_tune.errors import DataError
 from gemma_tune.identity import file_sha256, file_stamp
@@ -53,9 +54,11 @@ _FOREIGN: dict[bytes, tuple[str, str]] = {
     b"PK\x03\x04": ("a zip archive (or a spreadsheet)", "unpack it, or save the spreadsheet as CSV in UTF-8"),
     b"\xd0\xcf\x11\xe0": ("an old Office file", "save the spreadsheet as CSV in UTF-8"),
     b"SQLite format 3\0": ("an SQLite database", "export the table as CSV"),
-    b"ARROW1\0\0": ("an Arrow file", "convert it to parquet"),
+    b"ARROW1\0\0": ("an Arrow file", "let its name end in .arrow"),
     b"PAR1\x15": ("a parquet file", "let its name end in .parquet"),
 }
+# What JSON files next to rows hold other things.
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json")
 _HEAD_BYTES = max(map(len, _FOREIGN))
 
 
@@ -76,9 +79,7 @@ def find_file(path: Path, *, name: str | None = None) -> RowFile:
         DataError: it is missing, a directory, unreadable or of an unknown kind.
     """
     if os.path.isdir(path):
-        files = sorted(child.name for child in path.iterdir() if is_row_file(child))
-        hint = f"name one of its files: {shown(files)}" if files else f"give a file: {known_kinds()}"
-        raise DataError(f"{path} is a directory, not a file of rows", hint=hint)
+        raise DataError(f"{path} is a directory, not a file of rows", hint=_files_hint(path))
     if os.path.exists(path) and not os.path.isfile(path):
         # A pipe can be read once only, and every file is read at least twice.
         raise DataError(f"{path} is not a regular file", hint="save it as a file first")
@@ -93,6 +94,20 @@ def find_file(path: Path, *, name: str | None = None) -> RowFile:
         raise DataError(f"no such file: {path}", hint=near_hint(path)) from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _files_hint(directory: Path) -> str:
+    """Name the files of rows in a directory or one below it, as a source: those of a kind that lie together."""
+    groups: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted([*directory.glob("*"), *directory.glob("*/*")]):
+        if is_row_file(path) and path.name not in _NO_ROWS and path.is_file():
+            # Of the files of several splits those to train on.
+            start = "train" if path.name.startswith("train") else ""
+            groups.setdefault((path.parent, f"{start}*{path.suffix}"), []).append(path)
+    if not groups:
+        return f"give a file: {known_kinds()}"
+    (parent, pattern), files = max(groups.items(), key=lambda item: (item[0][1].startswith("train"), len(item[1])))
+    return f"name its files: data.source={shlex.quote(str(files[0] if len(files) == 1 else parent / pattern))}"
 
 
 def near_hint(path: Path) -> str:
@@ -114,7 +129,7 @@ def read_rows(file: RowFile) -> Iterator[SourceItem]:
         if not head:
             return
         _refuse_foreign(head, file)
-        if _kind_of(file.path) not in _BINARY_KINDS:
+        if not any(_kind_of(file.path) in kinds for kinds in _BINARY_KINDS.values()):
             _refuse_utf16(head, file)
             if head.startswith(_BOM):
                 stream.read(len(_BOM))
@@ -187,7 +202,7 @@ def _refuse_wrong_compression(head: bytes, file: RowFile) -> None:
 def _refuse_foreign(head: bytes, file: RowFile) -> None:
     start = head.removeprefix(_BOM).lstrip()
     for magic, (what, hint) in _FOREIGN.items():
-        if start.startswith(magic) and not (what == "a parquet file" and _kind_of(file.path) == ".parquet"):
+        if start.startswith(magic) and _kind_of(file.path) not in _BINARY_KINDS.get(magic, ()):
             raise DataError(f"{file.path} is {what}, by its first bytes", hint=hint)
     for kind, starts, _ in _COMPRESSIONS.values():
         if head.startswith(starts):
@@ -210,7 +225,10 @@ _READERS: dict[str, Callable[[io.BufferedReader, RowFile], Iterator[SourceItem]]
     ".csv": partial(read_delimited, delimiter=","),
     ".tsv": partial(read_delimited, delimiter="\t"),
     ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".feather": read_arrow,
 }
 # Kinds of which a beginning can be read alone.
 LINE_KINDS = (".jsonl", ".ndjson", ".csv", ".tsv")
-_BINARY_KINDS = (".parquet",)
+# First bytes → the kinds that start with them; an Arrow stream has no mark of its own.
+_BINARY_KINDS = {b"PAR1\x15": (".parquet",), b"ARROW1\0\0": (".arrow", ".feather")}

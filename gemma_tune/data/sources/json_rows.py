@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,10 +16,12 @@ from gemma_tune.data.sources.items import (
     BrokenLine,
     RowFile,
     SourceItem,
+    SourceNote,
     SourceRow,
     escaped_byte,
     not_utf8,
     shown,
+    utf8_hint,
 )
 from gemma_tune.errors import DataError
 
@@ -74,7 +77,7 @@ def _json_problem(error: Exception) -> str:
 
 def read_jsonl(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]:
     """Read one object a line."""
-    name = file.name
+    name, hint = file.name, utf8_hint(file)
     decoder, twice = _decoder()
     decode = decoder.decode
     is_first = True
@@ -96,7 +99,7 @@ def read_jsonl(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]
             twice.clear()
             problem = _json_problem(error)
             where += f":{error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-        yield SourceRow(value, where) if problem is None else BrokenLine(where, problem)
+        yield SourceRow(value, where) if problem is None else BrokenLine(where, problem, hint=_hint(problem, hint))
 
 
 def _refuse_list(first_line: bytes, stream: io.BufferedReader, file: RowFile) -> None:
@@ -113,8 +116,8 @@ def _refuse_list(first_line: bytes, stream: io.BufferedReader, file: RowFile) ->
 
 
 def read_json(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]:
-    """Read a list of objects."""
-    name = file.name
+    """Read a list of objects; or one object that holds such a list, or whose keys are the columns."""
+    name, hint = file.name, utf8_hint(file)
     content = stream.read()
     try:
         text, is_damaged = content.decode("utf-8"), False
@@ -123,62 +126,149 @@ def read_json(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]:
     del content
     if not text.strip():
         return
-    if text.lstrip().startswith("{"):
-        raise _object_error(text, file)
+    start = _skip(text, 0)
+    if text.startswith("{", start):
+        if is_damaged and (byte := ESCAPED_BYTE.search(text)):
+            where = f"{name}:{text.count(chr(10), 0, byte.start()) + 1}"
+            raise DataError(f"{where}: {not_utf8(escaped_byte(byte))}", hint=hint)
+        columns, start, key = _read_object(text, start, file)
+        if columns:
+            yield from _rows_of_columns(columns, text, file)
+            return
+        yield SourceNote(f"{name}: its rows are the list behind the key {key!r}")
     decoder, twice = _decoder()
     try:
-        for value, line, start, end in _array_items(text, decoder):
+        for value, line, begin, end in _array_items(text, decoder, start):
             where = f"{name}:{line}"
-            if is_damaged and (byte := ESCAPED_BYTE.search(text, start, end)):
+            if is_damaged and (byte := ESCAPED_BYTE.search(text, begin, end)):
                 twice.clear()
-                bad_line = line + text.count("\n", start, byte.start())
-                yield BrokenLine(f"{name}:{bad_line}", not_utf8(escaped_byte(byte)))
+                bad_line = line + text.count("\n", begin, byte.start())
+                yield BrokenLine(f"{name}:{bad_line}", not_utf8(escaped_byte(byte)), hint=hint)
                 continue
-            problem = _value_problem(value, text=text[start:end], twice=twice)
+            problem = _value_problem(value, text=text[begin:end], twice=twice)
             yield SourceRow(value, where) if problem is None else BrokenLine(where, problem)
     except json.JSONDecodeError as error:
         byte = ESCAPED_BYTE.match(text, error.pos)
         problem = not_utf8(escaped_byte(byte)) if byte else _json_problem(error)
-        yield BrokenLine(f"{name}:{error.lineno}:{error.colno}", f"{problem}; {STOPPED}", ends_reading=True)
+        where = f"{name}:{error.lineno}:{error.colno}"
+        yield BrokenLine(where, f"{problem}; {STOPPED}", ends_reading=True, hint=hint if byte else None)
 
 
-def _object_error(text: str, file: RowFile) -> DataError:
-    """What a .json file is that starts with an object instead of a list."""
-    start = len(text) - len(text.lstrip())
+def _read_object(text: str, start: int, file: RowFile) -> tuple[dict[str, list[Any]], int, str]:
+    """The columns of the object that a file is instead of a list; or where the list of its rows starts, and its key.
+
+    Raises:
+        DataError: it holds no rows that are clearly all of it.
+    """
+    decoder, twice = _decoder()
     try:
-        value, end = json.JSONDecoder().raw_decode(text, start)
+        value, end = decoder.raw_decode(text, start)
     except json.JSONDecodeError as error:
-        return DataError(f"{file.name}:{error.lineno}:{error.colno}: {_json_problem(error)}", hint=JSON_HINT)
+        raise DataError(f"{file.name}:{error.lineno}:{error.colno}: {_json_problem(error)}", hint=JSON_HINT) from None
     except (ValueError, RecursionError) as error:
-        return DataError(f"{file.name}: {_json_problem(error)}", hint=JSON_HINT)
+        raise DataError(f"{file.name}: {_json_problem(error)}", hint=JSON_HINT) from None
     if text[end:].strip():
         is_lines = "\n" not in text[start:end]
         hint = "name it .jsonl instead of .json" if is_lines else JSON_HINT
         kind = "one object a line (JSON lines)" if is_lines else "one object behind the other"
-        return DataError(f"{file.path} holds {kind}, not one list", hint=hint)
+        raise DataError(f"{file.path} holds {kind}, not one list", hint=hint)
     lists = [key for key, inner in value.items() if isinstance(inner, list)]
-    if len(lists) == 1:
-        # json.dumps quotes a key for jq as well.
-        key = json.dumps(lists[0])
-        return DataError(
-            f"{file.path} is one object whose key {lists[0]!r} holds the list of rows",
-            hint=f"save that list alone, for example: jq '.[{key}]' {file.path.name} > rows-of-{file.path.name}",
+    tables = [key for key in lists if value[key] and isinstance(value[key][0], dict)]
+    if len(lists) == len(tables) == 1 and tables[0] not in twice:
+        position = _skip(text, start + 1)
+        while True:
+            key, position = decoder.raw_decode(text, position)
+            position = _skip(text, _skip(text, position) + 1)
+            if key == tables[0]:
+                return {}, position, key
+            position = _skip(text, _skip(text, decoder.raw_decode(text, position)[1]) + 1)
+    if twice:
+        raise DataError(f"{file.name}: key {twice[0]!r} twice", hint=JSON_HINT)
+    if columns := _columns_of(value):
+        return columns, start, ""
+    if len(lists) > 1:
+        names = shown(map(repr, lists))
+        hint = f"save the one that holds the rows alone: {_jq(f'.[{json.dumps(lists[0])}]', file)}"
+        raise DataError(f"{file.path} is one object with the lists {names}, not a list of objects", hint=hint)
+    if path := _path_to_rows(value):
+        query = "".join(f"[{json.dumps(key)}]" if isinstance(key, str) else "[]" for key in path)
+        raise DataError(
+            f"{file.path} is one object with the rows deeper down, in {'.'.join(filter(None, path))}",
+            hint=_jq(f"[.{query}]" if None in path else f".{query}", file),
         )
-    names = f" with the lists {shown(map(repr, lists))}" if lists else ""
-    return DataError(f"{file.path} is one object{names}, not a list of objects", hint=JSON_HINT)
+    if len(value) > 1 and _are(dict, list(value.values())):
+        raise DataError(f"{file.path} is one object of objects, not a list of them", hint=_jq("[.[]]", file))
+    raise DataError(f"{file.path} is one object, not a list of objects", hint=JSON_HINT)
+
+
+def _path_to_rows(value: dict[str, Any], depth: int = 4) -> list[str | None]:
+    """The keys that lead to a list of objects further down, None for each item of a list; empty where there is none."""
+    for key, inner in value.items():
+        if isinstance(inner, list) and _are(dict, inner):
+            return [key, None, "node"] if all(isinstance(item.get("node"), dict) for item in inner) else [key]
+        if isinstance(inner, dict) and depth and (path := _path_to_rows(inner, depth - 1)):
+            return [key, *path]
+    return []
+
+
+def _columns_of(value: dict[str, Any]) -> dict[str, list[Any]]:
+    """Column → values, where an object holds a table by its columns, as pandas writes it too; empty where not."""
+    columns = list(value.values())
+    if set(value) == {"columns", "index", "data"} and _are(list, columns) and _are(list, value["data"]):  # orient=split
+        names, rows = value["columns"], value["data"]
+        if _are(str, names) and len(set(names)) == len(names) and all(len(row) == len(names) for row in rows):
+            return {name: [row[number] for row in rows] for number, name in enumerate(names)}
+    if _are(list, columns):
+        return value if len({len(column) for column in columns}) == 1 else {}
+    if not _are(dict, columns) or not columns[0]:
+        return {}
+    index = list(columns[0])
+    if all(key.isdecimal() for key in index):  # orient=columns
+        same = all(column.keys() == columns[0].keys() for column in columns)
+        return {name: [column[key] for key in index] for name, column in value.items()} if same else {}
+    if all(key.isdecimal() for key in value):  # orient=index
+        names = list(dict.fromkeys(name for row in columns for name in row))
+        return {name: [row.get(name) for row in columns] for name in names}
+    return {}
+
+
+def _rows_of_columns(columns: dict[str, list[Any]], text: str, file: RowFile) -> Iterator[SourceItem]:
+    has_escapes = "\\u" in text
+    for index, cells in enumerate(zip(*columns.values(), strict=True)):
+        row, where = dict(zip(columns, cells, strict=True)), f"{file.name}[{index}]"
+        problem = _value_problem(row, text=json.dumps(row) if has_escapes else "", twice=[])
+        yield SourceRow(row, where) if problem is None else BrokenLine(where, problem)
+
+
+def _are(kind: type, values: Any) -> bool:
+    return bool(values) and all(isinstance(value, kind) for value in values)
+
+
+def _hint(problem: str, hint: str) -> str | None:
+    return hint if "UTF-8" in problem else None
+
+
+def _jq(path: str, file: RowFile) -> str:
+    """The command that saves a part of a JSON file as rows."""
+    into = file.path.with_name(f"rows-of-{file.path.name}")
+    return f"jq {shlex.quote(path)} {shlex.quote(str(file.path))} > {shlex.quote(str(into))}"
 
 
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
 
 
-def _array_items(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int, int, int]]:
-    """The items of a JSON list: value, 1-based line where it starts, start and end of its text."""
+def _skip(text: str, position: int) -> int:
+    match = _JSON_SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _array_items(text: str, decoder: json.JSONDecoder, position: int) -> Iterator[tuple[Any, int, int, int]]:
+    """The items of the JSON list at `position`: value, 1-based line where it starts, start and end of its text."""
 
     def skip(position: int) -> int:
-        match = _JSON_SPACE.match(text, position)
-        return match.end() if match else position
+        return _skip(text, position)
 
-    position = skip(0)
+    is_whole = not text[:position].strip()
     if not text.startswith("[", position):
         raise json.JSONDecodeError("Expecting '[', the start of a list", text, position)
     position = skip(position + 1)
@@ -200,5 +290,5 @@ def _array_items(text: str, decoder: json.JSONDecoder) -> Iterator[tuple[Any, in
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
             position = skip(position + 1)
     position = skip(position + 1)
-    if position != len(text):
+    if is_whole and position != len(text):
         raise json.JSONDecodeError("Extra data behind the list", text, position)

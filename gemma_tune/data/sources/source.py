@@ -13,6 +13,7 @@ from pathlib import Path
 from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, near_hint, read_rows
 from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
 from gemma_tune.data.sources.items import BrokenLine, RowFile, SourceItem, SourceNote, SourceRow, shown, stop_if_broken
+from gemma_tune.data.sources.saved_datasets import is_saved_dataset, saved_files
 from gemma_tune.errors import DataError
 from gemma_tune.paths import TINY_ROWS_DIR
 
@@ -44,11 +45,11 @@ class Source:
 
 
 def open_source(source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None) -> Source:
-    """Find `source`: a file, a pattern of files (`data/part-*.jsonl`; `**` too), a hub id `owner/name` or `tiny-world`.
+    """Find `source`: a file, a pattern of files (`data/part-*.jsonl`; `**` too), a folder that `save_to_disk` wrote, a
+    hub id `owner/name` or `tiny-world`.
 
-    Files are .jsonl, .json (a list of objects), .csv, .tsv or .parquet, each also compressed (.gz, .bz2, .xz, .zst), in
-    UTF-8 with or without BOM. `subset`, `revision` and a `split` other than train belong to hub datasets (tiny-world
-    has the splits train and eval).
+    Files are of a kind of `known_kinds()`, text in UTF-8 with or without BOM. `subset` and `revision` belong to hub
+    datasets, a `split` other than train to those, to saved folders and to tiny-world (train and eval).
 
     Raises:
         DataError: the source is missing, unreadable, empty, or not what its name says.
@@ -62,7 +63,12 @@ def open_source(source: str, *, subset: str | None = None, split: str = "train",
         raise DataError(f"{source} is a web address", hint="download it and give the file, or a hub id owner/name")
     if is_local(source):
         path = Path(os.path.expanduser(source))
-        _refuse_hub_settings(source, subset=subset, split=split, revision=revision)
+        is_saved = is_saved_dataset(path)
+        _refuse_hub_settings(source, subset=subset, split="train" if is_saved else split, revision=revision)
+        if is_saved:
+            files, label = saved_files(path, split=split)
+            named = [(file, f"{path.resolve().name}/{file.relative_to(path).as_posix()}") for file in files]
+            return _open_files([find_file(file, name=name) for file, name in named], label=label)
         if _WILDCARD.search(source) and not os.path.exists(path):
             return _open_pattern(path)
         return _open_files([find_file(path)], label=path.name)

@@ -246,8 +246,13 @@ def test_json_goes_on_behind_an_item_that_is_no_row(tmp_path: Path) -> None:
     [
         ("rows.json", '{"a": 1}\n{"a": 2}', "one object a line", "name it .jsonl"),
         ("rows.json", '{\n"a": 1}\n{\n"a": 2}', "one object behind the other", "one list of objects"),
-        ("rows.json", '{"v": 1, "data": [{"a": 1}]}', "whose key 'data' holds the list of rows", "jq '.[\"data\"]'"),
-        ("rows.json", '{"a": ["x"], "b": ["y"]}', "one object with the lists 'a', 'b'", "one list of objects"),
+        (
+            "rows.json",
+            '{"v": 1, "d": {"rows": [{"a": 1}]}}',
+            "the rows deeper down, in d.rows",
+            """jq '.["d"]["rows"]'""",
+        ),
+        ("rows.json", '{"a": ["x"], "b": ["y", "z"]}', "one object with the lists 'a', 'b'", """jq '.["a"]'"""),
         ("rows.json", '{"a": "x"}', "is one object, not a list of objects", "one list of objects"),
         ("rows.json", '{"a": "x"', "rows.json:1:10: not JSON", "one list of objects"),
         ("rows.jsonl", '[\n{"a": 1},\n{"a": 2}\n]\n', "one JSON list", "name it .json instead"),
