@@ -122,7 +122,9 @@ def _warn(terminal: Terminal, text: str) -> None:
 
 def _show_rows(terminal: Terminal, reading: Reading, rows: RenderedRows) -> None:
     """What was chosen and found, and the first row as it is trained."""
-    for note in (*reading.notes, *rows.notes):
+    for note in reading.notes:
+        terminal.note(Text(f"  {note}"))
+    for note in rows.notes:
         _warn(terminal, note)
     terminal.note(f"{counted(rows.num_rows, 'row')} can be used; {escape(rows.first.where)} as it is trained:")
     shown = [("  prompt", _beginning(rows.first.prompt_text)), ("  learned", _beginning(rows.first.response))]
