@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gemma_tune.data.inputs import Inputs, open_inputs
-from gemma_tune.data.look.recognise import Column, Reading, describe_columns
+from gemma_tune.data.look.columns import Column, describe_columns
+from gemma_tune.data.look.recognise import Reading
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.read import read_examples, render_rows
 from gemma_tune.data.rows.render import Example

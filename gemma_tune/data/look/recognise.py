@@ -1,24 +1,20 @@
-"""What the columns of rows hold, by their values first and their names second: which is asked, which answers."""
+"""Which template reads rows without a recipe, and which of their columns is asked and which answers."""
 
 from __future__ import annotations
 
-import datetime
-import json
-import re
 import shlex
-import statistics
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from gemma_tune.data.look.columns import NAMES, WORDS, Column, is_close
 from gemma_tune.data.rows.template import load_template
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import DEFAULT_METHOD, ROW_KINDS, RowKind
-from gemma_tune.text import counted, listed
+from gemma_tune.text import listed
 
 Goal = Literal["chat", "instruct", "complete"]
-Kind = Literal["text", "label", "number", "id", "constant", "empty", "form", "messages", "media", "other"]
 
 
 @dataclass(frozen=True)
@@ -43,100 +39,16 @@ _LIKELY: tuple[tuple[Goal, str], ...] = (
 )  # fmt: skip
 
 
-def _weights(*lines: tuple[float, str]) -> Mapping[str, float]:
-    return {word: weight for weight, words in lines for word in words.split()}
-
-
-# How far a word in a column's name speaks for what it holds.
-_ASKED = _weights(
-    (3, "question query prompt instruction frage pregunta domanda vraag pytanie"),
-    (2, "input request problem human ask task utterance issue inquiry complaint term"),
-    (1.5, "user customer client body message"),
-    (1, "text content description review comment sentence source article document passage ticket post email tweet"),
-    (0.5, "title subject headline"),
-)
-_ANSWERED = _weights(
-    (3, "answer response completion output reply antwort respuesta risposta antwoord reponse réponse"),
-    (2, "assistant bot gpt solution resolution target summary translation correction rewrite generation highlight"),
-    (1.5, "agent support expected gold reference"),
-    (1, "definition explanation meaning code"),
-)
-_LABELS = ["label", "sentiment", "intent", "category", "class", "emotion", "topic", "polarity", "rating", "star"]
-_CONTEXT = ["context", "input", "passage", "knowledge", "background"]
-_ID_WORDS = {"id", "uuid", "guid", "key", "index", "idx", "hash", "sha", "nr", "no"}
-_WHOLE_TEXTS = ["text", "content", "document", "body", "story", "article", "passage"]
-_CLEAR, _CLOSE = 0.3, 0.5  # share of questions that makes a column one of questions; scores that are about equal
-
-_NUMBER = re.compile(r"[-+]?[\d.,_]*\d[\d.,_]*(e[-+]?\d+)?\s?%?", re.IGNORECASE)
-_FORMS: Mapping[str, re.Pattern[str]] = {
-    "dates": re.compile(
-        r"\d{4}([-/.])\d\d?\1\d\d?([T ].*)?|\d\d?([-/.])\d\d?\3(\d{4}|\d\d)(,? .*)?|\d\d?:\d\d(:\d\d)?"
-    ),
-    "web addresses": re.compile(r"(https?://|www\.)\S+", re.IGNORECASE),
-    "e-mail addresses": re.compile(r"\S+@\S+\.\w+"),
-}
-_MEDIA_FILE = re.compile(r"[^\n]+\.(png|jpe?g|gif|webp|bmp|tiff?|wav|mp3|mp4|flac|ogg|webm)", re.IGNORECASE)
-_MEDIA_NAMES = (["image"], ["img"], ["picture"], ["photo"], ["audio"], ["video"])
-_CODE = re.compile(r"(?=.*[\d_#/:-])[!-~]+")  # one word of ASCII with a digit or a joint in it
-_NEARLY_ALL = 0.95
-# Whether an answer is a good one.
-_TWO, _JUDGED = ("true or false", "2 numbers"), {"label", "correct", "good", "accepted", "helpful"}
-
-# What a question offers to choose from.
-_OPTIONS, _LETTERS = {"choice", "option", "distractor"}, ("A", "B", "C", "D", "E")
-# Columns that other training methods take, by the kind of their rows.
+# Columns of preference pairs, the better one first.
 _PAIRS = (
     ("chosen", "rejected"), ("preferred", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"),
     ("better", "worse"), ("response_j", "response_k"), ("chosen_response", "rejected_response"),
 )  # fmt: skip
+_TWO, _LETTERS = ("true or false", "2 numbers"), ("A", "B", "C", "D", "E")
 
 
 class Undecided(DataError):
     """No column is clearly the one that is needed; the hint says how to name it."""
-
-
-@dataclass(frozen=True)
-class Column:
-    """What the first rows show of one column."""
-
-    name: str
-    kind: Kind
-    about: str  # for a person: `text of 23 words`, `4 values`
-    num_words: float = 0  # mean of its texts
-    questions: float = 0  # share of its texts that end in a question mark
-    filled: float = 1  # share of the rows that have it
-
-    @property
-    def asked(self) -> float:
-        """How far it looks like what is asked."""
-        return _score(self.name, _ASKED, _ANSWERED) + 2 * self.questions + min(self.num_words, 30) / 30 + self.filled
-
-    @property
-    def answered(self) -> float:
-        """How far it looks like what is answered."""
-        return _score(self.name, _ANSWERED, _ASKED) - 2 * self.questions + min(self.num_words, 30) / 30 + self.filled
-
-    @property
-    def is_clearly_asked(self) -> bool:
-        return self.questions >= _CLEAR or _score(self.name, _ASKED, _ANSWERED) > 0
-
-    @property
-    def asks_strongly(self) -> bool:
-        return self.questions >= _CLEAR or _score(self.name, _ASKED, _ANSWERED) >= 2
-
-    @property
-    def can_answer(self) -> bool:
-        """Whether it is not clearly something else."""
-        return not self.is_clearly_asked and self.name.lower() not in _CONTEXT
-
-    @property
-    def can_be_asked(self) -> bool:
-        """Whether it is more than a name or a code."""
-        return self.num_words >= 3 or self.asks_strongly
-
-    @property
-    def is_clearly_answered(self) -> bool:
-        return _score(self.name, _ANSWERED, _ASKED) > 0
 
 
 @dataclass(frozen=True)
@@ -148,12 +60,6 @@ class Reading:
     columns: Mapping[str, str]  # template field → column, where rows have names of their own
     notes: tuple[str, ...] = ()  # what was chosen where it was a choice, a sentence each
     is_guess: bool = False  # whether a column was taken for what it holds rather than for its name
-
-
-def describe_columns(rows: Sequence[Mapping[str, object]]) -> tuple[Column, ...]:
-    """Say of every column of the rows what it holds."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return tuple(_describe(name, [row.get(name) for row in rows]) for name in names)
 
 
 def recognise(
@@ -212,7 +118,7 @@ def _without_clash(template: str, columns: Mapping[str, str]) -> tuple[str, Mapp
 def _whole_text(columns: Sequence[Column], *, wanted: bool) -> Column | None:
     """The column of a corpus: named so, and where that is not what is `wanted`, the only text there is."""
     texts = {column.name.lower(): column for column in columns if column.kind == "text"}
-    named = [texts[name] for name in _WHOLE_TEXTS if name in texts]
+    named = [texts[name] for name in NAMES["whole_text"] if name in texts]
     return named[0] if named and (wanted or "text" in texts or len(texts) == 1) else None
 
 
@@ -234,7 +140,7 @@ def _find_pair(columns: Sequence[Column], mapped: Mapping[str, str]) -> dict[str
         is_left = is_left and not any(each.kind == "other" and each.is_clearly_answered for each in free)
         response = others[0] if is_left else _find_label(free)
     if asked is not None and response is not None and response.kind != "text" and "instruction" not in pair:
-        rivals = [column for column in asking if column is not asked and _is_close(asked.asked, column.asked)]
+        rivals = [column for column in asking if column is not asked and is_close(asked.asked, column.asked)]
         asked = None if rivals else asked  # a label of two sentences, of which one would not be read
     found = {"instruction": asked, "response": response}
     return {field: column for field, column in found.items() if column is not None}
@@ -253,7 +159,7 @@ def _find_response(columns: Sequence[Column], texts: Sequence[Column]) -> Column
 def _find_label(columns: Sequence[Column]) -> Column | None:
     """A column of few values that is named as what a classifier learns."""
     few = [column for column in columns if column.kind in ("label", "number", "text") and column.num_words <= 4]
-    return next((column for word in _LABELS for column in few if word in _words(column.name)), None)
+    return next((column for word in WORDS["label"] for column in few if word in column.words), None)
 
 
 def _told(
@@ -264,7 +170,7 @@ def _told(
     context = next(
         (
             column.name
-            for word in _CONTEXT
+            for word in NAMES["context"]
             for column in columns
             if column.kind == "text" and word == column.name.lower() and column.name not in chosen.values()
         ),
@@ -275,18 +181,14 @@ def _told(
     notes = [f"{field} is the column {name} ({_about(columns, name)})" for field, name in chosen.items()]
     for field, score in (("instruction", "asked"), ("response", "answered")):
         for column in columns if field not in mapped and pair[field].kind == "text" else ():
-            is_close = _is_close(getattr(pair[field], score), getattr(column, score))
-            if is_close and column.kind == "text" and column.name not in chosen.values():
+            is_rival = column.kind == "text" and column.name not in chosen.values()
+            if is_rival and is_close(getattr(pair[field], score), getattr(column, score)):
                 notes.append(f"{column.name} would do about as well: --column {field}={column.name}")
     notes.append("another column: --column instruction=COLUMN, or data.columns.instruction in the recipe")
     unread = [column.name for column in columns if column.name not in chosen.values() and column.kind != "empty"]
     if unread:
         notes.append(f"not read: {listed(unread, shown=8)}")
     return {field: name for field, name in chosen.items() if field != name}, tuple(notes)
-
-
-def _is_close(best: float, other: float) -> bool:
-    return best - other < _CLOSE
 
 
 def _about(columns: Sequence[Column], name: str) -> str:
@@ -301,7 +203,7 @@ def _refuse_other_rows(label: str, columns: Sequence[Column], *, command: str) -
     names = {column.name.lower(): column.name for column in columns}
     better = next((names[pair[0]] for pair in _PAIRS if names.keys() >= set(pair)), None)
     answers = [column.name for column in columns if column.kind == "text" and column.is_clearly_answered]
-    is_judged = any(column.about in _TWO and _JUDGED & set(_words(column.name)) for column in columns)
+    is_judged = any(column.about in _TWO and column.has_word("judged") for column in columns)
     if better is not None or (is_judged and answers):
         rows: RowKind = "labelled" if better is None else "pair"
         pair = _find_pair(columns, {"response": better or answers[0]})
@@ -317,7 +219,7 @@ def _refuse_other_rows(label: str, columns: Sequence[Column], *, command: str) -
             f"{label} holds a message a row, whose {roles} says who speaks, and a conversation is one row",
             hint='group them: {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}',
         )
-    options = [column.name for column in columns if _OPTIONS & set(_words(column.name)) or column.name in _LETTERS]
+    options = [column.name for column in columns if column.has_word("option") or column.name in _LETTERS]
     if len(options) > 2 or any(column.kind == "other" and column.name in options for column in columns):
         raise DataError(
             f"{label}: what is chosen from ({listed(options)}) stands in columns of its own, which no template reads",
@@ -370,92 +272,3 @@ def _undecided(
 
 def _flags(columns: Mapping[str, str]) -> str:
     return " ".join(f"--column {shlex.quote(f'{field}={name}')}" for field, name in columns.items())
-
-
-# --- one column -------------------------------------------------------------------------------------------------------
-
-
-def _words(name: str) -> list[str]:
-    """The words of a column's name, in lower case and without a plural s."""
-    parted = re.findall(r"[^\W\d_]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", name))
-    return [word.lower().removesuffix("s") if len(word) > 3 else word.lower() for word in parted]
-
-
-def _score(name: str, speaks_for: Mapping[str, float], against: Mapping[str, float]) -> float:
-    words = _words(name)
-    return sum(speaks_for.get(word, 0) for word in words) - sum(against.get(word, 0) for word in words)
-
-
-def _num_words(text: str) -> float:
-    """Words between spaces; two characters of a script that has none count as one."""
-    return len(text.split()) + sum(char >= "\u2e80" for char in text) / 2
-
-
-def _describe(name: str, values: Sequence[object]) -> Column:
-    given = [value for value in values if value == value and value is not None and value != "" and value != []]
-    filled = len(given) / len(values)
-    if not given or all(isinstance(value, str) and not value.strip() for value in given):
-        return Column(name, "empty", "empty", filled=0)
-    if all(isinstance(value, bool) or str(value).lower() in ("true", "false") for value in given):
-        return Column(name, "label", "true or false", 1, filled=filled)
-    if all(isinstance(value, int | float) for value in given):
-        is_few = len(set(given)) * 2 <= len(given)
-        kind: Kind = "id" if _ID_WORDS & set(_words(name)) else "label" if is_few else "number"
-        return Column(name, kind, f"{len(set(given))} numbers" if is_few else "numbers", 1, filled=filled)
-    if all(isinstance(value, datetime.date | datetime.time | datetime.timedelta) for value in given):
-        return Column(name, "form", "dates", filled=filled)
-    if not all(isinstance(value, str) for value in given):
-        return _describe_nested(name, given, filled=filled)
-    return _describe_texts(name, [value.strip() for value in given if isinstance(value, str)], filled=filled)
-
-
-def _describe_nested(name: str, given: Sequence[object], *, filled: float) -> Column:
-    items = [item for value in given for item in (value if isinstance(value, list) else [value])]
-    if any(isinstance(item, bytes) or (isinstance(item, Mapping) and "bytes" in item) for item in items):
-        return Column(name, "media", "pictures or sound", filled=filled)
-    if all(isinstance(value, list) for value in given):
-        if all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items):
-            return Column(name, "messages", "messages", filled=filled)
-        if items and all(isinstance(item, str) and _MEDIA_FILE.fullmatch(item) for item in items):
-            return Column(name, "media", "pictures or sound", filled=filled)
-        return Column(name, "other", "lists", filled=filled)
-    keys = list(dict.fromkeys(key for item in items if isinstance(item, Mapping) for key in item))
-    return Column(name, "other", f"objects ({listed(keys)})" if keys else "values of several kinds", filled=filled)
-
-
-def _describe_texts(name: str, texts: Sequence[str], *, filled: float) -> Column:
-    def nearly_all(pattern: re.Pattern[str]) -> bool:
-        return sum(pattern.fullmatch(text) is not None for text in texts) >= _NEARLY_ALL * len(texts)
-
-    distinct, words = len(set(texts)), statistics.fmean(map(_num_words, texts))
-    form = next((form for form, pattern in _FORMS.items() if nearly_all(pattern)), None)
-    # A picture's address next to a text is mostly an ornament.
-    if nearly_all(_MEDIA_FILE) and (form is None or _words(name) in _MEDIA_NAMES):
-        return Column(name, "media", "pictures or sound", filled=filled)
-    if all(_is_messages(text) for text in texts):
-        return Column(name, "messages", "messages as JSON text", filled=filled)
-    if form is not None:
-        return Column(name, "form", form, filled=filled)
-    is_code = nearly_all(_CODE) and distinct >= _NEARLY_ALL * len(texts)
-    is_named_id = bool(_ID_WORDS & set(_words(name))) and words < 1.5
-    if is_named_id or (is_code and not nearly_all(_NUMBER) and len(texts) > 1):
-        return Column(name, "id", "ids", filled=filled)
-    if distinct == 1 and len(texts) > 1:
-        return Column(name, "constant", "the same in every row", words, filled=filled)
-    if distinct * 2 <= len(texts) and words <= 4:
-        return Column(name, "label", counted(distinct, "value"), words, filled=filled)
-    if nearly_all(_NUMBER):
-        return Column(name, "number", "numbers", words, filled=filled)
-    questions = sum(text.endswith(("?", "？", "؟")) for text in texts) / len(texts)
-    about = f"text of about {counted(max(1, round(words)), 'word')}" + (", questions" if questions >= _CLEAR else "")
-    return Column(name, "text", about, words, questions, filled)
-
-
-def _is_messages(text: str) -> bool:
-    if not text.startswith("["):
-        return False
-    try:
-        items = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return bool(items) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items)

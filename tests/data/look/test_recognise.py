@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 import pytest
 
-from gemma_tune.data.look.recognise import GOALS, Goal, Undecided, describe_columns, recognise
+from gemma_tune.data.look.columns import describe_columns
+from gemma_tune.data.look.recognise import GOALS, Goal, Undecided, recognise
 from gemma_tune.data.rows.template import list_templates, load_template
 from gemma_tune.errors import DataError
 
