@@ -37,6 +37,8 @@ def print_audit(terminal: Terminal, report: AuditReport) -> None:
     if report.length_bins:
         terminal.plain("")
         _print_lengths(terminal, report)
+    for note in report.notes:
+        terminal.plain(note)
     terminal.plain("")
     if not report.findings:
         terminal.plain("nothing was found")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from gemma_tune.data.rows.render import CONTENT_KEYS, ROLE_KEYS
 from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
+from gemma_tune.data.rows.unread import RowFormat
+from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
 from gemma_tune.recipe.methods import METHODS, ROW_KINDS, MethodFacts
@@ -13,7 +16,7 @@ from gemma_tune.recipe.schema import DataSection, MixSection
 from gemma_tune.text import suggestion
 
 # What `template: auto` tries, in this order: for a base model, and before those for a model that knows chat turns.
-_AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "text")
+_AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "chat-completion", "text")
 _AUTO_CHAT = ("dolly-chat", "alpaca-chat")
 
 
@@ -24,14 +27,14 @@ class Input:
     source: Source
     template: DataTemplate
     detected: bool  # whether the template was chosen by the columns (`template: auto`)
-    columns: Mapping[str, str]  # template field → column of the rows
+    row_format: RowFormat
     num_rows: int | None = None  # train rows to take (`#N`); None takes all
     weight: float | None = None  # share of the mix, relative to the other weights
 
     def texts(self, fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
         """Column and text of every text of a row that the template reads, messages one by one."""
-        for name in (*self.template.conversation, *self.template.fields):
-            column = self.columns.get(name, name)
+        names = (*self.template.conversation, *self.template.fields, *self.template.opening)
+        for column in dict.fromkeys(self.row_format.columns.get(name, name) for name in names):
             yield from _texts_in(column, fields.get(column))
 
 
@@ -106,7 +109,9 @@ def _open(part: MixSection, section: DataSection, *, prefers_chat: bool) -> Inpu
     if wanted != "auto":
         template = load_template(wanted)
     else:
-        detected = detect_template(_fields_of(source, columns), prefers_chat=prefers_chat)
+        detected = detect_template(
+            _fields_of(source, columns), prefers_chat=prefers_chat, lists=list_columns(source, columns)
+        )
         if detected is None:
             raise DataError(
                 f"no shipped data template fits the columns of {source.label}: {', '.join(source.columns)}",
@@ -114,8 +119,8 @@ def _open(part: MixSection, section: DataSection, *, prefers_chat: bool) -> Inpu
                 "a template of your own and name it as data.template",
             )
         template = detected
-    _check_columns(columns, template, source)
-    return Input(source, template, wanted == "auto", columns, num_rows, part.weight)
+    _check_columns(columns, template, source, dropped=section.drop_fields)
+    return Input(source, template, wanted == "auto", RowFormat.of(section, columns), num_rows, part.weight)
 
 
 def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
@@ -125,20 +130,33 @@ def _texts_in(name: str, value: object) -> Iterator[tuple[str, str]]:
         for index, item in enumerate(value):
             yield from _texts_in(f"{name}[{index}]", item)
     elif isinstance(value, Mapping):
-        text = value.get("content", value.get("value"))
+        text = next((value[key] for key in CONTENT_KEYS if key in value), None)
         yield from _texts_in(name, text)
 
 
-def detect_template(columns: Sequence[str], *, prefers_chat: bool) -> DataTemplate | None:
-    """The first shipped template whose required fields are among `columns`."""
+def detect_template(columns: Sequence[str], *, prefers_chat: bool, lists: Collection[str] = ()) -> DataTemplate | None:
+    """The first shipped template whose required fields are among `columns`; those in `lists` hold lists of messages."""
     order = (*_AUTO_CHAT, *_AUTO) if prefers_chat else _AUTO
-    return next((template for name in order if _fits(template := load_template(name), columns)), None)
+    return next((template for name in order if _fits(template := load_template(name), columns, lists)), None)
 
 
-def _fits(template: DataTemplate, columns: Sequence[str]) -> bool:
+def list_columns(source: Source, columns: Mapping[str, str]) -> frozenset[str]:
+    """The columns, and the fields mapped to them, whose value in the first row is a list of messages."""
+    first = next((row for row in source.rows() if isinstance(row, SourceRow)), None)
+    lists = {name for name, value in (first.fields if first else {}).items() if _holds_messages(value)}
+    return frozenset(lists | {field for field, column in columns.items() if column in lists})
+
+
+def _holds_messages(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+
+
+def _fits(template: DataTemplate, columns: Sequence[str], lists: Collection[str] = ()) -> bool:
     # The answers of a preference pair may bring the conversation themselves.
     needs_conversation = bool(template.conversation) and not template.facts.answers
     has_conversation = any(column in columns for column in template.conversation)
+    if not template.conversation and any(field in lists for field in template.required):
+        return False
     return (has_conversation or not needs_conversation) and all(field in columns for field in template.required)
 
 
@@ -147,9 +165,18 @@ def _fields_of(source: Source, columns: Mapping[str, str]) -> tuple[str, ...]:
     return (*source.columns, *(field for field, column in columns.items() if column in source.columns))
 
 
-def _check_columns(columns: Mapping[str, str], template: DataTemplate, source: Source) -> None:
+def _check_columns(
+    columns: Mapping[str, str], template: DataTemplate, source: Source, *, dropped: Collection[str]
+) -> None:
     """Refuse a mapping or a template that cannot fit any row, before the rows are looked at one by one."""
-    known = (*template.conversation, *template.fields)
+    needed = {columns.get(name, name) for name in (*template.conversation, *template.required)}
+    for name in dropped:
+        if name in needed | {*ROLE_KEYS, *CONTENT_KEYS}:
+            raise DataError(
+                f"data.drop_fields: {name} is what the template {template.name} reads",
+                hint="drop what rows hold besides it, or name another data.template",
+            )
+    known = (*template.conversation, *template.fields, *template.opening)
     category = (template.category,) if template.category else ()
     for name, column in columns.items():
         if name not in (*known, *category):

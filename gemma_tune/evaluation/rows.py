@@ -15,6 +15,7 @@ from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import DataTemplate
+from gemma_tune.data.rows.unread import RowFormat
 from gemma_tune.data.sources.items import told
 from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError
@@ -87,10 +88,10 @@ def rows_of_source(name: str, *, template: DataTemplate, section: DataSection) -
 
     def load(tokenizer: Any, encoder: Encoder) -> EvalRows:
         chat = ChatRenderer.from_tokenizer(tokenizer) if template.needs_chat else None
-        examples, problems = [], []
+        examples, problems, row_format = [], [], RowFormat.of(section)
         for row in read_whole(source):
             try:
-                examples.append(render_example(template, row, columns=section.columns, chat=chat))
+                examples.append(render_example(template, row, chat=chat, row_format=row_format))
             except RowError as error:
                 problems.append(str(error))
         if problems:

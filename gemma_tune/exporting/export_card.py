@@ -88,9 +88,9 @@ def _example(template: DataTemplate, chat: ChatRenderer | None) -> Example:
     if template.facts.answers:
         named |= {template.conversation[0]: [question], "chosen": "(answer)", "rejected": "(other answer)"}
     try:
-        return render_example(template, SourceRow(dict(template.example), "the example"), columns={}, chat=chat)
+        return render_example(template, SourceRow(dict(template.example), "the example"), chat=chat)
     except RowError:
-        return render_example(template, SourceRow(named, "the fields"), columns={}, chat=chat)
+        return render_example(template, SourceRow(named, "the fields"), chat=chat)
 
 
 def _template_yaml(template: DataTemplate) -> str:

@@ -214,7 +214,7 @@ def row_of_example(loaded: LoadedTarget, row: SourceRow) -> ScoredRow:
     Raises:
         RowError, DataError: as `render_example`.
     """
-    example = render_example(loaded.template, row, columns={}, chat=loaded.chat)
+    example = render_example(loaded.template, row, chat=loaded.chat)
     encoded = loaded.encoder.encode(example.segments)
     return ScoredRow(encoded.input_ids, [label >= 0 for label in encoded.labels])
 

@@ -152,6 +152,17 @@ class DataSection(Section):
     columns: dict[str, str] = Field(
         default_factory=dict, description="Template field → column of the rows, for rows that have other names."
     )
+    roles: dict[str, Literal["system", "user", "assistant"]] = Field(
+        default_factory=dict,
+        description="Role that messages name → system, user or assistant, such as {customer: user, agent: assistant}, "
+        "for roles that are not known already.",
+    )
+    drop_fields: Names = Field(
+        (),
+        description="Keys of rows and of messages, and types of content parts, that rows are trained without, such as "
+        "[system, tool_calls]. Without it a row is left out that holds something which changes the conversation and "
+        "cannot be rendered; other columns are only named.",
+    )
     max_seq_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = Field(
         description="Longest row in tokens, prompt and response and stop token together. There is no default: a "
         "hidden one eats answers."

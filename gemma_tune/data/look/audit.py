@@ -48,6 +48,7 @@ class AuditReport:
     languages: tuple[tuple[str, int], ...]  # ISO 639-1 code (`?`: too short or unclear) and rows of the sample
     language_rows: int  # size of that sample
     findings: tuple[AuditFinding, ...]  # errors first, then by count
+    notes: tuple[str, ...] = ()  # what rows hold and the template does not read, one sentence each
 
 
 def audit_rows(

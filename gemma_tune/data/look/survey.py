@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from gemma_tune.data.rows.divide import KEY_BYTES, RowKeys
 from gemma_tune.data.rows.read import render_rows
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.spool import Spool
+from gemma_tune.data.rows.unread import Tally, unread_notes
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.recipe.schema import DataSection, Recipe
 from gemma_tune.runs.reporter import Reporter
@@ -24,8 +26,12 @@ from gemma_tune.runs.reporter import Reporter
 
 def survey_rows(
     section: DataSection, inputs: Inputs, *, encoder: Encoder, chat: ChatRenderer | None
-) -> tuple[Sequence[AuditRow], Sequence[tuple[str, str]]]:
-    """Read rows on the side where training would put them, and place and problem of unusable ones; both on disk."""
+) -> tuple[Sequence[AuditRow], Sequence[tuple[str, str]], tuple[str, ...]]:
+    """Read rows on the side where training would put them, and place and problem of unusable ones; both on disk.
+
+    The third part says what of the rows is not read.
+    """
+    tallies = [(item.source.label, Tally()) for item in inputs.all]
     keys = bytearray()
     eval_keys: set[bytes] = set()  # of the rows that are held out, which is known when all have been read
 
@@ -40,8 +46,8 @@ def survey_rows(
 
     rows = Spool(encode=to_json, decode=from_json)
     bad: Spool[tuple[str, str]] = Spool(decode=tuple)
-    for item in inputs.all:
-        rendered = _render(item, chat=chat, bad=bad)
+    for item, (_, tally) in zip(inputs.all, tallies, strict=True):
+        rendered = _render(item, chat=chat, bad=bad, tally=tally)
         for batch in in_batches(rendered, size=lambda pair: pair[1].num_characters):
             encoded = encoder.encode_rows([example.segments for _, example in batch], train_on=section.train_on)
             numbers = zip(encoded.lengths.tolist(), encoded.num_supervised().tolist(), strict=True)
@@ -68,13 +74,13 @@ def survey_rows(
         if len(np.unique(decided.numbers)) > 1:
             held_out = np.flatnonzero(decided.held_out(fraction=section.eval_fraction)).tolist()
             eval_keys.update(bytes(keys[at * KEY_BYTES : (at + 1) * KEY_BYTES]) for at in held_out)
-    return rows, bad
+    return rows, bad, tuple(unread_notes(tallies, section.drop_fields))
 
 
 def _render(
-    item: Input, *, chat: ChatRenderer | None, bad: Spool[tuple[str, str]]
+    item: Input, *, chat: ChatRenderer | None, bad: Spool[tuple[str, str]], tally: Tally
 ) -> Iterator[tuple[SourceRow, Example]]:
-    for row, result in render_rows(item, cleaner=None, chat=chat):
+    for row, result in render_rows(item, cleaner=None, chat=chat, tally=tally):
         if row is not None and isinstance(result, Example):
             yield row, result
         elif not isinstance(result, Example):
@@ -85,5 +91,6 @@ def audit_data(recipe: Recipe, *, reporter: Reporter) -> AuditReport:
     """Look at every row of a recipe as it stands, before anything is cleaned or left out."""
     base, inputs = open_data(recipe)
     _, encoder, chat = load_encoder(base, inputs=inputs)
-    rows, bad = survey_rows(recipe.data, inputs, encoder=encoder, chat=chat)
-    return audit_rows(rows, bad=bad, max_seq_tokens=recipe.data.max_seq_tokens, on_progress=reporter.progress)
+    rows, bad, notes = survey_rows(recipe.data, inputs, encoder=encoder, chat=chat)
+    report = audit_rows(rows, bad=bad, max_seq_tokens=recipe.data.max_seq_tokens, on_progress=reporter.progress)
+    return replace(report, notes=notes)

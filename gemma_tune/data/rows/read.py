@@ -21,6 +21,7 @@ from gemma_tune.data.rows.divide import RowKeys
 from gemma_tune.data.rows.render import Example, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.spool import Chosen, ExampleSpool
+from gemma_tune.data.rows.unread import Tally, unread_notes
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken, told
 from gemma_tune.data.text.shared_ends import SAMPLE_TEXTS, SharedEnds, has_end, is_marker
 from gemma_tune.errors import DataError
@@ -50,6 +51,7 @@ class _Read:
     bad: list[str] = field(default_factory=list)  # not the errors: each keeps the frames that it passed through
     left_out: Counter[str] = field(default_factory=Counter)
     labelled_false: int = 0  # KTO's mark of an unwanted answer
+    tally: Tally = field(default_factory=Tally)
 
 
 def read_examples(
@@ -132,6 +134,7 @@ def read_examples(
         eval_rows=len(used_eval),
         notes=(
             *dict.fromkeys(note for item in inputs.all for note in item.source.notes),
+            *unread_notes([(item.input.source.label, item.tally) for item in read], section.drop_fields),
             *_label_notes(own_train),
             *_strip_notes(section.clean, cleaner.stripped),
             *_ending_notes(used_train),
@@ -144,7 +147,7 @@ def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer 
     """Hash all that decides which rows are trained and how they read: not where files lie, and not the tokenizer."""
     decided = {
         "inputs": [
-            (item.source.sha256, item.template.sha256, dict(item.columns), item.num_rows, item.weight)
+            (item.source.sha256, item.template.sha256, dict(item.row_format.columns), item.num_rows, item.weight)
             for item in inputs.all
         ],
         "chat_template": chat.sha256 if chat else None,
@@ -156,16 +159,19 @@ def examples_sha256(section: DataSection, inputs: Inputs, *, chat: ChatRenderer 
 
 
 def render_rows(
-    item: Input, *, cleaner: RowCleaner | None, chat: ChatRenderer | None
+    item: Input, *, cleaner: RowCleaner | None, chat: ChatRenderer | None, tally: Tally | None = None
 ) -> Iterator[tuple[SourceRow | None, Example | RowError | BrokenLine]]:
-    """Every row of a source with what became of it; without `cleaner` rows are rendered as they stand."""
+    """Every row of a source with what became of it; without `cleaner` rows are rendered as they stand.
+
+    What the template does not read is counted in `tally`.
+    """
     for row in item.source.rows():
         if isinstance(row, BrokenLine):
             yield None, row
             continue
         try:
             clean = replace(row, fields=cleaner.fields(row.fields)) if cleaner and cleaner.changes_text else row
-            example = render_example(item.template, clean, columns=item.columns, chat=chat)
+            example = render_example(item.template, clean, chat=chat, row_format=item.row_format, tally=tally)
             yield clean, example
         except RowError as error:
             yield row, error
@@ -173,7 +179,7 @@ def render_rows(
 
 def _read(item: Input, *, cleaner: RowCleaner, chat: ChatRenderer | None, spool: ExampleSpool) -> _Read:
     first, read = len(spool), _Read(item)
-    for row, result in render_rows(item, cleaner=cleaner, chat=chat):
+    for row, result in render_rows(item, cleaner=cleaner, chat=chat, tally=read.tally):
         read.rows_read += row is not None
         read.labelled_false += row is not None and row.fields.get("label") is False
         if isinstance(result, Example):
@@ -199,9 +205,10 @@ def _stop_if_too_many_are_bad(read: _Read, *, allowed: float) -> None:
     raise DataError(
         f"{len(read.bad):,} of {counted(read.rows_read, 'row')} of {read.input.source.label} cannot be used with the "
         f"template {template.name}\n" + told(read.bad),
-        hint=f"a row of the right form: {example}"
-        if template.example
-        else "fix the rows, or take another data.template",
+        hint=read.tally.hint()
+        or (
+            f"a row of the right form: {example}" if template.example else "fix the rows, or take another data.template"
+        ),
     )
 
 

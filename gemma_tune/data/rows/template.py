@@ -37,6 +37,7 @@ class _TemplateFile(Section):
     optional: Names = ()  # fields that are empty text where a row has none
     question: NonEmpty | None = None  # the field that a user's question goes to when the model is asked
     category: NonEmpty | None = None  # the field whose value groups rows in reports
+    system: str = ""  # Jinja that a text template writes before the prompt where a row has a `system`, which it prints
     prompt: str = ""  # Jinja of a text template
     response: str = ""  # Jinja of a text template
     strip_response: bool = True  # whether white space around the response is removed
@@ -45,6 +46,7 @@ class _TemplateFile(Section):
     # Of a chat template whose rows hold whole conversations: the columns that may hold the list of {role, content} or
     # {from, value}, or a single question as text; the first one that a row has is taken.
     conversation: Names = ()
+    answer: NonEmpty | None = None  # the column with the answer to a conversation; then only it is learned
     example: dict[str, Any] = Field(default_factory=dict)  # a row of the right form, shown when rows are not
 
 
@@ -64,6 +66,18 @@ class DataTemplate(_TemplateFile):
     def needs_chat(self) -> bool:
         """Whether rows are rendered with the model's chat template."""
         return self.facts.needs_chat
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Columns that hold whole answers to the conversation: text, a message, or a list of messages."""
+        return self.facts.answers + ((self.answer,) if self.answer else ())
+
+    @property
+    def opening(self) -> tuple[str, ...]:
+        """Columns of a row that are rendered before its own turns: those of `system` and `history` that fit here."""
+        has_system = bool(self.system) or (self.needs_chat and all(each.role != "system" for each in self.messages))
+        names = ("system",) * has_system + ("history",) * self.needs_chat
+        return tuple(name for name in names if name not in self.fields)
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -124,6 +138,8 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
         told = list_problems(problems, label=label, lines=lines).replace("unknown section", "unknown key")
         raise DataError(f"{label} is not a data template\n{told}", hint=_SHAPE_HINT) from None
     _check_shape(file, label=label)
+    if file.system and fields_of(file.system, label=f"{label}: system") != ["system"]:
+        raise DataError(f"{label}: `system` must print the field system, and no other")
     sources = {"prompt": file.prompt, "response": file.response}
     sources |= {f"messages.{index}.content": message.content for index, message in enumerate(file.messages)}
     used = list(
@@ -136,7 +152,8 @@ def parse_template(text: str, *, label: str) -> DataTemplate:
                 hint=did_you_mean(name, used) or None,
             )
     optional = tuple(name for name in used if name in file.optional)
-    required = (*TEMPLATE_KINDS[file.kind].answers, *(name for name in used if name not in optional))
+    answers = (*TEMPLATE_KINDS[file.kind].answers, *([file.answer] if file.answer else []))
+    required = (*answers, *(name for name in used if name not in optional))
     read = dict(file) | {"optional": optional}
     return DataTemplate(**read, required=required, sha256=text_sha256(text), source_text=text)
 
@@ -149,7 +166,7 @@ _SHAPE_HINT = (
 
 def _check_shape(file: _TemplateFile, *, label: str) -> None:
     """Refuse keys that do not go together."""
-    kind, keys = TEMPLATE_KINDS[file.kind], ("prompt", "response", "messages", "conversation")
+    kind, keys = TEMPLATE_KINDS[file.kind], ("prompt", "response", "messages", "conversation", "answer")
     given = [key for key in keys if key in file.model_fields_set and getattr(file, key) != ()]
     unknown = [key for key in given if not any(key in allowed for allowed in kind.keys)]
     fault = None
@@ -157,6 +174,8 @@ def _check_shape(file: _TemplateFile, *, label: str) -> None:
         fault = f"a {kind.name} template has {kind.shape}" + (f" and no `{unknown[0]}`" if unknown else "")
     elif file.messages and file.messages[-1].role != "assistant":
         fault = "the last message must be the assistant's: it is the answer that is learned"
+    elif file.system and kind.needs_chat:
+        fault = "`system` belongs to a text template; a row's system turn has its own place in a conversation"
     elif file.conversation and (file.optional or file.question):
         fault = "`optional` and `question` have no meaning beside `conversation`"
     if fault:

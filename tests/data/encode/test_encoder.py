@@ -25,7 +25,7 @@ def supervised_ids(row: EncodedRow) -> list[int]:
 
 
 def dolly(**fields: object) -> tuple[Segment, ...]:
-    return render_example(load_template("dolly"), SourceRow(fields, "here"), columns={}, chat=None).segments
+    return render_example(load_template("dolly"), SourceRow(fields, "here"), chat=None).segments
 
 
 CONTEXTS = ["", "Ann sings.\n\nBob  does not.", "日本 🦊"]
@@ -67,7 +67,7 @@ def test_a_prompt_has_the_same_ids_in_training_and_in_use(tokenizer: Any) -> Non
     chat = ChatRenderer.from_tokenizer(tokenizer)
     for name in ("dolly", "dolly-chat"):
         fields = {"instruction": "Who sings \n", "context": "Ann", "response": "\n Ann sings."}
-        made = render_example(load_template(name), SourceRow(fields, "here"), columns={}, chat=chat)
+        made = render_example(load_template(name), SourceRow(fields, "here"), chat=chat)
         row, prompt = encoder.encode(made.segments), encoder.encode_prompt(made.prompt_segments)
         assert row.input_ids[: len(prompt)] == prompt
         assert set(row.labels[: len(prompt)]) == {IGNORED}

@@ -29,6 +29,10 @@ ANSWERED = {
 ROW: dict[str, Any] = {"instruction": "What is 2 + 2?", "context": "Café", "input": "2\n\n2", "prompt": "2 + 2 ="}
 ROWS: dict[str, list[dict[str, Any]]] = {
     "chat": [{"messages": TURNS + MORE}, {"messages": TURNS}],
+    "chat-completion": [
+        {"prompt": [*TURNS, MORE[0]], "completion": MORE[1:]},
+        {"prompt": TURNS[:1], "completion": "4."},
+    ],
     "preference": [{"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": MORE[1:]}],
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -42,6 +46,7 @@ PINNED: dict[int, dict[str, tuple[tuple[int, int, str], ...]]] = {
         "alpaca": ((67, 8, "551c53d11fd2a5df"), (67, 65, "7549e266450bcec0"), (67, 8, "551c53d11fd2a5df")),
         "alpaca-chat": ((54, 8, "b163b77ddf7d5a46"), (54, 52, "845f5e705d061918"), (54, 8, "b163b77ddf7d5a46")),
         "chat": ((70, 12, "c6bee00152b285b3"), (70, 68, "097be0655a494dc3"), (70, 12, "c6bee00152b285b3")),
+        "chat-completion": ((69, 7, "cd7dcbfa41866266"), (69, 67, "8e28b0ffd204cd67"), (69, 7, "cd7dcbfa41866266")),
         "completion": ((22, 6, "2678f3eee6abae27"), (22, 20, "9c4fb49f1e25409e"), (11, 3, "cc7a60d22607412a")),
         "dolly": ((134, 76, "9f733699ca7d05d5"), (114, 112, "594ddeb839250dd5"), (120, 62, "3ebd52c1b2311761")),
         "dolly-chat": ((124, 76, "59559c5a40b199e2"), (104, 102, "0a9ad57d968adf95"), (110, 62, "5b8f139430d6d76e")),

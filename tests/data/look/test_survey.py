@@ -25,7 +25,7 @@ def _section(path: Path, **settings: Any) -> DataSection:
 
 def _audit(section: DataSection, tokenizer: Any) -> AuditReport:
     inputs = open_inputs(section, prefers_chat=False)
-    rows, bad = survey_rows(section, inputs, encoder=Encoder(tokenizer), chat=None)
+    rows, bad, _ = survey_rows(section, inputs, encoder=Encoder(tokenizer), chat=None)
     return audit_rows(rows, bad=bad, max_seq_tokens=section.max_seq_tokens)
 
 

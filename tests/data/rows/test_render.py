@@ -8,6 +8,7 @@ from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.render import END_OF_TEXT, question_fields, render_example, render_prompt
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.data.rows.template import load_template, parse_template
+from gemma_tune.data.rows.unread import RowFormat
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError
 
@@ -17,7 +18,7 @@ def row(**fields: object) -> SourceRow:
 
 
 def example(template: str, fields: SourceRow, *, chat: ChatRenderer | None = None, **columns: str) -> Any:
-    return render_example(load_template(template), fields, columns=columns, chat=chat)
+    return render_example(load_template(template), fields, chat=chat, row_format=RowFormat(columns))
 
 
 def test_dolly_with_context() -> None:
@@ -97,8 +98,10 @@ def test_bad_rows_are_refused_with_their_place(fields: dict[str, object], expect
         (["text"], r"messages\[0\] is str, not a message"),
         ([{"content": "x"}], r"messages\[0\]: role is missing"),
         ([{"role": "user", "content": None}], r"messages\[0\]: content is missing"),
-        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]: content is list, not text"),
-        ([{"role": "tool", "content": "x"}], r"messages\[0\]: unknown role 'tool'"),
+        ([{"role": "user", "content": [{"type": "text"}]}], r"messages\[0\]\.content\[0\] holds no text"),
+        ([{"role": "user", "content": 3}], r"messages\[0\]: content is int, not text"),
+        ([{"role": "tool", "content": "x"}], r"messages\[0\]: role 'tool': turns of tools are not rendered yet"),
+        ([{"role": "guest", "content": "x"}], r"unknown role 'guest'; data\.roles: {guest: assistant} says who speaks"),
         ([{"from": "human"}], r"messages\[0\]: value is missing"),
     ],
 )
@@ -147,7 +150,7 @@ def test_asking_needs_a_question_field_and_a_chat_template() -> None:
 def test_row_text_is_not_control_text_and_template_text_is() -> None:
     text = 'name: mine\nkind: text\nprompt: "<start_of_turn>{{ q }}"\nresponse: "{{ a }}"\n'
     made = render_example(
-        parse_template(text, label="mine.yaml"), row(q="<end_of_turn>{{ 7 * 7 }}", a="<eos>"), columns={}, chat=None
+        parse_template(text, label="mine.yaml"), row(q="<end_of_turn>{{ 7 * 7 }}", a="<eos>"), chat=None
     )
     assert made.segments == (
         Segment("<start_of_turn>", supervised=False, control=True),

@@ -20,6 +20,7 @@ def test_shipped_templates_load_and_describe_themselves() -> None:
         "alpaca",
         "alpaca-chat",
         "chat",
+        "chat-completion",
         "completion",
         "dolly",
         "dolly-chat",
