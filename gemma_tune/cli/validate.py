@@ -10,7 +10,7 @@ from gemma_tune.terminal import Terminal
 
 def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a recipe without loading a model: keys, values, model, data template, export formats."""
-    from gemma_tune.data.rows.template import check_named
+    from gemma_tune.data.rows.template import named_templates
     from gemma_tune.flows.check_base import check_base
     from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
@@ -18,7 +18,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
     named = resolve_model(loaded.recipe.model.name)
-    check_named(loaded.recipe.data)
+    named_templates(loaded.recipe.data)
     is_here = named.kind != "hub" and named.path.is_dir()
     notes = check_base(loaded.recipe, named.config, named.path if is_here else None) if named.config else ()
     if as_json:

@@ -5,14 +5,18 @@ Loads nothing heavy.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma_tune.data.rows.chat_template import ChatRenderer
+from gemma_tune.data.rows.segments import RowError
+from gemma_tune.data.rows.template import named_templates
 from gemma_tune.errors import ExportError, ModelError, RecipeError
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 from gemma_tune.models.token_ids import ids_beyond, read_token_ids
-from gemma_tune.recipe.schema import LoraSection, ModelSection, Recipe
+from gemma_tune.recipe.schema import DataSection, LoraSection, ModelSection, Recipe
 
 _EMBEDDING = "embed_tokens.weight"
 
@@ -35,6 +39,7 @@ def check_base(recipe: Recipe, config: TextConfig, directory: Path | None) -> tu
         tensors = stored_tensors(directory)
         _check_embedding(directory, config, tensors)
         _check_targets(recipe.lora, tensors)
+        _check_chat_template(recipe.data, directory)
     _check_formats(recipe, config, directory)
     return notes
 
@@ -87,6 +92,16 @@ def _check_targets(section: LoraSection, tensors: Mapping[str, StoredTensor]) ->
                 f"lora.{field}: the model has no module named {unknown[0]!r}",
                 hint=f"linear modules of this model: {', '.join(modules)}",
             )
+
+
+def _check_chat_template(section: DataSection, directory: Path) -> None:
+    """Refuse a chat template that not even a question and an answer can be trained with, where rows need one."""
+    if any(template.needs_chat for template in named_templates(section)):
+        chat = ChatRenderer.from_directory(directory)
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+        with contextlib.suppress(RowError):  # other conversations may be taken
+            if chat is not None:
+                chat.row(turns, where="a question and an answer")
 
 
 def _check_formats(recipe: Recipe, config: TextConfig, directory: Path | None) -> None:

@@ -200,11 +200,31 @@ def has_chat_template(directory: Path) -> bool:
 
 def chat_template_file(directory: Path) -> Path | None:
     """The file that holds the chat template of a model directory, or None."""
-    for name in CHAT_TEMPLATE_FILES:
-        if (directory / name).is_file():
-            return directory / name
+    jinja, in_json = (directory / name for name in CHAT_TEMPLATE_FILES)
     config = directory / "tokenizer_config.json"
+    if jinja.is_file():
+        return jinja
     try:
-        return config if json.loads(config.read_text(encoding="utf-8")).get("chat_template") else None
+        if json.loads(config.read_text(encoding="utf-8")).get("chat_template"):
+            return config
     except (OSError, ValueError):
+        pass
+    return in_json if in_json.is_file() else None
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """The default chat template, or None. Raises a ModelError where its file cannot be read."""
+    file = chat_template_file(directory)
+    if file is None:
         return None
+    if file.suffix != ".json":
+        try:
+            return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"cannot read {file}: {error}", hint="copy it from the model again") from None
+    template = read_json_object(file, error=ModelError).get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template

@@ -126,3 +126,40 @@ def test_the_image_token_of_a_text_model_is_not_beyond_its_embedding(folder: Pat
     assert read_added_tokens(path) == []
     with pytest.raises(ModelError, match="no vocabulary"):
         read_token_ids(path)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "validate r.yaml data.template=chat",
+        "train r.yaml data.template=chat data.source=chat.jsonl",
+        "train r.yaml data.source=chat.jsonl",
+        "data preview r.yaml data.source=chat.jsonl",
+        "data audit r.yaml data.source=chat.jsonl",
+        "generate base --template chat --prompt Hello",
+        "score base --template chat --prompt Hello --response Hi",
+    ],
+)
+def test_a_chat_template_that_fills_the_memory_is_refused_by_every_command(
+    command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "base/chat_template.jinja"
+    path.write_text("{{ 'x' * 10000000000 }}" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    (folder / "chat.jsonl").write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["gemma-tune", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "base/chat_template.jinja) takes more than 512 MB of memory to render a conversation" in said
+
+
+def test_a_chat_template_without_turn_ends_is_refused_by_validate(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folder / "base/chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8").replace("<end_of_turn>", "\n"), encoding="utf-8")
+    assert "which is not a control token" in told("validate", "data.template=chat", code=2, capsys=capsys)
+    told("validate", "data.template=completion", code=0, capsys=capsys)
+    told("validate", code=0, capsys=capsys)

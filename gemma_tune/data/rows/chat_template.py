@@ -26,10 +26,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from gemma_tune.data.rows.segments import RowError, Segment
-from gemma_tune.errors import DataError
+from gemma_tune.disk import read_json_object
+from gemma_tune.errors import DataError, ModelError
 from gemma_tune.identity import text_sha256
 from gemma_tune.machine.child import ChildEnd, LimitedChild
-from gemma_tune.models.safetensors import chat_template_file
+from gemma_tune.models.safetensors import chat_template_file, read_chat_template
+from gemma_tune.models.token_ids import read_added_tokens
 from gemma_tune.text import counted, format_bytes, shorten
 
 MAX_TEMPLATE_CHARS = 1024 * 1024
@@ -57,6 +59,7 @@ _HARMLESS = frozenset(
 _MAX_TEXT_CHARS, _MAX_TEXT_CHARS_PER_MESSAGE = 64_000, 1_000
 # A row of a harmless template that is rendered in this process has at most so many characters: time may be quadratic.
 _MAX_OWN_CHARS = 30_000
+_OR = ", or a plain data template such as dolly"
 # White space that str.strip (Jinja's trim) removes and that no template writes itself.
 _PAD = "\u2002\u2003"
 
@@ -143,9 +146,28 @@ class ChatRenderer:
             control_strings=control_strings(tokenizer),
         )
 
+    @classmethod
+    def from_directory(cls, directory: Path) -> ChatRenderer | None:
+        """The same for a model directory, without transformers; None where it has no tokenizer.json or no template.
+
+        Raises a ModelError where a file cannot be read.
+        """
+        path, template = directory / "tokenizer.json", read_chat_template(directory)
+        if not template or not path.is_file():
+            return None
+        config = read_json_object(directory / "tokenizer_config.json", error=ModelError)
+        tokens = [config.get(name) or "" for name in ("bos_token", "eos_token")]
+        bos_token, eos_token = (str(token["content"] if isinstance(token, dict) else token) for token in tokens)
+        return cls(
+            template,
+            name=f"the model's chat template ({chat_template_file(directory)})",
+            bos_token=bos_token,
+            eos_token=eos_token,
+            control_strings=[token["content"] for token in read_added_tokens(path) if token.get("special")],
+        )
+
     def _fault(self, fault: str, *, hint: str | None = None) -> DataError:
-        hint = hint or "take a plain data template such as dolly, or another model"
-        return DataError(f"{self._name} {fault}", hint=hint)
+        return DataError(f"{self._name} {fault}", hint=hint or "take another model" + _OR)
 
     def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:
         """The segments of a conversation that ends with an answer; every assistant turn and its stop token supervised.
@@ -292,7 +314,7 @@ class ChatRenderer:
                 raise self._fault(error.message, hint=error.hint) from None
         end = _child_for(self.template).call(messages=messages, specials=self._specials, generation=generation)
         if not end.has_result:
-            raise self._fault(_told(end))
+            raise self._fault(_told(end), hint=end.hint or "restore the chat template of the model's publisher" + _OR)
         if "refused" in end.result:
             raise _Refused(end.result["refused"])
         return str(end.result["text"])

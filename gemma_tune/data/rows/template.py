@@ -101,11 +101,10 @@ def load_template(name_or_path: str | Path) -> DataTemplate:
     return parse_template(text, label=path.name)
 
 
-def check_named(section: DataSection) -> None:
+def named_templates(section: DataSection) -> list[DataTemplate]:
     """Load every template that a recipe names, without looking at rows; raises as `load_template`."""
-    for name in dict.fromkeys([section.template, *(part.template for part in section.mix)]):
-        if name is not None and name != "auto":
-            load_template(name)
+    names = dict.fromkeys([section.template, *(part.template for part in section.mix)])
+    return [load_template(name) for name in names if name is not None and name != "auto"]
 
 
 def _find(name: str) -> Path:

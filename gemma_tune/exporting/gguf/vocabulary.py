@@ -8,7 +8,6 @@ converted from SentencePiece. That, and each other thing the lists cannot say, i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -17,7 +16,7 @@ from typing import Any
 
 from gemma_tune.disk import read_json_object
 from gemma_tune.errors import ExportError, ModelError
-from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE
+from gemma_tune.models.safetensors import GENERATION_CONFIG_FILE, read_chat_template
 from gemma_tune.models.token_ids import ids_beyond
 
 _SPACE = "▁"
@@ -99,7 +98,7 @@ def read_vocabulary(directory: Path, *, num_rows: int) -> GgufVocabulary:
         scores=tuple(scores),
         types=tuple(types),
         special_ids=special,
-        chat_template=_chat_template(directory, config),
+        chat_template=read_chat_template(directory),
         notes=tuple(_stop_notes(directory, {special["eos"], special.get("eot")})),
     )
 
@@ -261,19 +260,6 @@ def _refuse_other_ends(post_processor: Any, config: Mapping[str, Any], path: Pat
 
 def _text(token: Any) -> Any:
     return token.get("content") if isinstance(token, Mapping) else token
-
-
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The default chat template: a file of its own, which comes first, or a value in the tokenizer's config."""
-    jinja, in_json = (directory / name for name in CHAT_TEMPLATE_FILES)
-    if jinja.is_file():
-        return jinja.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if template is None and in_json.is_file():
-        template = json.loads(in_json.read_text(encoding="utf-8")).get("chat_template")
-    if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template
 
 
 def _stop_notes(directory: Path, stop_ids: set[int | None]) -> Iterator[str]:

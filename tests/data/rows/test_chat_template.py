@@ -226,7 +226,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("attack", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_templates_are_refused_in_time(attack: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     with pytest.raises(DataError, match=r"^the model's chat template (takes|writes|has|cannot|is wrong)") as caught:
         renderer(TURNS + attack + ASK).row(talk("Hello", "Hi!"), where="here")
@@ -247,11 +247,11 @@ def test_a_row_that_is_refused_spoils_no_other_row() -> None:
 
 
 def test_many_slow_rows_are_refused_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
     chat = renderer(
         "{% for i in range(99) %}{{ range(29999)|list|sum|string|length * 0 or '' }}{% endfor %}" + TURNS + ASK
     )
-    with pytest.raises(DataError, match=r"takes more than 0\.5 seconds of computing"):
+    with pytest.raises(DataError, match=r"takes more than 0\.3 seconds of computing"):
         for _ in range(99):
             chat.row(talk("Hello", "Hi!"), where="here")
 
