@@ -198,3 +198,110 @@ def test_which_answers_of_a_conversation_are_trained(
     assert supervised == "".join(f"{answer}<end_of_turn>" for answer in answers)
     whole = encode([as_messages(ROWS[0])], tokenizer, tmp_path, template="chat", train_on="all").train[0]
     assert whole.input_ids == row.input_ids and whole.labels == [-100, *row.input_ids[1:]]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+FIRST = [{"role": "user", "content": "Who bakes?"}, {"role": "assistant", "content": "The baker."}]
+SECOND = [{"role": "user", "content": "And who\n\nsings? 🦆"}, {"role": "assistant", "content": "Ann."}]
+TALK = [SYSTEM, *FIRST, *SECOND]
+
+
+def spelled(names: dict[str, str], role_key: str = "role", content_key: str = "content") -> list[dict[str, Any]]:
+    return [{role_key: names.get(m["role"], m["role"]), content_key: m["content"]} for m in TALK]
+
+
+def in_parts(message: dict[str, str], *, num_parts: int = 1) -> dict[str, Any]:
+    step = -(-len(message["content"]) // num_parts)
+    texts = [message["content"][start : start + step] for start in range(0, len(message["content"]), step)]
+    return {"role": message["role"], "content": [{"type": "text", "text": text} for text in texts]}
+
+
+# Rows as people have them, all of the same conversation as {"messages": TALK}, and what the recipe says of them.
+SHAPES: dict[str, tuple[Row, Row]] = {
+    "OpenAI": ({"messages": TALK}, {}),
+    "ShareGPT": ({"conversations": spelled({"user": "human", "assistant": "gpt"}, "from", "value")}, {}),
+    "capitals": ({"messages": spelled({"user": "Human", "assistant": "AI", "system": "System"})}, {}),
+    "bot": ({"messages": spelled({"user": "user", "assistant": " bot"})}, {}),
+    "chatgpt": ({"messages": spelled({"assistant": "chatgpt"})}, {}),
+    "Gemini": ({"contents": spelled({"assistant": "model"}, "role", "text")}, {"columns": {"messages": "contents"}}),
+    "OpenAssistant": ({"messages": spelled({"user": "prompter"}, "role", "text")}, {}),
+    "LLaMA-Factory's tags": ({"messages": spelled({"user": "instruction", "assistant": "output"})}, {}),
+    "developer": ({"messages": spelled({"system": "developer"})}, {}),
+    "roles of their own": (
+        {"messages": spelled({"user": "Customer", "assistant": "agent"})},
+        {"roles": {"customer": "user", "agent": "assistant"}},
+    ),
+    "a tool's turn that is said to be the user's": (
+        {"messages": [SYSTEM, {"role": "tool", "content": "Who bakes?"}, *TALK[2:]]},
+        {"roles": {"tool": "user"}},
+    ),
+    "content parts": ({"messages": [in_parts(message) for message in TALK]}, {}),
+    "parts of Gemini": ({"messages": [{"role": m["role"], "parts": [{"text": m["content"]}]} for m in TALK]}, {}),
+    "system column": ({"conversations": TALK[1:], "system": "Be brief."}, {}),
+    "system column and turn": ({"messages": TALK, "system": "Be brief."}, {}),
+    "mapped system column": ({"messages": TALK[1:], "persona": "Be brief."}, {"columns": {"system": "persona"}}),
+    "history of pairs": ({"messages": SECOND, "history": [["Who bakes?", "The baker."]], "system": "Be brief."}, {}),
+    "history of messages": ({"messages": SECOND, "history": FIRST, "system": "Be brief."}, {}),
+    "alpaca": (
+        {
+            "instruction": SECOND[0]["content"],
+            "input": "",
+            "output": "Ann.",
+            "system": "Be brief.",
+            "history": [["Who bakes?", "The baker."]],
+        },
+        {"template": "alpaca-chat"},
+    ),
+    "empty extras": ({"messages": TALK, "tools": [], "images": None, "system": " ", "weight": 1}, {}),
+    "empty keys": ({"messages": [{**m, "tool_calls": None, "name": "", "train": True} for m in TALK]}, {}),
+    "extra columns": ({"messages": [{**m, "id": 7} for m in TALK], "source": "x"}, {}),
+    "dropped": (
+        {"messages": [{**m, "thinking": "Hm."} for m in TALK], "tools": [{"name": "f"}]},
+        {"drop_fields": ["thinking", "tools"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_spelling_of_a_conversation_has_the_ids_of_the_plain_one(
+    shape: str, gemma3_tokenizer: Any, tmp_path: Path
+) -> None:
+    row, settings = SHAPES[shape]
+    (made,) = encode([row], gemma3_tokenizer, tmp_path, **{"template": "chat"} | settings).train
+    expected = chat(TALK, gemma3_tokenizer)
+    assert (made.input_ids, made.labels) == expected_ids(expected, gemma3_tokenizer, ends_in_eos=False)
+
+
+@pytest.mark.parametrize("earlier", [[], FIRST])
+@pytest.mark.parametrize("is_text", [False, True])
+def test_of_prompt_and_completion_only_the_completion_is_learned(
+    earlier: list[dict[str, str]], is_text: bool, gemma3_tokenizer: Any, tmp_path: Path
+) -> None:
+    row = {"prompt": [SYSTEM, *earlier, SECOND[0]], "completion": "Ann." if is_text else SECOND[1:]}
+    datasets = encode([row], gemma3_tokenizer, tmp_path)
+    assert datasets.report.sources[0].template == "chat-completion"
+    (made,) = datasets.train
+    *given, answer = chat([SYSTEM, *earlier, *SECOND], gemma3_tokenizer)
+    expected = [*((part, False) for part, _ in given), answer]
+    assert (made.input_ids, made.labels) == expected_ids(expected, gemma3_tokenizer, ends_in_eos=False)
+
+
+def test_lists_of_parts_are_joined_as_the_models_template_joins_them(any_tokenizer: Any, tmp_path: Path) -> None:
+    messages = [in_parts(FIRST[0], num_parts=3), in_parts(FIRST[1], num_parts=2)]
+    messages[0]["content"][0]["text"] += " \n"
+    (made,) = encode([{"messages": messages}], any_tokenizer, tmp_path).train
+    plain = [{"role": m["role"], "content": "".join(part["text"].strip() for part in m["content"])} for m in messages]
+    # Gemma 1's template prints a list as Python does, so there the joined text is the oracle.
+    oracle = plain if "is string" not in any_tokenizer.chat_template else messages
+    text = any_tokenizer.apply_chat_template(oracle, tokenize=False)
+    end = len(any_tokenizer(text.rstrip("\n"), add_special_tokens=False).input_ids)
+    assert made.input_ids == any_tokenizer(text, add_special_tokens=False).input_ids[:end]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "dolly"])
+def test_a_system_column_stands_before_the_instruction_of_plain_text(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    row = as_alpaca(ROWS[0]) if name == "alpaca" else ROWS[0]
+    (made,) = encode([row | {"system": "Be brief."}], tokenizer, tmp_path).train
+    (prompt, _), answer = (alpaca if name == "alpaca" else dolly)(row, tokenizer)
+    parts = [("Be brief.\n\n" + prompt, False), answer]
+    assert (made.input_ids, made.labels) == expected_ids(parts, tokenizer, ends_in_eos=True)

@@ -112,7 +112,7 @@ class Tally:
             if len(mine) < _MOST_NAMES:
                 mine |= others  # type: ignore[operator]
         self.dropped.update(unread.dropped)
-        self.lost.update(unread.lost)
+        self.lost.update(unread.lost.keys())
         self.developer_rows += unread.is_developer
 
     def notes(self) -> Iterator[str]:
