@@ -102,6 +102,19 @@ class Terminal:
     def result(self, text: str | Text | Table) -> None:
         self.out.print(_masked(text))
 
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[object]],
+        *,
+        heading: str | None = None,
+        right: Sequence[int] = (),
+    ) -> None:
+        """Print the table that `make_table` makes, under a heading; an empty one leaves a line free."""
+        if heading is not None:
+            self.result(Text(f"\n{heading}", style="bold") if heading else "")
+        self.result(make_table(columns, rows, right=right))
+
     def plain(self, text: str, *, end: str = "\n") -> None:
         """Text that is not ours to style: rows, YAML, model output."""
         text = mask_secrets(text)

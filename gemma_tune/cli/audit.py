@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from gemma_tune.errors import DataError
-from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.terminal import Terminal
 from gemma_tune.text import listed, suggestion
 from gemma_tune.yaml_io import dump_yaml
 
@@ -43,15 +43,11 @@ def print_audit(terminal: Terminal, report: AuditReport) -> None:
     if not report.findings:
         terminal.plain("nothing was found")
         return
-    table = make_table(("", "rows", "kind", "recipe line that would act"), (), right=(1,))
-    for found in report.findings:
-        table.add_row(
-            Text(found.severity, style=_STYLES[found.severity]),
-            f"{found.count:,}",
-            Text(found.kind),
-            Text(found.option or "—"),
-        )
-    terminal.result(table)
+    rows = [
+        (Text(each.severity, style=_STYLES[each.severity]), f"{each.count:,}", each.kind, each.option or None)
+        for each in report.findings
+    ]
+    terminal.table(("", "rows", "kind", "recipe line that would act"), rows, right=(1,))
     for found in report.findings:
         terminal.plain("")
         terminal.result(Text.assemble((found.severity, _STYLES[found.severity]), f": {found.summary}"))
@@ -114,7 +110,7 @@ def _print_lengths(terminal: Terminal, report: AuditReport) -> None:
         bar = "█" * max(1, round(_BAR_CHARS * one.count / highest)) if one.count else ""
         over = "  over data.max_seq_tokens" if one.low > report.max_seq_tokens and one.count else ""
         rows.append((f"{one.low:,}–{one.high:,}", f"{one.count:,}", bar + over))
-    terminal.result(make_table(("tokens", "rows", ""), rows, right=(0, 1)))
+    terminal.table(("tokens", "rows", ""), rows, right=(0, 1))
     terminal.plain(
         f"p50 {report.length_p50:,} · p90 {report.length_p90:,} · p99 {report.length_p99:,} · "
         f"longest {report.length_max:,} · data.max_seq_tokens {report.max_seq_tokens:,}"

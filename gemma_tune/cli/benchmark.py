@@ -14,7 +14,7 @@ from gemma_tune.cli.answering import TargetName, note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, PUBLISHED_MODELS, PUBLISHED_SOURCE
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.benchmarks import BenchmarkResult
@@ -122,8 +122,7 @@ def print_benchmarks(terminal: Terminal, results: Sequence[BenchmarkResult]) -> 
     columns = ("", "questions", "shots", "measure", *(_COLUMNS[side] for side in sides), *PUBLISHED_MODELS)
     num_columns = len(columns)
     right = (1, 2, *range(num_columns - len(PUBLISHED_MODELS), num_columns))
-    terminal.result("")
-    terminal.result(make_table(columns, rows, right=right))
+    terminal.table(columns, rows, heading="", right=right)
     terminal.result(Text(f"\n{_NOTE}", style="dim"))
 
 

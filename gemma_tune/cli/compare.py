@@ -15,7 +15,7 @@ from rich.text import Text
 from gemma_tune.cli.answering import note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.evaluation.comparison import Comparison
@@ -182,15 +182,13 @@ def print_comparison(terminal: Terminal, comparison: Comparison) -> None:
     from gemma_tune.evaluation.comparison import format_points, format_share
 
     if comparison.passes:
-        terminal.result(Text("\nKept the rules", style="bold"))
         groups = list(dict.fromkeys((item.group, item.prompts) for item in comparison.passes))
         kept = {(item.group, item.label): format_share(item.passed) for item in comparison.passes}
         rows = [
             (group or "all", f"{count:,}", *(kept[group, label] for label in comparison.labels))
             for group, count in groups
         ]
-        terminal.result(make_table(("", "prompts", *comparison.labels), rows, right=(1,)))
-    terminal.result(Text(f"\nWho wins, judged by {comparison.judge.name}", style="bold"))
+        terminal.table(("", "prompts", *comparison.labels), rows, heading="Kept the rules", right=(1,))
     pairs = [
         (
             f"{pair.first} against {pair.second}" if pair.group is None else f"  {pair.group}",
@@ -202,11 +200,11 @@ def print_comparison(terminal: Terminal, comparison: Comparison) -> None:
         # Each pair with its groups below it.
         for pair in sorted(comparison.pairs, key=lambda pair: _pair_place(comparison, pair.first, pair.second))
     ]
-    terminal.result(make_table(("", "wins", "ties", "losses", "win rate"), pairs, right=(1, 2, 3)))
+    heading = f"Who wins, judged by {comparison.judge.name}"
+    terminal.table(("", "wins", "ties", "losses", "win rate"), pairs, heading=heading, right=(1, 2, 3))
     if comparison.ratings:
-        terminal.result(Text("\nScores (Bradley-Terry; 400 points are odds of 10 to 1)", style="bold"))
         ratings = [(rating.label, format_points(rating.points)) for rating in comparison.ratings]
-        terminal.result(make_table(("", "points"), ratings))
+        terminal.table(("", "points"), ratings, heading="Scores (Bradley-Terry; 400 points are odds of 10 to 1)")
     judge = comparison.judge
     facts = [f"{judge.duels:,} of {judge.expected:,} duels judged"]
     if judge.malformed:

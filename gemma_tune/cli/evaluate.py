@@ -7,13 +7,12 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, RunPath
 from gemma_tune.runs.evaluation import METRICS, Evaluation, Figure, Group, format_estimate, read_evaluation
 from gemma_tune.runs.layout import RunDir, open_run
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 _STYLES = {"better": "green", "worse": "red", None: ""}
 # What is shown of each category; --json has all of it.
@@ -74,18 +73,14 @@ def evaluate(
 def print_evaluation(terminal: Terminal, run: RunDir, evaluation: Evaluation) -> None:
     """The figures as tables: all rows, the categories, the forgetting check."""
     everything, *categories = evaluation.rows
-    terminal.result(Text(f"\n{everything.rows:,} rows of {evaluation.rows_label}", style="bold"))
-    terminal.result(_figures_table(everything))
+    _print_figures(terminal, everything, heading=f"{everything.rows:,} rows of {evaluation.rows_label}")
     if categories:
-        label = METRICS[_CATEGORY_METRIC].label
-        terminal.result(Text(f"\n{label} by category", style="bold"))
-        terminal.result(_groups_table(categories, metric=_CATEGORY_METRIC, heading="category"))
+        heading = f"{METRICS[_CATEGORY_METRIC].label} by category"
+        _print_groups(terminal, categories, metric=_CATEGORY_METRIC, heading=heading, label="category")
     general, *kinds = evaluation.general
-    terminal.result(Text(f"\nForgetting: {general.rows:,} texts ({evaluation.general_label})", style="bold"))
-    terminal.result(_figures_table(general))
+    _print_figures(terminal, general, heading=f"Forgetting: {general.rows:,} texts ({evaluation.general_label})")
     if kinds:
-        terminal.result("")
-        terminal.result(_groups_table(kinds, metric="loss", heading="loss by kind"))
+        _print_groups(terminal, kinds, metric="loss", heading="", label="loss by kind")
     terminal.result(Text(f"\n{_NOTE}", style="dim"))
     terminal.plain(f"row by row: {run.evaluated_rows}")
 
@@ -97,18 +92,18 @@ def print_stored_evaluation(terminal: Terminal, run: RunDir) -> None:
         print_evaluation(terminal, run, evaluation)
 
 
-def _figures_table(group: Group) -> Table:
+def _print_figures(terminal: Terminal, group: Group, *, heading: str) -> None:
     rows = [(METRICS[figure.metric].label, *_cells(figure, metric=figure.metric)) for figure in group.figures]
-    return make_table(("", "base", "tuned", "difference"), rows)
+    terminal.table(("", "base", "tuned", "difference"), rows, heading=heading)
 
 
-def _groups_table(groups: Sequence[Group], *, metric: str, heading: str) -> Table:
+def _print_groups(terminal: Terminal, groups: Sequence[Group], *, metric: str, heading: str, label: str) -> None:
     rows = []
     for group in groups:
         figure = group.figure(metric)
         cells = _cells(figure, metric=metric) if figure else ("—", "—", "—")
         rows.append((group.category, f"{group.rows:,}", *cells))
-    return make_table((heading, "rows", "base", "tuned", "difference"), rows, right=(1,))
+    terminal.table((label, "rows", "base", "tuned", "difference"), rows, heading=heading, right=(1,))
 
 
 def _cells(figure: Figure, *, metric: str) -> tuple[str, str, Text]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import ExportError
 from gemma_tune.exporting.export_settings import ExportSettings
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 from gemma_tune.text import format_bytes
 
 if TYPE_CHECKING:
@@ -163,27 +163,24 @@ def _print_figures(terminal: Terminal, outcome: ExportOutcome) -> None:
         cells = (*_distance_cells(result.distance), _figure(result.perplexity))
         rows.append((result.name, _verdict(result.passed), *cells, ids, answers))
     terminal.result(f"\ncompared at {parity.num_positions} tokens of {parity.origin}; top-1 leaves near ties out")
-    terminal.result(make_table(columns, rows, right=right))
+    terminal.table(columns, rows, right=right)
     if parity.trained:
         terminal.result("\nagainst the 4-bit model that was trained")
         drift = [(each.name, *_distance_cells(each.distance), _figure(each.perplexity)) for each in parity.trained]
-        terminal.result(make_table(("", "max", "top-1", "KL", "ppl"), drift, right=(1, 2, 3, 4)))
-    terminal.result("")
-    terminal.result(
-        make_table(("", "expected", "found"), [(each.name, each.expected, each.reason) for each in parity.exports])
-    )
+        terminal.table(("", "max", "top-1", "KL", "ppl"), drift, right=(1, 2, 3, 4))
+    found = [(each.name, each.expected, each.reason) for each in parity.exports]
+    terminal.table(("", "expected", "found"), found, heading="")
     for note in parity.notes:
         terminal.note(Text(f"! {note}"))
 
 
 def print_exports(terminal: Terminal, outcome: ExportOutcome) -> None:
     """What was written, with its verdict, and what a user must know of it."""
-    terminal.result("")
     rows = [
         (each.format, _verdict(each.result.passed if each.result else None), format_bytes(each.num_bytes), each.path)
         for each in outcome.exports
     ]
-    terminal.result(make_table(("export", "verdict", "size", "where"), rows, right=(2,)))
+    terminal.table(("export", "verdict", "size", "where"), rows, heading="", right=(2,))
     for each in outcome.exports:
         for line in _told_facts(each.record.facts):
             terminal.result(Text(f"{each.format}: {line}"))

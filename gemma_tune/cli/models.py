@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 from gemma_tune.text import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -34,13 +34,8 @@ def list_models(as_json: AsJson = False) -> None:
             ]
         )
         return
-    terminal.result(
-        make_table(
-            ("name", "parameters", "context", "kind", "licence", "hub id"),
-            [_row(m) for m in MODELS.values()],
-            right=(1, 2),
-        )
-    )
+    columns = ("name", "parameters", "context", "kind", "licence", "hub id")
+    terminal.table(columns, [_row(model) for model in MODELS.values()], right=(1, 2))
 
 
 def _row(model: GemmaModel) -> tuple[str | None, ...]:
@@ -92,10 +87,10 @@ def show(
             {"facts": dict(facts), "layers": [asdict(row) for row in rows], "lora_params": lora, "weight_bytes": sizes}
         )
         return
-    terminal.result(make_table(("", ""), facts))
-    terminal.result("")
+    terminal.table(("", ""), facts)
     table = [(row.name, row.kind, row.shape_text, f"{row.num_params:,}", row.connected_to) for row in rows]
-    terminal.result(make_table(("layer", "kind", "output shape", "parameters", "connected to"), table, right=(3,)))
+    columns = ("layer", "kind", "output shape", "parameters", "connected to")
+    terminal.table(columns, table, heading="", right=(3,))
     terminal.result(
         Text(
             f"\nLoRA rank {rank}: {lora:,} trained parameters · weights {sizes['16bit'] / 1e9:.2f} GB in 16 bits, "

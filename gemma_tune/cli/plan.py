@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
-from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.terminal import Terminal
 from gemma_tune.text import format_seconds
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _print_rest(terminal: Terminal, planned: Plan) -> None:
         "disk": _sum(planned.disk),
         "exports, GB": ", ".join(f"{part.name} {_gb(part.bytes, digits=1)}" for part in planned.exports),
     }
-    terminal.result(make_table(("", ""), [(Text(name, "bold"), fact) for name, fact in facts.items()]))
+    terminal.table(("", ""), [(Text(name, "bold"), fact) for name, fact in facts.items()])
 
 
 def _time(planned: Plan) -> str:
@@ -212,7 +212,6 @@ def _print_table(
 ) -> None:
     if not rows:
         return
-    terminal.result(Text(f"\nGB with {_batch(recipe)} of this many tokens", style="bold"))
     table = []
     for card, cells in rows:
         shown = [Text(_gb(cell.need_bytes, digits=1), style=_STYLES[cell.verdict or ""]) for cell in cells]
@@ -220,7 +219,8 @@ def _print_table(
             text.append({"fits": " ", "tight": "~", "does not fit": "✗"}[cell.verdict or ""])
         table.append((card.name, _gb(card.usable_bytes, digits=1), *shown))
     columns = ("card", "has", *(f"{tokens:,}" for tokens in lengths))
-    terminal.result(make_table(columns, table, right=range(1, len(columns))))
+    heading = f"GB with {_batch(recipe)} of this many tokens"
+    terminal.table(columns, table, heading=heading, right=range(1, len(columns)))
     terminal.result(Text("✗ does not fit, ~ may not", style="dim"))
 
 

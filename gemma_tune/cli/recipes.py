@@ -10,7 +10,7 @@ import typer
 
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.paths import RECIPES_DIR
-from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.terminal import Terminal
 from gemma_tune.text import in_shell
 
 recipes_app = typer.Typer(help="The recipes that ship with gemma-tune.", no_args_is_help=True)
@@ -24,7 +24,7 @@ def list_recipes(as_json: AsJson = False) -> None:
     if as_json:
         Terminal().json([{"name": name, "goal": goal, "hardware": hardware} for name, goal, hardware in rows])
         return
-    Terminal().result(make_table(("recipe", "goal", "hardware"), rows))
+    Terminal().table(("recipe", "goal", "hardware"), rows)
 
 
 @recipes_app.command("show")

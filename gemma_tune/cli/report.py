@@ -21,7 +21,7 @@ from gemma_tune.runs.evaluation import read_evaluation
 from gemma_tune.runs.index import describe_state
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.summary import RunSummary, read_summary
-from gemma_tune.terminal import Terminal, make_table
+from gemma_tune.terminal import Terminal
 from gemma_tune.text import format_bytes, format_seconds, in_shell, shorten
 
 
@@ -81,13 +81,12 @@ def _print_one(terminal: Terminal, run: RunDir) -> None:
 def _print_side_by_side(terminal: Terminal, runs: Sequence[RunDir]) -> None:
     facts = [gather_facts(run) for run in runs]
     names = [run.name for run in facts]
-    terminal.result(make_table(("", *names), [(label, *values) for label, values in results_side_by_side(facts)]))
+    terminal.table(("", *names), [(label, *values) for label, values in results_side_by_side(facts)])
     settings = differing_settings(facts)
-    terminal.result("")
     if settings:
-        terminal.result(make_table(("settings that differ", *names), [(name, *values) for name, values in settings]))
+        terminal.table(("settings that differ", *names), [(name, *values) for name, values in settings], heading="")
     else:
-        terminal.plain("all have the same recipe")
+        terminal.plain("\nall have the same recipe")
 
 
 def print_results(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
@@ -106,10 +105,9 @@ def print_results(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
         f"{format_seconds(summary.training_seconds)} ({summary.tokens_per_second:,.0f} tokens/s) · peak "
         f"{format_bytes(summary.peak_memory_bytes)}\n"
     )
-    terminal.result(make_table(("", "before", "after"), _figures(summary), right=(1, 2)))
+    terminal.table(("", "before", "after"), _figures(summary), right=(1, 2))
     for question in summary.questions:
-        terminal.result("")
-        terminal.result(Text(_shorten(question.question), style="bold"))
+        terminal.result(Text(f"\n{_shorten(question.question)}", style="bold"))
         terminal.result(_answer("before", question.before, "red" if question.before != question.expected else "green"))
         terminal.result(_answer("after", question.after, "green" if question.after == question.expected else "red"))
         if question.after != question.expected:
@@ -119,7 +117,6 @@ def print_results(terminal: Terminal, run: RunDir, *, as_json: bool) -> None:
 
 def print_files(terminal: Terminal, run: RunDir) -> None:
     """Print where everything of a finished run is, its exports with their verdicts, and the next commands."""
-    terminal.result("")
     files = [
         *([("report", run.report_page)] if run.report_page.is_file() else []),
         ("adapter", run.adapter),
@@ -127,14 +124,13 @@ def print_files(terminal: Terminal, run: RunDir) -> None:
         ("loss curve", run.loss_curve),
         ("log of the libraries", run.library_log),
     ]
-    terminal.result(make_table(("file", "where"), files))
+    terminal.table(("file", "where"), files, heading="")
     exports = _exports(run)
     if exports:
         from gemma_tune.exporting.export_formats import outcome_of
 
         print_exports(terminal, outcome_of(exports, None))
-    terminal.result("")
-    terminal.result(make_table(("next", ""), _next_commands(run)))
+    terminal.table(("next", ""), _next_commands(run), heading="")
 
 
 def _figures(summary: RunSummary) -> list[tuple[str, str | None, str | None]]:

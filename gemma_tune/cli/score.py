@@ -10,7 +10,7 @@ import typer
 from gemma_tune.cli.answering import Base, TargetName, TemplateName, note_base
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.errors import DataError
-from gemma_tune.terminal import Terminal, TerminalReporter, make_table
+from gemma_tune.terminal import Terminal, TerminalReporter
 
 if TYPE_CHECKING:
     from gemma_tune.inference.score import TextScore
@@ -73,7 +73,7 @@ def score(
     else:
         lines = [*zip((row.where for row in rows), scores, strict=True), ("all", TextScore.joined(scores))]
         table = [(where, *_cells(scored)) for where, scored in lines]
-        terminal.result(make_table(("row", *_COLUMNS), table, right=(1, 2, 3)))
+        terminal.table(("row", *_COLUMNS), table, right=(1, 2, 3))
 
 
 def _show_tokens(terminal: Terminal, scored: TextScore, *, as_json: bool) -> None:
@@ -82,7 +82,7 @@ def _show_tokens(terminal: Terminal, scored: TextScore, *, as_json: bool) -> Non
         terminal.json({**scored.to_json(), "tokens": tokens})
         return
     rows = [(repr(each.text)[1:-1], f"{each.log_prob:.3f}", f"{math.exp(each.log_prob):.1%}") for each in scored.tokens]
-    terminal.result(make_table(("token", "log-probability", "probability"), rows, right=(1, 2)))
+    terminal.table(("token", "log-probability", "probability"), rows, right=(1, 2))
     count, log_likelihood, perplexity = _cells(scored)
     terminal.result(f"\nlog-likelihood {log_likelihood} nats over {count} tokens · perplexity {perplexity}")
 

@@ -104,43 +104,28 @@ def open_source(path: Path, *, base: str | None = None) -> ExportSource:
     Raises:
         GemmaTuneError: there is neither at `path`, the run has no adapter yet, or the base cannot be had.
     """
-    adapter = AdapterDir(path)
-    if adapter.exists:
-        return _from_adapter(adapter, base=base)
-    refuse_other(path, "a run or an adapter", error=ExportError)
-    return _from_run(open_run(path), base=base)
-
-
-def _from_run(run: RunDir, *, base: str | None) -> ExportSource:
-    adapter = open_run_adapter(run)
+    adapter, run = AdapterDir(path), None
+    if not adapter.exists:
+        refuse_other(path, "a run or an adapter", error=ExportError)
+        run = open_run(path)
+        adapter = open_run_adapter(run)
     found = find_base(adapter, named=base)
-    recipe = load_recipe(run.resolved_recipe).recipe
-    # float16 is autocast over float32 weights, which a CPU has not.
-    compute = "bfloat16" if read_lock(run)["precision"]["compute"] == "bfloat16" else "float32"
+    template = run.template if run else adapter.template_file
     return ExportSource(
-        name=run.name,
+        name=run.name if run else adapter.path.absolute().name,
         base=found.model,
         base_files=found.files,
         adapter=adapter.path,
         run=run,
-        tokenizer=adapter.path,
-        template=run.template.read_text(encoding="utf-8"),
-        trained_dtype=compute if recipe.model.load_in_4bit else None,
+        tokenizer=adapter.path if run else adapter.choose_tokenizer(found.model.directory),
+        template=template.read_text(encoding="utf-8") if run or template.is_file() else None,
+        trained_dtype=_trained_dtype(run) if run else None,
         note=found.note,
     )
 
 
-def _from_adapter(adapter: AdapterDir, *, base: str | None) -> ExportSource:
-    found = find_base(adapter, named=base)
-    template = adapter.template_file
-    return ExportSource(
-        name=adapter.path.absolute().name,
-        base=found.model,
-        base_files=found.files,
-        adapter=adapter.path,
-        run=None,
-        tokenizer=adapter.choose_tokenizer(found.model.directory),
-        template=template.read_text(encoding="utf-8") if template.is_file() else None,
-        trained_dtype=None,
-        note=found.note,
-    )
+def _trained_dtype(run: RunDir) -> str | None:
+    if not load_recipe(run.resolved_recipe).recipe.model.load_in_4bit:
+        return None
+    # float16 is autocast over float32 weights, which a CPU has not.
+    return "bfloat16" if read_lock(run)["precision"]["compute"] == "bfloat16" else "float32"

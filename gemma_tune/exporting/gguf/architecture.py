@@ -114,24 +114,24 @@ def add_hyperparameters(writer: Any, architecture: GgufArchitecture) -> None:
     import gguf
 
     config = architecture.config
-    writer.add_context_length(config.context_tokens)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    writer.add_rope_freq_base(config.rope_theta)
-    if config.rope_local_theta is not None:
-        writer.add_rope_freq_base_swa(config.rope_local_theta)
-    if architecture.rope_factor is not None:
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(architecture.rope_factor)
-    if config.sliding_window is not None:
-        writer.add_sliding_window(config.sliding_window)
-    if config.attention_softcap is not None:
-        writer.add_attn_logit_softcapping(config.attention_softcap)
-    if config.final_softcap is not None:
-        writer.add_final_logit_softcapping(config.final_softcap)
+    values = {
+        "context_length": config.context_tokens,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_heads,
+        "head_count_kv": config.num_kv_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "layer_norm_rms_eps": config.norm_eps,
+        "rope_freq_base": config.rope_theta,
+        "rope_freq_base_swa": config.rope_local_theta,
+        "rope_scaling_type": None if architecture.rope_factor is None else gguf.RopeScalingType.LINEAR,
+        "rope_scaling_factor": architecture.rope_factor,
+        "sliding_window": config.sliding_window,
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.final_softcap,
+    }
+    for name, value in values.items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)

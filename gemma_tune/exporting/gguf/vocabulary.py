@@ -22,6 +22,7 @@ from gemma_tune.models.token_ids import ids_beyond
 _SPACE = "▁"
 _TURN_MARKERS = ("<start_of_turn>", "<end_of_turn>")
 _NEVER_MERGED = -1e9
+_UNSET_IN_MODEL = ("ignore_merges", "dropout", "continuing_subword_prefix", "end_of_word_suffix")
 
 
 class TokenType(IntEnum):
@@ -139,23 +140,13 @@ def _is_control(token: Mapping[str, Any]) -> bool:
 def _refuse_other_forms(tokenizer: Mapping[str, Any], added: list[dict[str, Any]], path: Path) -> None:
     """Refuse what is not Gemma's form: BPE with byte pieces over text whose spaces became `▁`, and nothing else."""
     model, split = tokenizer.get("model") or {}, tokenizer.get("pre_tokenizer")
-    replaces_spaces = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
+    wrong = [f"model.{key}" for key, value in {"type": "BPE", "byte_fallback": True}.items() if model.get(key) != value]
+    wrong += [f"model.{key}" for key in _UNSET_IN_MODEL if model.get(key)]
+    if tokenizer.get("normalizer") != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+        wrong.append("normalizer")
     # A split at spaces does nothing any more: the normalizer has replaced them.
-    splits_at_spaces = split is None or (split.get("type"), split.get("pattern")) == ("Split", {"String": " "})
-    wrong = [
-        name
-        for name, is_right in (
-            ("model.type", model.get("type") == "BPE"),
-            ("model.byte_fallback", model.get("byte_fallback") is True),
-            ("model.ignore_merges", not model.get("ignore_merges")),
-            ("model.dropout", not model.get("dropout")),
-            ("model.continuing_subword_prefix", not model.get("continuing_subword_prefix")),
-            ("model.end_of_word_suffix", not model.get("end_of_word_suffix")),
-            ("normalizer", tokenizer.get("normalizer") == replaces_spaces),
-            ("pre_tokenizer", splits_at_spaces),
-        )
-        if not is_right
-    ]
+    if split is not None and (split.get("type"), split.get("pattern")) != ("Split", {"String": " "}):
+        wrong.append("pre_tokenizer")
     if wrong:
         what = f"{', '.join(wrong)} is not as in Gemma's tokenizer; llama.cpp would cut texts into other tokens"
         raise _cannot_say(path, what)
