@@ -144,12 +144,15 @@ class PersonJudge:
 
     def rule(self, duels: Sequence[Duel]) -> Iterator[Ruling | None]:
         """Shows one pair after the other; ends early when the person quits."""
+        from gemma_tune.evaluation.judge import Ruling
+
         for number, duel in enumerate(duels, start=1):
             self._show(duel, number=number, total=len(duels))
             answer = self._ask()
             if answer == "q":
                 return
-            yield self._ruling(answer)
+            verdict = _VERDICTS.get(answer)
+            yield Ruling(verdict, "") if verdict else None
 
     def _show(self, duel: Duel, *, number: int, total: int) -> None:
         note = self._terminal.note
@@ -169,12 +172,6 @@ class PersonJudge:
             answer = line.strip().lower()[:1] if line else "q"
             if answer in tuple("12tsq"):
                 return answer
-
-    def _ruling(self, answer: str) -> Ruling | None:
-        from gemma_tune.evaluation.judge import Ruling
-
-        verdict = _VERDICTS.get(answer)
-        return None if verdict is None else Ruling(verdict, "")
 
 
 def print_comparison(terminal: Terminal, comparison: Comparison) -> None:

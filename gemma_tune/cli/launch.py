@@ -13,7 +13,7 @@ from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath
 from gemma_tune.terminal import Terminal
 
 
-def _option(panel: str, text: str, *, metavar: str | None = None, min: int | None = None) -> Any:
+def _option(panel: str, text: str, metavar: str | None = None, *, min: int | None = None) -> Any:
     """Declare an option that is nothing unless given, in a panel of `--help`."""
     return typer.Option(metavar=metavar, min=min, help=text, show_default=False, rich_help_panel=panel)
 
@@ -34,17 +34,17 @@ def launch(
             _ASKED,
             "As the scheduler calls it: h100 (slurm), H100 (skypilot), NVIDIA-H100-80GB-HBM3 or LABEL=VALUE of its "
             "nodes (kubernetes).",
-            metavar="NAME",
+            "NAME",
         ),
     ] = None,
     cpus: Annotated[int | None, _option(_ASKED, "Processor cores of a machine.", min=1)] = None,
-    memory: Annotated[int | None, _option(_ASKED, "Memory of a machine in GiB.", metavar="GIB", min=1)] = None,
+    memory: Annotated[int | None, _option(_ASKED, "Memory of a machine in GiB.", "GIB", min=1)] = None,
     time: Annotated[
         str | None,
         _option(
             _ASKED,
             "Limit: of one attempt, after which the job is requeued (slurm); of the whole job (kubernetes).",
-            metavar="1d12h30m",
+            "1d12h30m",
         ),
     ] = None,
     before: Annotated[
@@ -52,47 +52,40 @@ def launch(
         _option(
             _ASKED,
             "A shell line that runs first, such as 'module load cuda' (slurm, skypilot); may be repeated.",
-            metavar="COMMAND",
+            "COMMAND",
         ),
     ] = None,
     grace: Annotated[
         int | None,
-        _option(
-            _STOPPED, "Time to save before the end, 180 unless given (slurm, kubernetes).", metavar="SECONDS", min=30
-        ),
+        _option(_STOPPED, "Time to save before the end, 180 unless given (slurm, kubernetes).", "SECONDS", min=30),
     ] = None,
     restarts: Annotated[
         int | None, _option(_STOPPED, "How often it starts again, 20 unless given (slurm, kubernetes).", min=0)
     ] = None,
-    partition: Annotated[str | None, _option(_SLURM, "As of sbatch.", metavar="NAME")] = None,
-    account: Annotated[str | None, _option(_SLURM, "As of sbatch.", metavar="NAME")] = None,
+    partition: Annotated[str | None, _option(_SLURM, "As of sbatch.", "NAME")] = None,
+    account: Annotated[str | None, _option(_SLURM, "As of sbatch.", "NAME")] = None,
     sbatch: Annotated[
-        list[str] | None,
-        _option(_SLURM, "A further option of sbatch, such as --qos=high; may be repeated.", metavar="OPTION"),
+        list[str] | None, _option(_SLURM, "A further option of sbatch, such as --qos=high; may be repeated.", "OPTION")
     ] = None,
     image: Annotated[
-        str | None, _option(_KUBERNETES, "A Docker image with gemma-tune in it (skypilot, too).", metavar="NAME")
+        str | None, _option(_KUBERNETES, "A Docker image with gemma-tune in it (skypilot, too).", "NAME")
     ] = None,
     claim: Annotated[
-        str | None, _option(_KUBERNETES, "The PersistentVolumeClaim for runs, caches and rows.", metavar="NAME")
+        str | None, _option(_KUBERNETES, "The PersistentVolumeClaim for runs, caches and rows.", "NAME")
     ] = None,
-    namespace: Annotated[str | None, _option(_KUBERNETES, "Unless given, that of kubectl.", metavar="NAME")] = None,
+    namespace: Annotated[str | None, _option(_KUBERNETES, "Unless given, that of kubectl.", "NAME")] = None,
     secret: Annotated[
-        str | None,
-        _option(_KUBERNETES, "The Secret with HF_TOKEN and WANDB_API_KEY, gemma-tune unless given.", metavar="NAME"),
+        str | None, _option(_KUBERNETES, "The Secret with HF_TOKEN and WANDB_API_KEY, gemma-tune unless given.", "NAME")
     ] = None,
     bucket: Annotated[
-        str | None,
-        _option(_SKYPILOT, "Where the runs lie: s3://NAME, gs://NAME, or the name of a new one.", metavar="BUCKET"),
+        str | None, _option(_SKYPILOT, "Where the runs lie: s3://NAME, gs://NAME, or the name of a new one.", "BUCKET")
     ] = None,
     install: Annotated[
         str | None,
-        _option(
-            _SKYPILOT, "What pip installs there: a wheel of this machine, or a requirement.", metavar="REQUIREMENT"
-        ),
+        _option(_SKYPILOT, "What pip installs there: a wheel of this machine, or a requirement.", "REQUIREMENT"),
     ] = None,
     cloud: Annotated[
-        str | None, _option(_SKYPILOT, "aws, gcp/us-central1, k8s, …; unless given, the cheapest.", metavar="NAME")
+        str | None, _option(_SKYPILOT, "aws, gcp/us-central1, k8s, …; unless given, the cheapest.", "NAME")
     ] = None,
     spot: Annotated[
         bool, typer.Option("--spot", help="Cheap machines that may be taken away.", rich_help_panel=_SKYPILOT)

@@ -21,12 +21,8 @@ from gemma_tune.runs.layout import RunDir
 from gemma_tune.yaml_io import dump_yaml
 
 
-def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantized_from: str | None = None) -> Path:
+def write_model_card(directory: Path, run: RunDir, *, base: LocalModel) -> Path:
     """Write README.md next to the files of a finished export, with the verdict of its check where there is one.
-
-    Args:
-        base: the base that the run was trained on.
-        quantized_from: see `CardExport`.
 
     Raises:
         ExportError: there is one already, or it cannot be written.
@@ -40,7 +36,6 @@ def write_model_card(directory: Path, run: RunDir, *, base: LocalModel, quantize
         files=sorted(path.name for path in directory.iterdir()),
         notes=record.facts.get("notes", ()),
         checks=_checks(record),
-        quantized_from=quantized_from,
     )
     text = build_model_card(run, export)
     path = directory / CARD_FILE

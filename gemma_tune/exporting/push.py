@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +92,7 @@ def push(
     names = _files_to_push(directory, force=force)
     retry = _retry_command(directory, repo_id, private=private, revision=revision, message=commit_message, force=force)
 
+    import httpx
     from huggingface_hub import HfApi, get_token
 
     token = get_token()
@@ -101,7 +101,7 @@ def push(
             "this machine is not logged in to the hub",
             hint=f"hf auth login, or set HF_TOKEN to a token that may write; then: {retry}",
         )
-    with _hub_errors(directory, repo_id, retry=retry):
+    try:
         api = HfApi(token=token)
         url = str(api.create_repo(repo_id, private=private or None, exist_ok=True))
         if private and not api.model_info(repo_id).private:
@@ -117,6 +117,9 @@ def push(
             commit_message=commit_message or _DEFAULT_MESSAGE,
             revision=revision,
         )
+    # RuntimeError and ValueError: how the client passes on a failed upload of a large file.
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        raise _told(error, directory, repo_id, retry=retry) from error
     return PushReport(
         url=url,
         commit=commit.oid,
@@ -226,19 +229,8 @@ def _retry_command(
 # --- what the hub answers ---------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _hub_errors(directory: Path, repo_id: str, *, retry: str) -> Iterator[None]:
-    """Tell what the hub client raises, in a sentence; the client's own text would hold addresses and request ids."""
-    import httpx
-
-    try:
-        yield
-    # RuntimeError and ValueError: how the client passes on a failed upload of a large file.
-    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        raise _told(error, directory, repo_id, retry=retry) from error
-
-
 def _told(error: BaseException, directory: Path, repo_id: str, *, retry: str) -> HubError:
+    """Tell what the hub client raised, in a sentence; the client's own text would hold addresses and request ids."""
     from huggingface_hub.errors import HfHubHTTPError
 
     response = next((cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)

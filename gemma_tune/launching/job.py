@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from gemma_tune.models.catalogue import find_model
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import LoadedRecipe
 from gemma_tune.recipe.schema import Recipe
+from gemma_tune.templates import render_template
+from gemma_tune.yaml_io import YAML_FILTERS
 
-TEMPLATES_DIR = Path(__file__).parent / "templates"
+_TEMPLATES_DIR = Path(__file__).parent / "templates"
 # Seconds between the signal to stop and the end: a long step, and a checkpoint of adapter and optimizer.
 GRACE_SECONDS = 180
 RESTARTS = 20
@@ -201,7 +203,17 @@ def _is_model_directory(name: str) -> bool:
     return name.startswith((".", "/", "~")) or ("/" in name and os.path.isdir(name))
 
 
-def common_notes(recipe: Recipe) -> list[str]:
+def fill_template(
+    template: str, job: Job, values: Mapping[str, Any], *, suffix: str, submit: Sequence[str], notes: Sequence[str]
+) -> JobFile:
+    """Return the file of a job, from a template of this folder and what it reads besides `job`."""
+    filters = {**YAML_FILTERS, "quote": shlex.quote}
+    text = render_template(_TEMPLATES_DIR / template, {"job": job, **values}, filters=filters)
+    name = f"{job.run_name}.{suffix}"
+    return JobFile(job.run_name, name, text, tuple(submit), (*_common_notes(job.recipe), *notes))
+
+
+def _common_notes(recipe: Recipe) -> list[str]:
     """Return what a job that may be stopped and started again does with the recipe's own settings."""
     training, notes = recipe.training, []
     if training.save_every_steps is None and training.save_every_minutes is None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from gemma_tune.errors import LaunchError
 from gemma_tune.launching import job as jobs
-from gemma_tune.templates import render_template
-from gemma_tune.yaml_io import YAML_FILTERS
 
 WORK_DIR = "/volume"
 _DNS_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -42,18 +40,12 @@ def render_kubernetes(job: jobs.Job, options: KubernetesOptions) -> jobs.JobFile
             )
     on_volume = _require_on_volume(job)
     values = {
-        "job": job,
         "options": options,
         "deadline_seconds": None if options.time is None else jobs.parse_time(options.time),
         "work_dir": WORK_DIR,
     }
-    return jobs.JobFile(
-        run_name=job.run_name,
-        name=f"{job.run_name}.k8s.yaml",
-        text=render_template(jobs.TEMPLATES_DIR / "kubernetes.yaml.j2", values, filters=YAML_FILTERS),
-        submit=("kubectl", "apply", "-f"),
-        notes=(*jobs.common_notes(job.recipe), *_notes(job, options, on_volume)),
-    )
+    submit, notes = ["kubectl", "apply", "-f"], _notes(job, options, on_volume)
+    return jobs.fill_template("kubernetes.yaml.j2", job, values, suffix="k8s.yaml", submit=submit, notes=notes)
 
 
 KUBERNETES = jobs.Scheduler("kubernetes", KubernetesOptions, render_kubernetes)

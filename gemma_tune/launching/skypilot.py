@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_tune.errors import LaunchError
 from gemma_tune.launching import job as jobs
-from gemma_tune.templates import render_template
-from gemma_tune.yaml_io import YAML_FILTERS
 
 RUNS_DIR = "/gemma-tune-runs"
 _EXTRAS = re.compile(r"(.+?)(\[[\w,.-]+\])?")
@@ -47,22 +44,15 @@ def render_skypilot(job: jobs.Job, options: SkypilotOptions) -> jobs.JobFile:
     uploads = list(dict.fromkeys(os.path.normpath(each.mounted) for each in paths))
     recipe = job.loaded.name if job.is_shipped else os.path.normpath(job.recipe_argument)
     values = {
-        "job": job,
         "options": options,
         "requirement": requirement,
         "uploads": uploads,
         "command": jobs.shell_lines(job.command(recipe, f"run.output_dir={RUNS_DIR}")),
         "runs_dir": RUNS_DIR,
     }
-    template, filters = jobs.TEMPLATES_DIR / "skypilot.yaml.j2", {**YAML_FILTERS, "quote": shlex.quote}
-    secrets = [word for name in job.secrets for word in ("--secret", name)]
-    return jobs.JobFile(
-        run_name=job.run_name,
-        name=f"{job.run_name}.sky.yaml",
-        text=render_template(template, values, filters=filters),
-        submit=("sky", "jobs", "launch", *secrets),
-        notes=(*jobs.common_notes(job.recipe), *_notes(job, uploads)),
-    )
+    submit = ["sky", "jobs", "launch", *(word for name in job.secrets for word in ("--secret", name))]
+    notes = _notes(job, uploads)
+    return jobs.fill_template("skypilot.yaml.j2", job, values, suffix="sky.yaml", submit=submit, notes=notes)
 
 
 SKYPILOT = jobs.Scheduler("skypilot", SkypilotOptions, render_skypilot)

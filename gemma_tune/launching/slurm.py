@@ -7,7 +7,6 @@ from pathlib import Path
 
 from gemma_tune.errors import LaunchError
 from gemma_tune.launching import job as jobs
-from gemma_tune.templates import render_template
 
 # What the script relies on; --nodes has an option of its own, the others have no sensible other value.
 _FIXED = ("--nodes", "--ntasks-per-node", "--ntasks", "--signal", "--requeue", "--no-requeue", "--open-mode", "--array")
@@ -34,18 +33,11 @@ def render_slurm(job: jobs.Job, options: SlurmOptions) -> jobs.JobFile:
         LaunchError: an option cannot be written, or the script relies on another value of it.
     """
     values = {
-        "job": job,
         "options": options,
         "directives": _directives(job, options),
         "command": jobs.shell_lines(job.command(job.recipe_argument)),
     }
-    return jobs.JobFile(
-        run_name=job.run_name,
-        name=f"{job.run_name}.sbatch",
-        text=render_template(jobs.TEMPLATES_DIR / "slurm.sh.j2", values),
-        submit=("sbatch",),
-        notes=(*jobs.common_notes(job.recipe), *_path_notes(job)),
-    )
+    return jobs.fill_template("slurm.sh.j2", job, values, suffix="sbatch", submit=["sbatch"], notes=_path_notes(job))
 
 
 SLURM = jobs.Scheduler("slurm", SlurmOptions, render_slurm)
