@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemma_tune.text import suggestion
 
 INSTALL_HINT = "pip install 'lm-eval[math]==0.4.13'"
 _OPTION_CODE = "--allow-code"
+_CHOICE_TASK = Path(__file__).with_name("choice_task.toml")
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,8 @@ class ChosenTask:
 
             return {"test": Dataset.from_list(rows)}
 
-        return {
-            "task": self.task,
-            "custom_dataset": dataset,
-            "output_type": "multiple_choice",
-            "test_split": "test",
-            "fewshot_split": "test",  # the harness leaves the question itself out of its examples
-            "doc_to_text": "Question: {{question}}\nAnswer:",
-            "doc_to_choice": "choices",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-        }
+        form = tomllib.loads(_CHOICE_TASK.read_text(encoding="utf-8"))
+        return {"task": self.task, "custom_dataset": dataset, **form}
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from gemma_tune.yaml_io import dump_yaml
 
 
 def write_model_card(directory: Path, run: RunDir, *, base: LocalModel) -> Path:
-    """Write README.md next to the files of a finished export, with the verdict of its check where there is one.
+    """Write README.md next to the files of a finished export of a run on `base`, with the verdict of its check, if any.
 
     Raises:
         ExportError: there is one already, or it cannot be written.

@@ -14,16 +14,9 @@ from gemma_tune.errors import ExportError
 from gemma_tune.models.safetensors import BYTES_OF_DTYPE, StoredTensor
 
 TORCH_DTYPE = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 # 1 MiB in float32. Reads and writes of up to 1 MiB ran at 4.4 GB/s, as fast as a copy inside the kernel; those of 4 MiB
 # at 0.4 to 0.8 GB/s (1.5 GB, ext4, 2 cores). Smaller blocks pay for Python.
 BLOCK_ELEMENTS = 1 << 18
