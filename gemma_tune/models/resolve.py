@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 from gemma_tune.disk import read_json_object
 from gemma_tune.errors import GemmaTuneError, ModelError
@@ -25,46 +26,9 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 KAGGLE_HANDLE = re.compile(
     rf"(?P<page>{_PART}/{_PART})/(?P<framework>[A-Za-z]+)/(?P<variation>{_PART})(?:/(?P<version>\d+))?", re.ASCII
 )
-# What lies in a directory of a kind. The first that fits counts: transformers, too, follows an adapter_config.json
-# whatever else lies next to it.
-_MARKS: tuple[tuple[str, Kind], ...] = (
-    ("manifest.json", "run"),
-    ("adapter_config.json", "adapter"),
-    ("config.json", "model"),
-    ("*.gguf", "gguf-file"),
-    ("*/export.json", "exports"),
+_KINDS = cast(
+    "dict[Kind, dict[str, Any]]", tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 )
-_TITLES: dict[Kind, str] = {
-    "catalogue": "a model",
-    "hub": "the name of a model on the hub",
-    "kaggle": "a model on Kaggle",
-    "model": "a model",
-    "run": "a run",
-    "adapter": "a LoRA adapter",
-    "gguf-file": "a GGUF file",
-    "exports": "a directory of exports",
-}
-_WANTED: dict[Wanted, tuple[Kind, ...]] = {
-    "a model": ("catalogue", "hub", "kaggle", "model"),
-    "a run": ("run",),
-    "a run or an adapter": ("run", "adapter"),
-}
-_USE_ADAPTER = (
-    "train on from it with model.adapter={name}; `gemma-tune generate {word}` answers with it, "
-    "and `gemma-tune merge {word}` makes a model of it"
-)
-# What to do with something of another kind than is wanted.
-_HINTS: dict[tuple[Kind, Wanted], str] = {
-    ("run", "a model"): _USE_ADAPTER,
-    ("adapter", "a model"): _USE_ADAPTER,
-    (
-        "gguf-file",
-        "a model",
-    ): "a GGUF file is an export for inference and cannot be trained; give a directory that holds "
-    "config.json, a tokenizer and *.safetensors files",
-    ("exports", "a model"): "give one of them: {name}/merged-16bit",
-    ("adapter", "a run"): "give the run that it is of, a directory that `gemma-tune train` made",
-}
 _WANTED_HINTS: dict[Wanted, str] = {
     "a model": LIST_HINT,
     "a run": "give a directory that `gemma-tune train` made",
@@ -139,8 +103,8 @@ def _look_at(name: str, path: Path) -> Resolved:
             hint = "Give the directory that holds config.json, a tokenizer and *.safetensors files."
             raise ModelError(f"{name}: is a file, a directory is expected", hint=hint)
         return Resolved(name, "gguf-file", str(path))
-    for pattern, kind in _MARKS:
-        found = sorted(path.glob(pattern))
+    for kind, facts in _KINDS.items():
+        found = sorted(path.glob(facts["mark"])) if "mark" in facts else []
         if kind == "gguf-file" and len(found) > 1:
             raise ModelError(f"{path} holds {len(found)} GGUF files", hint=f"name one of them: {found[0]}")
         if found:
@@ -155,16 +119,17 @@ def _look_at(name: str, path: Path) -> Resolved:
 
 def require(named: Resolved, wanted: Wanted, *, error: type[GemmaTuneError] = ModelError) -> Resolved:
     """Refuse what is of another kind than a command takes, with the command that takes it."""
-    if named.kind in _WANTED[wanted]:
+    facts = _KINDS[named.kind]
+    if wanted in facts["is"]:
         return named
-    title = _TITLES[named.kind]
+    title = facts["title"]
     if named.kind == "adapter":
         base = (
             read_json_object(named.path / "adapter_config.json", error=ModelError).get("base_model_name_or_path")
             or NOT_KNOWN
         )
         title = f"a LoRA adapter for the base model {base!r}"
-    hint = _HINTS.get((named.kind, wanted), _WANTED_HINTS[wanted]).format(name=named.name, word=in_shell(named.name))
+    hint = facts.get("instead", {}).get(wanted, _WANTED_HINTS[wanted]).format(name=named.name, word=in_shell(named.name))
     raise error(f"{named.name} is {title}, {wanted} is expected", hint=hint)
 
 
