@@ -9,7 +9,6 @@ import importlib.metadata
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from packaging.requirements import Requirement
@@ -19,7 +18,7 @@ from packaging.utils import canonicalize_name
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.engines.engine_facts import ENGINES
 from gemma_tune.identity import installed_version
-from gemma_tune.paths import PACKAGE_DIR
+from gemma_tune.paths import PACKAGE_DIR, read_table
 
 # The packages that reach into each other; what these ask of each other is checked.
 STACK = (
@@ -41,8 +40,7 @@ class KnownBad:
     on: Literal["cpu", "cuda"] | None = None  # only on this kind of device; None on both
 
 
-_FILE = Path(__file__).with_name("known_bad.toml")
-KNOWN_BAD = [KnownBad(**row) for row in tomllib.loads(_FILE.read_text(encoding="utf-8"))["known_bad"]]
+KNOWN_BAD = [KnownBad(**row) for row in read_table("doctor/known_bad.toml")["known_bad"]]
 
 
 def read_tested_set() -> list[Requirement]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from gemma_tune.paths import read_table
 
 PUBLISHED_MODELS = ("Gemma 2B", "Gemma 7B", "Mistral 7B")
 PUBLISHED_SOURCE = (
@@ -33,7 +33,8 @@ def _read_row(row: dict[str, Any]) -> Benchmark:
     return Benchmark(**{**row, "published": tuple(map(row["published"].get, PUBLISHED_MODELS))})
 
 
-_TABLE = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-BENCHMARKS: Mapping[str, Benchmark] = {name: _read_row(row) for name, row in _TABLE.items()}
+BENCHMARKS: Mapping[str, Benchmark] = {
+    name: _read_row(row) for name, row in read_table("evaluation/benchmark_table.toml").items()
+}
 # A name for all of them.
 PAPER_SET = "gemma-paper"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ from gemma_tune.data.sources.source import open_source, read_whole
 from gemma_tune.errors import DataError, EngineError
 from gemma_tune.evaluation.benchmark_table import BENCHMARKS, PAPER_SET, Benchmark
 from gemma_tune.identity import file_sha256, installed_version, text_sha256
+from gemma_tune.paths import read_table
 from gemma_tune.text import suggestion
 
 INSTALL_HINT = "pip install 'lm-eval[math]==0.4.13'"
 _OPTION_CODE = "--allow-code"
-_CHOICE_TASK = Path(__file__).with_name("choice_task.toml")
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,7 @@ class ChosenTask:
 
             return {"test": Dataset.from_list(rows)}
 
-        form = tomllib.loads(_CHOICE_TASK.read_text(encoding="utf-8"))
-        return {"task": self.task, "custom_dataset": dataset, **form}
+        return {"task": self.task, "custom_dataset": dataset, **read_table("evaluation/choice_task.toml")}
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,6 @@ from gemma_tune.text import did_you_mean
 Modality = Literal["text", "text+image", "text+image+audio"]
 
 TINY = "gemma-tiny"
-GEMMA_TERMS = ("Gemma Terms of Use", "https://ai.google.dev/gemma/terms")
-APACHE = ("Apache-2.0", "https://ai.google.dev/gemma/docs/gemma_4_license")
-OUR_LICENCE = ("CC0 1.0", "https://creativecommons.org/publicdomain/zero/1.0/")
-_LICENCES = {"gemma": GEMMA_TERMS, "apache": APACHE, "ours": OUR_LICENCE}
-# Name of a licence → its id on the hub, which model cards and GGUF metadata are written with.
-LICENCE_IDS = {GEMMA_TERMS[0]: "gemma", APACHE[0]: "apache-2.0", OUR_LICENCE[0]: "cc0-1.0"}
 LORA_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NOT_KNOWN = "not known"
 LIST_HINT = "`gemma-tune models list` shows every name; a directory or a hub id owner/name works, too."
@@ -29,6 +23,8 @@ LIST_HINT = "`gemma-tune models list` shows every name; a directory or a hub id 
 _TABLES: dict[str, dict[str, Any]] = read_table("models/catalogue.toml")
 # Name → config.json, as the hub has it.
 ARCHITECTURES: dict[str, Mapping[str, Any]] = _TABLES["architectures"]
+# Name of a licence → its id on the hub, which model cards and GGUF metadata are written with.
+LICENCE_IDS: dict[str, str] = {row["name"]: row["id"] for row in _TABLES["licences"].values()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
     hub_name = entry.get("hub", name)
     is_instruction_tuned = name.endswith("-it")
     modality: Modality = entry.get("modality", "text")
-    licence = _LICENCES[entry.get("licence", "gemma")]
+    licence = _TABLES["licences"][entry.get("licence", "gemma")]
     mirrors = [f"unsloth/{hub_name}{suffix}" for suffix in entry.get("mirrors", ())]
     return GemmaModel(
         name=name,
@@ -104,9 +100,9 @@ def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
         is_instruction_tuned=is_instruction_tuned,
         modality=modality,
         stop_tokens=tuple(_TABLES["stop_tokens"][entry.get("stops", "turn" if is_instruction_tuned else "base")]),
-        licence=licence[0],
-        licence_url=licence[1],
-        is_gated=licence == GEMMA_TERMS,
+        licence=licence["name"],
+        licence_url=licence["url"],
+        is_gated=licence["id"] == "gemma",
         mirror_16bit=next(iter(mirrors), None),
         mirror_4bit=next(iter(mirrors[1:]), None),
         other_mirrors=tuple(mirrors[2:]),

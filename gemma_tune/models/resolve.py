@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,6 +12,7 @@ from gemma_tune.errors import GemmaTuneError, ModelError
 from gemma_tune.models.catalogue import LIST_HINT, NOT_KNOWN, GemmaModel, look_up, unknown_name
 from gemma_tune.models.config import TextConfig
 from gemma_tune.models.directory import check_directory
+from gemma_tune.paths import read_table
 from gemma_tune.text import did_you_mean, in_shell
 
 Kind = Literal["catalogue", "hub", "kaggle", "model", "run", "adapter", "gguf-file", "exports"]
@@ -26,9 +26,7 @@ _PART = r"[A-Za-z0-9][\w.-]*"
 KAGGLE_HANDLE = re.compile(
     rf"(?P<page>{_PART}/{_PART})/(?P<framework>[A-Za-z]+)/(?P<variation>{_PART})(?:/(?P<version>\d+))?", re.ASCII
 )
-_KINDS = cast(
-    "dict[Kind, dict[str, Any]]", tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-)
+_KINDS = cast("dict[Kind, dict[str, Any]]", read_table("models/resolve.toml"))
 _WANTED_HINTS: dict[Wanted, str] = {
     "a model": LIST_HINT,
     "a run": "give a directory that `gemma-tune train` made",

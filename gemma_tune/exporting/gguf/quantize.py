@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from gemma_tune.errors import ExportError
 from gemma_tune.exporting.gguf.header import GgufHeader, read_gguf_header, summarize_gguf
 from gemma_tune.exporting.required_packages import RequiredPackage, require_packages
 from gemma_tune.machine.child import run_child
+from gemma_tune.paths import read_table
 from gemma_tune.text import did_you_mean
 
 # What convert.py writes without a compiled package.
@@ -33,8 +33,7 @@ class Quantization:
     fallback_bits: float  # the same where a row is no multiple of 256 (`tensor_type_fallback` in llama-quant.cpp)
 
 
-_FILE = Path(__file__).with_name("quantizations.toml")
-QUANTIZATIONS = {name: Quantization(**row) for name, row in tomllib.loads(_FILE.read_text(encoding="utf-8")).items()}
+QUANTIZATIONS = {name: Quantization(**row) for name, row in read_table("exporting/gguf/quantizations.toml").items()}
 _NEED_IMATRIX = frozenset(
     {"iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m", "q2_k_s"}
 )

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-Logits = npt.NDArray[np.float32]
+from gemma_tune.paths import read_table
 
+Logits = npt.NDArray[np.float32]
 
 _CLEAR_LEAD = 0.1
 
@@ -37,22 +38,7 @@ class Limits:
     max_kl: float | None = None
 
 
-# float32: the sums differ only in their order. Measured on random Gemma 1, 2 and 3 with two layers: below 1e-5.
-#
-# 16 bits: rounding moves a weight by at most 2^-9 (bfloat16) or 2^-12 (float16) of itself, a small part of a usual
-# fine-tune's effect; merging through 4 bits, the mistake to catch, cost 0.35 (0.147 of 0.416 on a small Gemma).
-#
-# gguf: llama.cpp's own arithmetic adds to the rounding (a GELU table in float16). The worst seen on small Gemmas was a
-# top-1 of 99 % and a KL of 7e-5; a norm without its +1, the mistake to catch, has a KL of 3.5.
-#
-# 4bits: what a user chose to lose. Above half a nat a position the text is another one.
-LIMITS = {
-    "float32": Limits("logits within 1e-4", max_abs=1e-4),
-    "float16": Limits("at most 5% of the adapter's effect", max_share_of_effect=0.05),
-    "bfloat16": Limits("at most 10% of the adapter's effect", max_share_of_effect=0.1),
-    "gguf": Limits("top-1 at least 97%, KL at most 0.001", min_top1=0.97, max_kl=1e-3),
-    "4bits": Limits("KL at most 0.5", max_kl=0.5),
-}
+LIMITS = {name: Limits(**row) for name, row in read_table("exporting/verify/limits.toml").items()}
 
 
 def distance(wanted: Logits, found: Logits, *, positions: Sequence[int]) -> Distance:

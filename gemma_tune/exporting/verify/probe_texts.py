@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +12,7 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.segments import Segment
 from gemma_tune.exporting.export_settings import ExportSettings
+from gemma_tune.paths import read_table
 
 _MAX_TEXTS = 50
 _NUM_PROMPTS = 10
@@ -21,7 +20,7 @@ _MAX_PROMPT_TOKENS = 512
 # Beyond it a row is cut: the logits of 512 tokens over 262,144 pieces take 0.5 GB.
 _MAX_ROW_TOKENS = 512
 
-_TEXTS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_TEXTS = read_table("exporting/verify/probe_texts.toml")
 TRICKY_STRINGS, _BUILT_IN_TEXTS = tuple(_TEXTS["tricky"]), tuple(_TEXTS["built_in"])
 
 

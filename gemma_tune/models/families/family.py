@@ -5,11 +5,11 @@ The facts of each family are in a TOML file of this folder.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from gemma_tune.paths import read_table
 
 # How releases of transformers have named the text model of a multimodal checkpoint: (beginning, what it is here).
 _MULTIMODAL_RENAMES = (
@@ -89,6 +89,6 @@ class Family:
 
 def read_family(name: str) -> Family:
     """Read `<name>.toml` of this folder."""
-    facts = tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
+    facts = read_table(f"models/families/{name}.toml")
     gguf = facts.pop("gguf", None)
     return Family(**facts, gguf=GgufFacts(**gguf) if gguf else None)
