@@ -125,12 +125,12 @@ def print_files(terminal: Terminal, run: RunDir) -> None:
         ("log of the libraries", run.library_log),
     ]
     terminal.table(("file", "where"), files, heading="")
-    exports = _exports(run)
+    exports = sorted(path.parent for path in run.exports.glob("*/export.json"))
     if exports:
         from gemma_tune.exporting.export_formats import outcome_of
 
         print_exports(terminal, outcome_of(exports, None))
-    terminal.table(("next", ""), _next_commands(run), heading="")
+    terminal.table(("next", ""), _next_commands(run, is_exported=bool(exports)), heading="")
 
 
 def _figures(summary: RunSummary) -> list[tuple[str, str | None, str | None]]:
@@ -153,15 +153,11 @@ def _shorten(text: str) -> str:
     return shorten(" ".join(text.split()), num_chars=160)
 
 
-def _exports(run: RunDir) -> list[Path]:
-    return sorted(path.parent for path in run.exports.glob("*/export.json"))
-
-
-def _next_commands(run: RunDir) -> list[tuple[str, str]]:
+def _next_commands(run: RunDir, *, is_exported: bool) -> list[tuple[str, str]]:
     path = in_shell(run.path)
     commands = [("ask it", f'gemma-tune generate {path} --prompt "…"')]
     if read_evaluation(run) is None:
         commands.append(("measure it", f"gemma-tune evaluate {path}"))
-    if not _exports(run):
+    if not is_exported:
         commands.append(("export it", f"gemma-tune export {path} --format merged-16bit"))
     return [*commands, ("this again", f"gemma-tune report {path}")]

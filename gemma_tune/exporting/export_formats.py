@@ -286,23 +286,16 @@ def find_exports(path: Path, *, of: Path | None = None, base: str | None = None)
     Raises:
         GemmaTuneError: there are none, or nobody says what they are of.
     """
-    directories = _exports_at(path)
+    directories = records.exports_at(path)
     if directories:
         return open_source(of or _run_above(path), base=base), directories
     source = open_source(path, base=base)
-    directories = _exports_at(source.default_output)
+    directories = records.exports_at(source.default_output)
     if not directories:
         raise ExportError(
             f"{path} has no export yet", hint=f"make one: gemma-tune export {in_shell(path)} --format merged-16bit"
         )
     return source, directories
-
-
-def _exports_at(path: Path) -> list[Path]:
-    """The exported directory at a path, or those in it."""
-    if (path / records.RECORD_FILE).is_file():
-        return [path]
-    return sorted(record.parent for record in path.glob(f"*/{records.RECORD_FILE}"))
 
 
 def _run_above(path: Path) -> Path:

@@ -62,6 +62,13 @@ def read_record(directory: Path) -> ExportRecord:
     return ExportRecord(**values)
 
 
+def exports_at(path: Path) -> list[Path]:
+    """Return the exported directory at a path, or those in it."""
+    if (path / RECORD_FILE).is_file():
+        return [path]
+    return sorted(record.parent for record in path.glob(f"*/{RECORD_FILE}"))
+
+
 def finish_record(directory: Path, record: ExportRecord, facts: Mapping[str, Any]) -> ExportRecord:
     """Add what was written and store it."""
     files = list_files(directory)

@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tune.disk import read_json
 from gemma_tune.errors import ExportError, HubError
-from gemma_tune.exporting.export_record import RECORD_FILE, read_record, require_unchanged
+from gemma_tune.exporting.export_record import RECORD_FILE, exports_at, read_record, require_unchanged
 from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.exporting.text_files import LICENCE_FILES, portable_settings
 from gemma_tune.models.safetensors import CONFIG_FILE, SMALL_FILES, weight_files
@@ -57,7 +57,7 @@ def find_export(path: Path) -> Path:
     run = RunDir(path)
     if not run.manifest.is_file():
         return path
-    found = sorted(record.parent for record in run.exports.glob(f"*/{RECORD_FILE}"))
+    found = exports_at(run.exports)
     if len(found) == 1:
         return found[0]
     if not found:

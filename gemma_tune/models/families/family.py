@@ -17,14 +17,7 @@ _MULTIMODAL_RENAMES = (
     ("language_model.model.", "model."),
     ("model.language_model.", "model."),
 )
-# What every configuration class of transformers 5.17 has as its default.
-COMMON_DEFAULTS: Mapping[str, Any] = {
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "rms_norm_eps": 1e-6,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "head_dim": 256,
-}
+_COMMON_DEFAULTS = read_table("models/families/common.toml")
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ class Family:
 
     def defaults_for(self, model_type: str) -> dict[str, Any]:
         """Return what a config of this type that says nothing means."""
-        return {**COMMON_DEFAULTS, **self.defaults, **self.defaults_of_type.get(model_type, {})}
+        return {**_COMMON_DEFAULTS, **self.defaults, **self.defaults_of_type.get(model_type, {})}
 
 
 def read_family(name: str) -> Family:
