@@ -127,12 +127,9 @@ def require(named: Resolved, wanted: Wanted, *, error: type[GemmaTuneError] = Mo
             or NOT_KNOWN
         )
         title = f"a LoRA adapter for the base model {base!r}"
-    hint = (
-        facts.get("instead", {}).get(wanted, _WANTED_HINTS[wanted]).format(name=named.name, word=in_shell(named.name))
-    )
-    raise error(
-        f"{named.name} is {title}, {wanted} is expected", hint=hint.format(name=named.name, word=in_shell(named.name))
-    )
+    hint: str = facts.get("instead", {}).get(wanted, _WANTED_HINTS[wanted])
+    hint = hint.format(name=named.name, word=in_shell(named.name))
+    raise error(f"{named.name} is {title}, {wanted} is expected", hint=hint)
 
 
 def refuse_other(path: Path, wanted: Wanted, *, error: type[GemmaTuneError]) -> None:

@@ -50,6 +50,8 @@ def _texts() -> Iterator[tuple[str, str, bool]]:
     documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").glob("*.yaml")]
     for path in [*documents, *(ROOT / "gemma_tune").rglob("*.j2")]:
         yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"), False
+    for path in (ROOT / "gemma_tune").rglob("*.toml"):
+        yield str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"), True
 
 
 TEXTS = list(_texts())
