@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_tune.engines.choose import EngineDecision, decide_for_card
@@ -53,6 +53,7 @@ class RowFacts:
     columns: Mapping[str, str]
     num_rows: int
     lengths: Sequence[int]
+    given: Mapping[str, Any] = field(default_factory=dict)  # settings of the data section that are not to be decided
 
     def share_longer(self, tokens: int) -> float:
         """The share of rows that are longer than `tokens`."""
@@ -107,7 +108,9 @@ def propose(model: str, rows: RowFacts, *, card: Card | None) -> Proposal | None
     per_step = 16 if rows.num_rows >= _FEW_ROWS else 8 if rows.num_rows >= 100 else 4
     start = Recipe(
         model=ModelSection(name=model),
-        data=DataSection(source=rows.source, template=rows.template, columns=dict(rows.columns), max_seq_tokens=wanted),
+        data=DataSection(
+            source=rows.source, template=rows.template, columns=dict(rows.columns), max_seq_tokens=wanted, **rows.given
+        ),
     )
     start = with_overrides(start, _settings_by_rows(base, rows, tokens=wanted))
     if card is None:
@@ -148,7 +151,7 @@ def _settings_by_rows(base: Base, rows: RowFacts, *, tokens: int) -> dict[str, A
         overrides |= {"training.learning_rate": 3e-3, "training.gradient_checkpointing": "off"}
     elif base.model is not None and base.model.is_instruction_tuned:
         overrides["training.learning_rate"] = 1e-4
-    return overrides
+    return {path: value for path, value in overrides.items() if path.removeprefix("data.") not in rows.given}
 
 
 def _halved(tokens: int) -> list[int]:

@@ -73,6 +73,24 @@ def load_recipe_or_rows(path: Path, overrides: Sequence[str] = ()) -> LoadedReci
     return LoadedRecipe(recipe, path.name, path, "", tuple(overrides), str(path))
 
 
+def read_data_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """Read `data.field=value` for rows that have no recipe yet; raises a RecipeError as `load_recipe` does."""
+    decided = {"source": "rows", "max_seq_tokens": ROWS_MAX_SEQ_TOKENS}
+    values: dict[str, Any] = {"data": {}}
+    lines = {"data": 0}
+    for setting in settings:
+        _apply_override(values, lines, setting)
+    given = list(values["data"])
+    if len(values) > 1 or not {*decided, "template", "columns", "mix"}.isdisjoint(given):
+        raise RecipeError(
+            f"{' '.join(settings)}: only settings of data are given here, without source, template, columns and length",
+            hint="name columns with --column FIELD=COLUMN, and change the rest in the recipe that is written",
+        )
+    values["data"] |= decided
+    recipe = _validate(values, label="command line", lines=lines)
+    return {name: getattr(recipe.data, name) for name in given}
+
+
 def find_recipe(path: Path) -> Path:
     """Return the recipe file that `path` names: a file, or a shipped recipe by name or as `recipes/<name>.yaml`."""
     if path.is_file():

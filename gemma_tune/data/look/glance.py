@@ -34,6 +34,7 @@ class RenderedRows:
     texts: tuple[str, ...]  # of each rendered row, prompt and response as one
     first: Example
     notes: tuple[str, ...]  # what the reading said, a sentence each
+    has_system: bool  # whether there are system turns, which not every model takes
 
     def num_tokens(self, tokenizer: Path | None) -> tuple[int, ...]:
         """Lengths in tokens, sorted. `tokenizer`: a tokenizer.json, where there is one; else bytes are counted."""
@@ -56,15 +57,17 @@ def read_columns(source: str) -> tuple[Column, ...]:
     return describe_columns(list(itertools.islice(rows, MAX_COLUMN_ROWS)))
 
 
-def render_all(source: str, reading: Reading) -> RenderedRows:
+def render_all(source: str, reading: Reading, *, given: Mapping[str, Any]) -> RenderedRows:
     """Count the rows of a source, and render them with the reader that trains on them.
+
+    Args:
+        given: settings of a recipe's data section that the user gave.
 
     Raises:
         DataError: lines are broken, too many rows cannot be used, or all are equal.
     """
-    section = DataSection(
-        source=source, template=reading.template, columns=dict(reading.columns), max_seq_tokens=8, eval_fraction=0
-    )
+    values = {"source": source, "template": reading.template, "columns": dict(reading.columns)}
+    section = DataSection.model_validate({**given, **values, "max_seq_tokens": 8, "eval_fraction": 0})
     inputs = open_inputs(section, prefers_chat=False)
     item = inputs.train[0]
     broken: list[BrokenLine] = []
@@ -75,7 +78,7 @@ def render_all(source: str, reading: Reading) -> RenderedRows:
     stop_if_broken(broken)
     head = replace(item.source, _read=lambda: itertools.islice(item.source.rows(), MAX_RENDERED_ROWS))
     head_item = replace(item, source=head, num_rows=None)
-    chat = gemma_turns() if inputs.needs_chat else None
+    chat = GemmaTurns() if inputs.needs_chat else None
     examples = read_examples(section, Inputs((head_item,), None), chat=chat)
     report = examples.report
     if report.train_rows > 1 and report.num_duplicates == report.train_rows - 1:
@@ -93,11 +96,24 @@ def render_all(source: str, reading: Reading) -> RenderedRows:
     texts = tuple("".join(segment.text for segment in row.segments) for row in rows)
     rendered = (example for _, example in render_rows(head_item, cleaner=None, chat=chat))
     first = next(example for example in rendered if isinstance(example, Example))
-    return RenderedRows(item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes))
+    return RenderedRows(
+        item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes), chat is not None and chat.has_system
+    )
 
 
-def gemma_turns() -> ChatRenderer:
-    """The turns of every Gemma, as the embedded model has them; without transformers, which take seconds to load."""
-    template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
-    marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
-    return ChatRenderer(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
+class GemmaTurns(ChatRenderer):
+    """The turns of every Gemma, as the embedded model has them, and a system turn as Gemma 3 has it.
+
+    Without transformers, which take seconds to load.
+    """
+
+    def __init__(self) -> None:
+        template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+        marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+        super().__init__(_SYSTEM_FIRST + template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
+        self.has_system = False
+
+    def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:
+        """Render a conversation as the base class does, and note a system turn."""
+        self.has_system |= any(message["role"] == "system" for message in messages)
+        return super().row(messages, where=where)
