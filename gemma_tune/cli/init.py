@@ -38,6 +38,9 @@ def init(
             help="A .jsonl, .json, .csv, .tsv or .parquet file, a pattern, a hub id owner/name, or tiny-world.",
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[data.FIELD=VALUE]...", help="Settings of the recipe's data section.")
+    ] = None,
     goal: Annotated[
         Literal["chat", "instruct", "complete"] | None,
         typer.Option(
@@ -75,6 +78,7 @@ def init(
     from gemma_tune.data.look.recognise import recognise
     from gemma_tune.flows.new_recipe import NewRecipe, is_tuned, require_kind
     from gemma_tune.recipe.commented import format_recipe, write_new
+    from gemma_tune.recipe.load import read_data_settings
 
     terminal = Terminal()
     asks = not yes and sys.stdin.isatty() and terminal.err.is_terminal
@@ -98,9 +102,10 @@ def init(
     else:
         reading = decide(goal=goal or likely, mapped=mapped)
     require_kind(model, goal=reading.goal)
-    rows = render_all(source, reading)
+    given = read_data_settings(settings or ())
+    rows = render_all(source, reading, given=given)
     _show_rows(terminal, reading, rows)
-    new = NewRecipe(source, reading, rows, _settle_card(terminal, gpu, asks=asks))
+    new = NewRecipe(source, reading, rows, _settle_card(terminal, gpu, asks=asks), given)
     proposal = new.require(model) if model is not None else _settle_model(terminal, new, asks=asks)
     text = format_recipe(new.header(proposal, output=output), proposal.settings)
     write_new(output, text)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.data.look.glance import RenderedRows
 from gemma_tune.data.look.recognise import GOALS, Goal, Reading
 from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.catalogue import TINY
+from gemma_tune.models.families.known import FAMILIES
 from gemma_tune.models.resolve import resolve_model
 from gemma_tune.planning.propose import Proposal, RowFacts, choose_model, models_for, propose
 from gemma_tune.text import format_seconds, in_shell
@@ -28,6 +31,7 @@ class NewRecipe:
     reading: Reading
     rows: RenderedRows
     card: Card | None  # None for a processor
+    given: Mapping[str, Any]  # settings of the data section that the user gave
 
     @functools.cached_property
     def propose(self) -> Callable[[str], Proposal | None]:
@@ -38,13 +42,19 @@ class NewRecipe:
     def _facts(self) -> Callable[[Path | None], RowFacts]:
         def measure(tokenizer: Path | None) -> RowFacts:
             lengths = self.rows.num_tokens(tokenizer)
-            return RowFacts(self.source, self.reading.template, self.reading.columns, self.rows.num_rows, lengths)
+            reading, num_rows = self.reading, self.rows.num_rows
+            return RowFacts(self.source, reading.template, reading.columns, num_rows, lengths, self.given)
 
         return functools.cache(measure)
 
     def require(self, model: str) -> Proposal:
         """Return the recipe for this model; raises where it does not fit the goal or the card."""
         require_kind(model, goal=self.reading.goal)
+        if self.rows.has_system and not takes_system_turn(model):
+            raise ModelError(
+                f"the rows have system turns, and the chat template of {model} takes none",
+                hint="name a Gemma 3 or 4, or train without them: data.drop_fields=[system]",
+            )
         proposal = self.propose(model)
         if proposal is None:
             assert self.card is not None
@@ -57,6 +67,7 @@ class NewRecipe:
     def all(self) -> list[Proposal]:
         """Return a recipe for each model that fits, the largest first."""
         names = models_for(self.card, chat=self.reading.goal == "chat")
+        names = [name for name in names if not self.rows.has_system or takes_system_turn(name)]
         proposals = [found for name in names if (found := self.propose(name)) is not None]
         if not proposals:
             assert self.card is not None
@@ -95,9 +106,10 @@ class NewRecipe:
         if proposal.model != TINY:
             return None
         card = CARDS[_FREE_CARD]
-        on_card = NewRecipe(self.source, self.reading, self.rows, card)
+        on_card = replace(self, card=card)
         flags = [f"--column {in_shell(f'{field}={column}')}" for field, column in self.reading.columns.items()]
         told = ["gemma-tune init", in_shell(self.source), "--goal", self.reading.goal, *flags, "--gpu", _FREE_CARD]
+        told += [in_shell(f"data.{name}={json.dumps(value)}") for name, value in self.given.items()]
         told += ["-o", in_shell(output.with_stem(f"{output.stem}-{_FREE_CARD}"))]
         about = (
             f"{TINY} is a toy to try the commands with: it learns nothing of use from your rows. On a {card.name}, as "
@@ -124,6 +136,12 @@ def require_kind(model: str | None, *, goal: Goal) -> None:
         raise ModelError(
             f"{model} has learned chat turns, which --goal {goal} would undo", hint="use --goal chat, or a base model"
         )
+
+
+def takes_system_turn(model: str) -> bool:
+    """Whether a model's chat template renders a system turn, as far as that is known by its family."""
+    found = resolve_model(model)
+    return found.config is None or (FAMILIES[found.config.family].has_system_turn and model != TINY)
 
 
 def _tokenizer_of(model: str) -> Path | None:

@@ -18,9 +18,9 @@ import typer
 from gemma_tune.cli.init import init
 from gemma_tune.cli.validate import validate
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.look.glance import gemma_turns
+from gemma_tune.data.look.glance import GemmaTurns
 from gemma_tune.data.rows.read import read_examples
-from gemma_tune.errors import DataError
+from gemma_tune.errors import DataError, ModelError, RecipeError
 from gemma_tune.flows import train as flow
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.metrics_log import read_metrics
@@ -153,6 +153,37 @@ READ: dict[str, tuple[tuple[str, bytes], str, dict[str, str]]] = {
         "chat",
         {"messages": "dialog"},
     ),
+    "TRL messages": (
+        jsonl(rows(lambda i: {"prompt": turns(i)[:1], "completion": turns(i)[1:]})),
+        "chat-completion",
+        {},
+    ),
+    "a system turn": (
+        jsonl(rows(lambda i: {"messages": [{"role": "system", "content": f"Be brief, {i}."}, *turns(i)]})),
+        "chat",
+        {},
+    ),
+    "earlier turns": (
+        jsonl(rows(lambda i: alpaca(i) | {"system": "Be brief.", "history": [[question(i + 1), answer(i + 1)]]})),
+        "alpaca-chat",
+        {},
+    ),
+    "a system prompt": (
+        jsonl(rows(lambda i: {"id": f"x.{i}", "system_prompt": "You are an AI.", **pair(i, "question", "response")})),
+        "dolly",
+        {"instruction": "question", "system": "system_prompt"},
+    ),
+    "Excel": (
+        ("rows.csv", b"\xef\xbb\xbfsep=;\r\n" + table(rows(pair), delimiter=";")[1].replace(b"\r\n", b";;\r\n")),
+        "dolly",
+        PAIR,
+    ),
+    "pandas' index": (table(rows(lambda i: {"": i, **pair(i)})), "dolly", PAIR),
+    "a list a column": (
+        ("rows.json", json.dumps({name: [pair(i)[name] for i in range(NUM_ROWS)] for name in pair(0)}).encode()),
+        "dolly",
+        PAIR,
+    ),
     "TRL prompt and completion": (
         jsonl(rows(lambda i: {"prompt": question(i), "completion": f" {answer(i)}"})),
         "completion",
@@ -278,6 +309,18 @@ REFUSED: dict[str, tuple[tuple[str, bytes], str, str]] = {
         "a message a row, whose role says who speaks",
         '{"messages": [{"role": "user"',
     ),
+    "calls of tools": (
+        jsonl(rows(lambda i: {"messages": [turns(i)[0], turns(i)[1] | {"tool_calls": [{"name": "look"}]}]})),
+        "tool_calls cannot be rendered",
+        "'data.drop_fields=[tool_calls]' behind the command",
+    ),
+    "roles of their own": (
+        jsonl(
+            rows(lambda i: {"talk": [{"role": "guest", "content": question(i)}, {"role": "host", "content": "Go."}]})
+        ),
+        "unknown roles 'guest', 'host'",
+        "'data.roles={guest: user, host: assistant}' behind the command",
+    ),
     "an empty file": (("rows.csv", b""), "is empty", ""),
     "a header alone": (("rows.csv", b"question,answer\n"), "no row", ""),
     "all rows are equal": (jsonl(rows(lambda i: dolly(7))), "30 rows, and all of them are equal", "differ"),
@@ -327,12 +370,15 @@ def test_a_recipe_is_written_of_which_every_row_trains(
     validate(Path("recipe.yaml"))
     capsys.readouterr()
     inputs = open_inputs(recipe.data, prefers_chat=False)
-    examples = read_examples(recipe.data, inputs, chat=gemma_turns())
+    examples = read_examples(recipe.data, inputs, chat=GemmaTurns())
     assert examples.report.train_rows + examples.report.eval_rows >= 20
     assert examples.report.num_leaked == 0
     assert f"{NUM_ROWS - examples.report.rows_bad} rows can be used; {file}" in said
     assert SECRET in said  # the user's own row, on the user's own screen
-    assert "gemma-tiny is a toy" in said and "--gpu t4 -o recipe-t4.yaml" in said
+    # A system turn is more than the template of the embedded model takes.
+    is_toy = ("system" not in name and name != "earlier turns") or template == "dolly"
+    assert recipe.model.name == ("gemma-tiny" if is_toy else "gemma-3-270m-it")
+    assert ("gemma-tiny is a toy" in said and "--gpu t4 -o recipe-t4.yaml" in said) == is_toy
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -371,6 +417,30 @@ def test_hints_work_as_typed(command: Callable[..., str]) -> None:
     on_card = said.partition("gemma-tune init ")[2].splitlines()[0]
     command(*on_card.split())
     assert load_recipe(Path("it-t4.yaml")).recipe.model.name != "gemma-tiny"
+
+
+def test_settings_of_the_rows_are_taken_and_stand_in_the_recipe(command: Callable[..., str]) -> None:
+    (file, content), _, _ = REFUSED["roles of their own"]
+    Path(file).write_bytes(content)
+    said = command(file, "--yes", "data.roles={guest: user, host: assistant}")
+    assert load_recipe(Path("recipe.yaml")).recipe.data.roles == {"guest": "user", "host": "assistant"}
+    assert """'data.roles={"guest": "user", "host": "assistant"}' -o recipe-t4.yaml""" in said
+    assert "every row has the same response" in said
+    with pytest.raises(RecipeError, match=r"training.epochs=2: only settings of data"):
+        command(file, "--yes", "-o", "other.yaml", "training.epochs=2")
+    with pytest.raises(RecipeError, match=r"data.seed"):
+        command(file, "--yes", "-o", "other.yaml", "data.seed=much")
+
+
+def test_system_turns_need_a_model_that_takes_them(command: Callable[..., str]) -> None:
+    (file, content), _, _ = READ["a system turn"]
+    Path(file).write_bytes(content)
+    with pytest.raises(ModelError, match=r"chat template of gemma-2b-it takes none"):
+        command(file, "--yes", "--model", "gemma-2b-it")
+    said = command(file, "--yes", "--model", "gemma-2b-it", "data.drop_fields=[system]")
+    assert "system is left out of 30 rows" in said
+    command(file, "--yes", "--gpu", "t4", "-o", "t4.yaml")
+    assert load_recipe(Path("t4.yaml")).recipe.model.name.startswith("gemma-3-")
 
 
 def test_a_choice_is_named_with_the_way_to_change_it(command: Callable[..., str]) -> None:

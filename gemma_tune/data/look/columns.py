@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from gemma_tune.data.rows.render import ROLE_KEYS
 from gemma_tune.paths import read_table
 from gemma_tune.text import counted, listed
 
@@ -136,7 +137,7 @@ def _describe_nested(name: str, given: Sequence[object], *, filled: float) -> Co
     if any(isinstance(item, bytes) or (isinstance(item, Mapping) and "bytes" in item) for item in items):
         return Column(name, "media", "pictures or sound", filled=filled)
     if all(isinstance(value, list) for value in given):
-        if all(isinstance(item, Mapping) and ("role" in item or "from" in item) for item in items):
+        if all(map(_is_message, items)):
             return Column(name, "messages", "messages", filled=filled)
         if items and all(isinstance(item, str) and _MEDIA_FILE.fullmatch(item) for item in items):
             return Column(name, "media", "pictures or sound", filled=filled)
@@ -182,4 +183,8 @@ def _is_messages(text: str) -> bool:
         items = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return bool(items) and all(isinstance(item, dict) and ("role" in item or "from" in item) for item in items)
+    return isinstance(items, list) and bool(items) and all(map(_is_message, items))
+
+
+def _is_message(item: object) -> bool:
+    return isinstance(item, Mapping) and any(key in item for key in ROLE_KEYS)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gemma_tune.data.inputs import Inputs, open_inputs
 from gemma_tune.data.look.columns import Column, describe_columns
@@ -12,10 +14,10 @@ from gemma_tune.data.look.recognise import Reading
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.read import read_examples, render_rows
 from gemma_tune.data.rows.render import Example
+from gemma_tune.data.rows.segments import Segment
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken
 from gemma_tune.data.sources.source import MAX_COLUMN_ROWS, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
-from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.text import counted
 
@@ -96,21 +98,17 @@ def render_all(source: str, reading: Reading, *, given: Mapping[str, Any]) -> Re
     texts = tuple("".join(segment.text for segment in row.segments) for row in rows)
     rendered = (example for _, example in render_rows(head_item, cleaner=None, chat=chat))
     first = next(example for example in rendered if isinstance(example, Example))
-    return RenderedRows(
-        item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes), chat is not None and chat.has_system
-    )
+    has_system = chat is not None and chat.has_system
+    return RenderedRows(item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes), has_system)
 
 
 class GemmaTurns(ChatRenderer):
-    """The turns of every Gemma, as the embedded model has them, and a system turn as Gemma 3 has it.
-
-    Without transformers, which take seconds to load.
-    """
+    """Renders the turns of every Gemma up to 3, and a system turn as Gemma 3 does, without loading a tokenizer."""
 
     def __init__(self) -> None:
-        template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+        template = Path(__file__).with_name("gemma_turns.jinja").read_text(encoding="utf-8")
         marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
-        super().__init__(_SYSTEM_FIRST + template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
+        super().__init__(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
         self.has_system = False
 
     def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:

@@ -28,14 +28,17 @@ class GoalFacts:
 
 _PAIR = ("instruction", "response")
 GOALS: dict[Goal, GoalFacts] = {
-    "chat": GoalFacts("an -it model answers in its own chat turns", ("dolly-chat", "alpaca-chat", "chat"), _PAIR),
+    "chat": GoalFacts(
+        "an -it model answers in its own chat turns", ("dolly-chat", "alpaca-chat", "chat", "chat-completion"), _PAIR
+    ),
     "instruct": GoalFacts("a base model learns to follow instructions", ("dolly", "alpaca"), _PAIR),
     "complete": GoalFacts("a base model goes on with text", ("text", "completion"), ("text",)),
 }
 # What rows with a template's own columns are mostly used for, in the order of `template: auto`. Whole text comes last
 # of all: a column named text is as often what is asked.
 _LIKELY: tuple[tuple[Goal, str], ...] = (
-    ("instruct", "dolly"), ("instruct", "alpaca"), ("chat", "chat"), ("complete", "completion"),
+    ("instruct", "dolly"), ("instruct", "alpaca"), ("chat", "chat"),
+    ("chat", "chat-completion"), ("complete", "completion"),
 )  # fmt: skip
 
 
@@ -44,6 +47,7 @@ _PAIRS = (
     ("chosen", "rejected"), ("preferred", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"),
     ("better", "worse"), ("response_j", "response_k"), ("chosen_response", "rejected_response"),
 )  # fmt: skip
+_PROSE = ("text", "constant", "label")
 _TWO, _LETTERS = ("true or false", "2 numbers"), ("A", "B", "C", "D", "E")
 
 
@@ -79,11 +83,11 @@ def recognise(
     """
     if not mapped:
         _refuse_other_rows(label, columns, command=command)
-    goal = goal or ("complete" if "text" in mapped else None)
+    has_history = any(column.name == "history" and column.kind != "empty" for column in columns)
+    goal = goal or ("complete" if "text" in mapped else "chat" if has_history else None)
     messages = [column.name for column in columns if column.kind == "messages"]
-    usable = {column.name for column in columns} - ({"messages", "conversations"} - set(messages))
     order = [(goal, name) for name in GOALS[goal].templates] if goal else _LIKELY
-    found = next((each for each in order if _fits(each[1], usable | mapped.keys())), None)
+    found = next((each for each in order if _fits(each[1], columns, mapped)), None)
     if found:
         return Reading(found[0], *_without_clash(found[1], mapped))
     if len(messages) == 1 and goal in (None, "chat") and not mapped:
@@ -102,9 +106,14 @@ def recognise(
     raise _undecided(label, columns, goal=goal, mapped=mapped, pair=pair, command=command)
 
 
-def _fits(template: str, names: set[str]) -> bool:
+def _fits(template: str, columns: Sequence[Column], mapped: Mapping[str, str]) -> bool:
+    """Whether a template's own fields are there; messages are where it has them, and texts where it has those."""
     facts = load_template(template)
-    return names.issuperset(facts.required) and (not facts.conversation or not names.isdisjoint(facts.conversation))
+    kinds = {column.name: column.kind for column in columns}
+    fields = {**kinds, **{field: kinds.get(name) for field, name in mapped.items()}}
+    if facts.conversation:
+        return any(fields.get(name) == "messages" for name in facts.conversation) and fields.keys() >= {*facts.required}
+    return all(name in fields and fields[name] != "messages" for name in facts.required)
 
 
 def _without_clash(template: str, columns: Mapping[str, str]) -> tuple[str, Mapping[str, str]]:
@@ -167,17 +176,11 @@ def _told(
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Field → column of a pair and of the context that belongs to it, and what was chosen, in sentences."""
     chosen = {field: column.name for field, column in pair.items()} | dict(mapped)
-    context = next(
-        (
-            column.name
-            for word in NAMES["context"]
-            for column in columns
-            if column.kind == "text" and word == column.name.lower() and column.name not in chosen.values()
-        ),
-        None,
-    )
-    if context is not None and "context" not in chosen:
-        chosen["context"] = context
+    for field in ("context", "system"):
+        free = [column for column in columns if column.name not in chosen.values() and column.kind in _PROSE]
+        named = (column.name for word in NAMES[field] for column in free if column.name.lower() == word)
+        if field not in chosen and (name := next(named, None)) is not None:
+            chosen[field] = name
     notes = [f"{field} is the column {name} ({_about(columns, name)})" for field, name in chosen.items()]
     for field, score in (("instruction", "asked"), ("response", "answered")):
         for column in columns if field not in mapped and pair[field].kind == "text" else ():
@@ -185,9 +188,6 @@ def _told(
             if is_rival and is_close(getattr(pair[field], score), getattr(column, score)):
                 notes.append(f"{column.name} would do about as well: --column {field}={column.name}")
     notes.append("another column: --column instruction=COLUMN, or data.columns.instruction in the recipe")
-    unread = [column.name for column in columns if column.name not in chosen.values() and column.kind != "empty"]
-    if unread:
-        notes.append(f"not read: {listed(unread, shown=8)}")
     return {field: name for field, name in chosen.items() if field != name}, tuple(notes)
 
 

@@ -19,7 +19,7 @@ from gemma_tune.recipe.schema import DataSection
 
 
 def render(source: str, template: str) -> RenderedRows:
-    return render_all(source, Reading("instruct", template, {}))
+    return render_all(source, Reading("instruct", template, {}), given={})
 
 
 def test_columns_of_the_first_rows() -> None:
