@@ -35,7 +35,7 @@ ErrorClass = type[GemmaTuneError]
 _RECORD_FILE = ".finished.json"
 _NEXT_CONTENT = re.compile(r"\..+\.\d+\.tmp")  # what `write_text` renames
 GENERATED = "generated-by-gemma-tune"  # in a page that may be replaced by a newer one
-_MARK = ".made-by-gemma-tune"  # in a working directory that is ours to empty and to remove
+MARK = ".made-by-gemma-tune"  # in a working directory that is ours to empty and to remove
 
 
 # --- text and JSON --------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ def _allocated_bytes(path: Path) -> int:
 def claim_directory(directory: Path, *, error: ErrorClass) -> None:
     """Make a working directory and mark it as ours, or find it so; one that holds something else is refused."""
     directory.mkdir(parents=True, exist_ok=True)
-    mark = directory / _MARK
+    mark = directory / MARK
     if directory.is_symlink() or (not mark.is_file() and any(directory.iterdir())):
         raise error(
             f"{directory} is needed for work in progress, and holds what gemma-tune did not make",
@@ -279,8 +279,8 @@ def shared_directory(
         if is_last:
             for output in sweeps:
                 _sweep_leftovers(output)
-            _empty(directory, all_but={_MARK})
-            (directory / _MARK).unlink()
+            _empty(directory, all_but={MARK})
+            (directory / MARK).unlink()
             directory.rmdir()
 
 
@@ -330,7 +330,7 @@ def output_directory(
     with _renamed_when_complete(output, error=error) as partial_dir:
         is_ours = fingerprint is not None and _read_record(partial_dir)["fingerprint"] == fingerprint
         kept = finished_files(partial_dir) if is_ours else set()
-        _empty(partial_dir, all_but={_MARK, *kept, *([_RECORD_FILE] if kept else [])})
+        _empty(partial_dir, all_but={MARK, *kept, *([_RECORD_FILE] if kept else [])})
         if fingerprint and not kept:
             write_json(partial_dir / _RECORD_FILE, {"fingerprint": fingerprint, "files": {}}, error=error)
         yield partial_dir
@@ -341,7 +341,7 @@ def output_directory(
 def output_file(output: Path, *, error: ErrorClass = ExportError) -> Iterator[Path]:
     """Yield a file next to the output, to be written in place; it becomes the output, which must not exist."""
     with _renamed_when_complete(output, file_name=output.name, error=error) as partial_dir:
-        _empty(partial_dir, all_but={_MARK})
+        _empty(partial_dir, all_but={MARK})
         partial_file = partial_dir / output.name
         partial_file.touch()
         yield partial_file
@@ -402,7 +402,7 @@ def _renamed_when_complete(output: Path, *, error: ErrorClass, file_name: str = 
                 if output.is_dir():
                     output.rmdir()
                 (partial / file_name).rename(output)
-                (partial if file_name else output).joinpath(_MARK).unlink()  # now: without it nobody may remove it
+                (partial if file_name else output).joinpath(MARK).unlink()  # now: without it nobody may remove it
                 if file_name:
                     partial.rmdir()
                 sync_directory(partial.parent)
@@ -434,13 +434,13 @@ def _empty(directory: Path, *, all_but: set[str]) -> None:
 
 def _sweep_leftovers(directory: Path) -> None:
     for path in list(directory.iterdir()):
-        if path.name == _MARK or _NEXT_CONTENT.fullmatch(path.name) or (is_leftover(path) and (path / _MARK).is_file()):
+        if path.name == MARK or _NEXT_CONTENT.fullmatch(path.name) or (is_leftover(path) and (path / MARK).is_file()):
             _remove(path)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether what lies in an output may be what a killed process left, and is no part of it."""
-    return path.name == _MARK or (path.name.startswith(".") and path.suffix in (".tmp", ".partial"))
+    return path.name == MARK or (path.name.startswith(".") and path.suffix in (".tmp", ".partial"))
 
 
 def is_next_content(name: str, of: Container[str]) -> bool:

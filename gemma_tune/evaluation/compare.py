@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from gemma_tune.disk import read_json, reason_of, write_json
+from gemma_tune.disk import is_next_content, locked, read_json_object, reason_of, write_json
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_rules import broken_rules
 from gemma_tune.evaluation.comparison import ComparedPrompt, Comparison, JudgeFacts, PairResult, PassRate, Scores
@@ -69,19 +70,19 @@ def compare_models(
     Raises:
         GemmaTuneError: a model or the judge cannot be asked, or `directory` holds another comparison.
     """
-    _open_directory(directory, contenders, prompts, settings=settings)
-    answers = {}
-    for number, (label, target) in enumerate(contenders.items(), start=1):
-        reporter.stage(f"answers of {label}")
-        file = directory / f"answers-{number}.jsonl"
-        answers[label] = _answers(target, prompts, file=file, settings=settings, reporter=reporter)
-    labels = tuple(answers)
-    broken = _broken_rules(prompts, answers)
-    if judge is None:
-        scores, facts = _scores_of_rules(prompts, labels, broken)
-    else:
-        reporter.stage(f"judge: {judge.name}")
-        scores, facts = judge_answers(prompts, answers, judge=judge, directory=directory, reporter=reporter)
+    with _held_directory(directory, contenders, prompts, settings=settings):
+        answers = {}
+        for number, (label, target) in enumerate(contenders.items(), start=1):
+            reporter.stage(f"answers of {label}")
+            file = directory / f"answers-{number}.jsonl"
+            answers[label] = _answers(target, prompts, file=file, settings=settings, reporter=reporter)
+        labels = tuple(answers)
+        broken = _broken_rules(prompts, answers)
+        if judge is None:
+            scores, facts = _scores_of_rules(prompts, labels, broken)
+        else:
+            reporter.stage(f"judge: {judge.name}")
+            scores, facts = judge_answers(prompts, answers, judge=judge, directory=directory, reporter=reporter)
     return Comparison(
         labels=labels,
         prompts_label=prompts.label,
@@ -93,8 +94,11 @@ def compare_models(
     )
 
 
-def _open_directory(directory: Path, contenders: Contenders, prompts: Prompts, *, settings: AnswerSettings) -> None:
-    """Make the directory, or check that it holds this comparison."""
+@contextmanager
+def _held_directory(
+    directory: Path, contenders: Contenders, prompts: Prompts, *, settings: AnswerSettings
+) -> Iterator[None]:
+    """Make the directory, or check that it holds this comparison; no other process may compare in it meanwhile."""
     deciding = {
         "models": {label: target.identity() for label, target in contenders.items()},
         "prompts": {"label": prompts.label, "count": len(prompts.items), "sha256": prompts.sha256},
@@ -103,22 +107,26 @@ def _open_directory(directory: Path, contenders: Contenders, prompts: Prompts, *
     # As it would be read back: tuples become lists.
     deciding = json.loads(json.dumps(deciding))
     file = directory / "comparison.json"
-    if file.is_file():
-        found = read_json(file)
-        changed = [name for name, value in deciding.items() if found.get(name) != value]
-        if changed:
-            raise DataError(
-                f"{directory} holds another comparison: it differs in its {', '.join(changed)}",
-                hint="give a directory of its own with --output, or remove that one",
-            )
-        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot make {directory}: {reason_of(error)}") from None
-    if any(directory.iterdir()):
-        raise DataError(f"{directory} holds other files", hint="give a new or empty directory with --output")
-    write_json(file, deciding)
+    with locked(directory) as is_ours:
+        if not is_ours:
+            raise DataError(f"another process compares in {directory}", hint="wait for it, or give another --output")
+        if file.is_file():
+            found = read_json_object(file, error=DataError)
+            changed = [name for name, value in deciding.items() if found.get(name) != value]
+            if changed:
+                raise DataError(
+                    f"{directory} holds another comparison: it differs in its {', '.join(changed)}",
+                    hint="give a directory of its own with --output, or remove that one",
+                )
+        elif not all(is_next_content(path.name, {file.name}) for path in directory.iterdir()):
+            raise DataError(f"{directory} holds other files", hint="give a new or empty directory with --output")
+        else:
+            write_json(file, deciding)
+        yield
 
 
 def _answers(

@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gemma_tune.disk import cannot_write, sync_directory, to_json_lines, write_json
+from gemma_tune.disk import cannot_write, locked, read_json_object, sync_directory, to_json_lines, write_json
 from gemma_tune.errors import DataError
 
 
@@ -37,9 +38,13 @@ class AnswerFile:
         if not path.parent.is_dir():
             raise DataError(f"there is no directory {path.parent}", hint="make it, or give another name")
         try:
-            self._require_same(json.loads(json.dumps(settings)))
-            self.num_found = self._keep_whole_windows(window)
-            self._file = self._partial.open("a", encoding="utf-8", newline="\n")
+            with ExitStack() as stack:
+                self._file = stack.enter_context(self._partial.open("a", encoding="utf-8", newline="\n"))
+                if not stack.enter_context(locked(self._partial)):
+                    raise DataError(f"another process is writing {path}", hint="wait for it, or give another name")
+                self._require_same(json.loads(json.dumps(settings)))
+                self.num_found = self._keep_whole_windows(window)
+                self._held = stack.pop_all()
         except OSError as error:
             raise cannot_write(path, error, error=DataError) from None
 
@@ -47,11 +52,15 @@ class AnswerFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.close()
-        if error is None:
-            self._partial.replace(self.path)
-            sync_directory(self.path.parent)
-        if not (self._partial.is_file() and self._partial.stat().st_size):
+        with self._held:
+            self._file.flush()
+            if error is None:
+                if self.path.exists():
+                    raise DataError(f"{self.path} was made by another in the meantime", hint=f"see {self._partial}")
+                self._partial.rename(self.path)
+                sync_directory(self.path.parent)
+            elif self._partial.stat().st_size:
+                return
             self._partial.unlink(missing_ok=True)
             self._settings_file.unlink()
 
@@ -62,25 +71,24 @@ class AnswerFile:
         os.fsync(self._file.fileno())
 
     def _require_same(self, settings: dict[str, Any]) -> None:
-        if not self._partial.is_file():
-            write_json(self._settings_file, settings)
-            return
-        try:
-            before = json.loads(self._settings_file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            before = {}
+        """Record the settings; or compare them, where answers or settings are there."""
+        has_answers, has_settings = self._partial.stat().st_size > 0, self._settings_file.exists()
+        before = read_json_object(self._settings_file, error=DataError) if has_settings else {}
+        if not has_answers and before.keys() != settings.keys() and has_settings:
+            self._partial.unlink()
+            raise DataError(f"{self._settings_file} is in the way", hint="move it away, or give another name")
         changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
+        if has_answers and changed:
             changes = "; ".join(f"{name}: {before.get(name)!r}, now {settings[name]!r}" for name in changed)
             raise DataError(
                 f"{self._partial} holds answers that were made with other settings ({changes})",
                 hint="resume with the same settings, or remove that file to begin again",
             )
+        if not has_answers:
+            write_json(self._settings_file, settings)
 
     def _keep_whole_windows(self, window: int) -> int:
         """Cut what is left to whole windows; the number of answers that stay."""
-        if not self._partial.is_file():
-            return 0
         lines = self._partial.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n")]
         kept = len(whole) - len(whole) % window

@@ -27,7 +27,7 @@ from gemma_tune.data.inputs import Inputs
 from gemma_tune.data.rows.read import examples_sha256
 from gemma_tune.data.rows.render import Example
 from gemma_tune.data.rows.spool import Lines, LineWriter, example_from_json, example_to_json
-from gemma_tune.disk import directory_bytes, locked
+from gemma_tune.disk import MARK, claim_directory, directory_bytes, locked
 from gemma_tune.errors import DataError
 from gemma_tune.identity import files_sha256, json_sha256
 from gemma_tune.paths import CACHE_VARIABLE, cache_dir
@@ -124,6 +124,7 @@ def new_entry(*, cached: bool) -> Iterator[EntryWriter]:
     try:
         with ExitStack() as files:
             files.enter_context(locked(directory))
+            claim_directory(directory, error=DataError)
             yield EntryWriter(directory, files)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -191,11 +192,11 @@ def _remove_entry(path: Path) -> None:
 
 
 def _is_entry(path: Path) -> bool:
-    """Whether a directory is an entry, or one that a killed process left: it holds files of entries and no others."""
+    """Whether a directory is an entry, or one that a killed process left: we made it, and it holds nothing else."""
     if path.is_symlink() or not path.is_dir():
         return False
     names = {child.name for child in path.iterdir()}
-    return names <= {*_FILES, _FACTS} and (bool(names) or path.name.startswith("."))
+    return names <= {*_FILES, _FACTS, MARK} and (MARK in names or (not names and path.name.startswith(".")))
 
 
 def _hashes(directory: Path) -> dict[str, str]:
