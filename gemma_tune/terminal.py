@@ -56,6 +56,8 @@ class _Output(io.FileIO):
 def guard_output() -> None:
     """Replace this program's stdout and stderr by ones that never raise, whatever becomes of their other end.
 
+    Of stdin, what is not UTF-8 is read as halves of characters, which whoever reads it refuses in a sentence.
+
     A descriptor that the shell closed (`>&-`) is opened on nothing: otherwise the next file to be opened would get its
     number, and what a library prints.
     """
@@ -64,6 +66,10 @@ def guard_output() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    if sys.stdin is None:
+        sys.stdin = io.StringIO()
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
         is_file = isinstance(getattr(stream, "buffer", None), io.BufferedWriter | io.FileIO)
         if isinstance(stream, io.TextIOWrapper) and is_file and not (sys.platform == "win32" and stream.isatty()):

@@ -67,7 +67,7 @@ def _lines(terminal: Terminal, *, is_person: bool) -> Iterator[str]:
     while True:
         try:
             yield input("you> ").strip()
-        except EOFError:
+        except (EOFError, OSError):  # the second: the terminal has gone
             terminal.plain("")
             return
         except KeyboardInterrupt:

@@ -37,6 +37,7 @@ class AnswerFile:
             raise DataError(f"{path} exists already, and is never overwritten", hint="remove it, or give another name")
         if not path.parent.is_dir():
             raise DataError(f"there is no directory {path.parent}", hint="make it, or give another name")
+        was_there = self._partial.exists()
         try:
             with ExitStack() as stack:
                 self._file = stack.enter_context(self._partial.open("a", encoding="utf-8", newline="\n"))
@@ -47,6 +48,10 @@ class AnswerFile:
                 self._held = stack.pop_all()
         except OSError as error:
             raise cannot_write(path, error, error=DataError) from None
+        except DataError:
+            if not was_there:
+                self._partial.unlink()
+            raise
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -75,7 +80,6 @@ class AnswerFile:
         has_answers, has_settings = self._partial.stat().st_size > 0, self._settings_file.exists()
         before = read_json_object(self._settings_file, error=DataError) if has_settings else {}
         if not has_answers and before.keys() != settings.keys() and has_settings:
-            self._partial.unlink()
             raise DataError(f"{self._settings_file} is in the way", hint="move it away, or give another name")
         changed = [name for name in settings if before.get(name) != settings[name]]
         if has_answers and changed:

@@ -81,7 +81,7 @@ def test_every_command_prints_in_every_encoding(folder: Path, encoding: str, mon
 def test_a_whole_run_in_a_pipe_that_is_not_utf8(folder: Path, environment: dict[str, str]) -> None:
     run = "runs/groesse"
     for command in (
-        "train r.yaml", f"report {run}", f"generate {run} --prompt 火", f"evaluate {run}", "doctor r.yaml",
+        "train r.yaml", f"report {run}", f"generate {run} --prompt x", f"evaluate {run}", "doctor r.yaml",
         f"compare {run} {run}@base --limit 1 -o c --max-new-tokens 4",
     ):  # fmt: skip
         process = start(
@@ -144,3 +144,20 @@ def test_a_terminal_that_is_gone_does_not_end_the_training(folder: Path) -> None
     manifest = json.loads(Path("runs/groesse/manifest.json").read_text(encoding="utf-8"))
     assert (manifest["status"], manifest["step"]) == ("finished", 6)
     assert (Path("runs/groesse") / "report.html").is_file()
+
+
+@pytest.mark.slow
+def test_questions_that_are_not_utf8_are_refused_in_a_sentence(folder: Path) -> None:
+    """From the command line and from stdin, in a locale of UTF-8 and in one without."""
+    ask = "generate gemma-tiny --template completion --max-new-tokens 2"
+    for text, environment in ((b"a\xff", {}), ("火".encode(), {"LC_ALL": "POSIX", "PYTHONUTF8": "0"})):
+        program = [sys.executable, "-m", "gemma_tune.cli.app", *ask.split(), "--prompt"]
+        given = subprocess.run(
+            [*map(os.fsencode, program), text], capture_output=True, env={**os.environ, **environment}, check=False
+        )
+        assert given.returncode == 2 and b"is not UTF-8 (byte 0x" in given.stderr, given.stderr
+    process = start(f"{ask} --file -", stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    err = process.communicate(b"what?\na\xff\n")[1]
+    assert process.returncode == 2 and b"question 2" in err and b"Traceback" not in err
+    shell = f"exec {sys.executable} -m gemma_tune.cli.app {ask} <&-"
+    assert subprocess.run(shell, shell=True, check=False, capture_output=True).returncode == 2

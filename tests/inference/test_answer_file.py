@@ -66,3 +66,24 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         AnswerFile(path, settings={"seed": 2}, window=2)
     with pytest.raises(DataError, match=r"there is no directory"):
         AnswerFile(tmp_path / "none" / "answers.jsonl", settings={}, window=2)
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
+    """Files of the user's next to it, a file that takes its name in the meantime, and another process at work."""
+    path = tmp_path / "answers.jsonl"
+    for name, told in (("answers.jsonl.partial.json", "is in the way"), ("answers.jsonl.partial", "other settings")):
+        for content in ('{"mine": 1}', "[1]", "text"):
+            (tmp_path / name).write_text(content, encoding="utf-8")
+            with pytest.raises(DataError, match=rf"{told}|is damaged"):
+                AnswerFile(path, settings={"seed": 1}, window=2)
+            assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text(encoding="utf-8") == content
+            (tmp_path / name).unlink()
+    with AnswerFile(path, settings={"seed": 1}, window=2) as file:
+        file.write(ROWS[:2])
+        with pytest.raises(DataError, match="another process is writing"):
+            AnswerFile(path, settings={"seed": 1}, window=2)
+    path.rename(tmp_path / "first.jsonl")
+    with pytest.raises(DataError, match="in the meantime"), AnswerFile(path, settings={"seed": 1}, window=2) as file:
+        file.write(ROWS[:2])
+        path.write_text("mine", encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == "mine" and read(tmp_path / "answers.jsonl.partial") == ROWS[:2]

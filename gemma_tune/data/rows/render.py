@@ -104,12 +104,12 @@ def render_prompt(
     """
     row = _Row(template, fields, chat, "the question", AS_THEY_STAND)
     if not template.needs_chat:
-        return row.text_prompt(row.values(answered=False))
-    if template.conversation:
-        messages = row.conversation()
+        segments = row.text_prompt(row.values(answered=False))
+    elif template.conversation:
+        segments = row.rendered(row.conversation(), row.renderer.prompt)
     else:
         messages = row.turns(template.messages[:-1], row.values(answered=False))
-    segments = row.rendered(messages, row.renderer.prompt)
+        segments = row.rendered(messages, row.renderer.prompt)
     _check_encodable(segments, where=row.where)
     return segments
 
@@ -433,12 +433,21 @@ TEMPLATE_KINDS = Members(
 
 
 def _check_encodable(segments: tuple[Segment, ...], *, where: str) -> None:
-    """JSON can spell half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be tokenized."""
+    """JSON can spell half of a surrogate pair (`"\\ud83d"`), which is no character and cannot be tokenized.
+
+    So can a shell: what it gave that is not of the locale's encoding is such a half (PEP 383).
+    """
     for segment in segments:
         try:
             segment.text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise RowError(where, f"holds half a character (\\u{ord(segment.text[error.start]):04x})") from None
+            half = ord(segment.text[error.start])
+            what = (
+                f"half a character (\\u{half:04x})"
+                if half < 0xDC80
+                else f"what is not UTF-8 (byte 0x{half & 0xFF:02x})"
+            )
+            raise RowError(where, f"holds {what}") from None
 
 
 def _key(parts: Iterable[tuple[str, str]]) -> bytes:

@@ -158,3 +158,12 @@ def test_row_text_is_not_control_text_and_template_text_is() -> None:
         Segment("<eos>", supervised=True, control=False),
         END_OF_TEXT,
     )
+
+
+@pytest.mark.parametrize(("text", "told"), [("a\udcff", r"not UTF-8 \(byte 0xff\)"), ("\ud83d", "half a character")])
+def test_a_question_that_is_no_text_is_refused(text: str, told: str) -> None:
+    """A shell gives bytes outside of the locale's encoding as halves of surrogate pairs."""
+    for name in ("completion", "dolly"):
+        template = load_template(name)
+        with pytest.raises(RowError, match=told):
+            render_prompt(template, question_fields(template, text), chat=None)
