@@ -44,6 +44,7 @@ def report(
     if html is not None or md is not None:
         write_reports(opened, html=html, text=md)
     elif len(opened) == 1 and not as_json:
+        gather_facts(opened[0])  # what is damaged is refused
         try:
             write_report(opened[0])
         except RunError as error:  # a run that is read-only is shown, too
@@ -159,5 +160,10 @@ def _next_commands(run: RunDir, *, is_exported: bool) -> list[tuple[str, str]]:
     if read_evaluation(run) is None:
         commands.append(("measure it", f"gemma-tune evaluate {path}"))
     if not is_exported:
-        commands.append(("export it", f"gemma-tune export {path} --format merged-16bit"))
+        from gemma_tune.runs.lock import read_lock  # here: it knows the recipe, and --help loads no pydantic
+
+        # A base in 4 or 8 bits can be merged into by its 16-bit copy alone, whose place nobody knows.
+        is_merged = not (run.lock.is_file() and read_lock(run)["base"].get("quantized"))
+        name = "merged-16bit" if is_merged else "adapter"
+        commands.append(("export it", f"gemma-tune export {path} --format {name}"))
     return [*commands, ("this again", f"gemma-tune report {path}")]

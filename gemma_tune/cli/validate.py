@@ -12,8 +12,10 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     """Check a recipe without loading a model: keys, values, model, data template, export formats."""
     from gemma_tune.data.rows.template import named_templates
     from gemma_tune.flows.check_base import check_base
+    from gemma_tune.models.fetch import fetch_model
     from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
+    from gemma_tune.runs.warm_start import find_adapter
 
     terminal = Terminal()
     loaded = load_recipe(recipe, overrides or ())
@@ -21,6 +23,10 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     named_templates(loaded.recipe.data)
     is_here = named.kind != "hub" and named.path.is_dir()
     notes = check_base(loaded.recipe, named.config, named.path if is_here else None) if named.config else ()
+    if loaded.recipe.model.adapter:
+        base = fetch_model(named.name) if is_here else None
+        found = find_adapter(loaded.recipe.model.adapter, lora=loaded.recipe.lora, base=base)
+        notes += (found.note,) if found.note else ()
     if as_json:
         terminal.json(loaded.recipe.model_dump(mode="json"))
         return

@@ -17,6 +17,7 @@ from gemma_tune.exporting.export_record import ExportRecord, read_record, stored
 from gemma_tune.exporting.formats.registry import FORMATS
 from gemma_tune.models.fetch import LocalModel
 from gemma_tune.reporting.card import CARD_FILE, CardExport, CardPrompt, build_model_card
+from gemma_tune.runs.adapter_dir import trained_template
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.yaml_io import dump_yaml
 
@@ -64,7 +65,7 @@ def describe_prompt(run: RunDir) -> CardPrompt:
     """Return the data template of a run, and its own example as the model sees it; never one of the run's rows."""
     from gemma_tune.models.tokenizer import load_tokenizer
 
-    template = load_template(run.template)
+    template = load_template(trained_template(run))
     chat = ChatRenderer.from_tokenizer(load_tokenizer(run.adapter)) if template.needs_chat else None
     example = _example(template, chat)
     return CardPrompt(

@@ -7,16 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import is_leftover, read_json, to_json, write_json
+from gemma_tune.disk import is_leftover, read_json_object, to_json, write_json
 from gemma_tune.errors import ExportError, RunError
 from gemma_tune.exporting.verify.parity import Distance
 from gemma_tune.exporting.verify.prove import FormReport, ParityReport
 from gemma_tune.identity import files_sha256, installed_version
+from gemma_tune.models.directory import EXPORT_FILE
 from gemma_tune.reporting.card import CARD_FILE
 from gemma_tune.runs.lock import RECORDED_PACKAGES
 from gemma_tune.text import listed, utc_now
 
-RECORD_FILE = "export.json"
+RECORD_FILE = EXPORT_FILE
 _CHANGING = (RECORD_FILE, CARD_FILE)
 SCHEMA = 1
 _PACKAGES = (*RECORDED_PACKAGES, "gguf", "llama-cpp-python")
@@ -53,13 +54,18 @@ class ExportRecord:
 
 def read_record(directory: Path) -> ExportRecord:
     """Read the export.json of an exported directory; RunError when it has none or a later version wrote it."""
-    values = read_json(directory / RECORD_FILE)
+    values = read_json_object(directory / RECORD_FILE, hint="export again into another directory")
     if values.get("schema") != SCHEMA:
         raise RunError(
             f"{directory / RECORD_FILE} has schema {values.get('schema')!r}, this version reads {SCHEMA}",
             hint="use the gemma-tune that wrote it, or export again",
         )
-    return ExportRecord(**values)
+    try:
+        return ExportRecord(**values)
+    except TypeError as cause:
+        raise RunError(
+            f"{directory / RECORD_FILE} is damaged: {cause}", hint="export again into another directory"
+        ) from None
 
 
 def exports_at(path: Path) -> list[Path]:

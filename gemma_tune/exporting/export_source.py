@@ -14,7 +14,7 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.resolve import refuse_other, resolve_model
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.adapter_base import find_base
-from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter, trained_template
 from gemma_tune.runs.layout import RunDir, open_run
 from gemma_tune.runs.lock import read_lock
 
@@ -110,7 +110,7 @@ def open_source(path: Path, *, base: str | None = None) -> ExportSource:
         run = open_run(path)
         adapter = open_run_adapter(run)
     found = find_base(adapter, named=base)
-    template = run.template if run else adapter.template_file
+    template = trained_template(run) if run else adapter.template_file
     return ExportSource(
         name=run.name if run else adapter.path.absolute().name,
         base=found.model,

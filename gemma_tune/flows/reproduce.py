@@ -11,7 +11,8 @@ from gemma_tune.identity import file_sha256
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.adapter_dir import AdapterDir
+from gemma_tune.runs.adapter_base import require_recorded_adapter
+from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import read_lock
 from gemma_tune.runs.manifest import read_manifest
@@ -38,9 +39,9 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     Raises:
         RunError: the run has no adapter yet, or its base or rows are not those of then.
     """
-    weights = AdapterDir(run.adapter).weights_file
-    if not weights.is_file():
-        raise RunError(f"{run.path} has no adapter to compare with", hint="a run has one when it has finished")
+    adapter = open_run_adapter(run)
+    adapter.require_sound()
+    require_recorded_adapter(adapter)
     before = read_lock(run)
     fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
     loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())
@@ -64,5 +65,5 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
         )
     again = train_run(loaded, reporter=reporter)
     rows = lock_differences(before, read_lock(again)).refused
-    hashes = [file_sha256(each.adapter / weights.name) for each in (run, again)]
+    hashes = [file_sha256(AdapterDir(each.adapter).weights_file) for each in (run, again)]
     return Reproduction([*told, *rows], again, (hashes[0], hashes[1]))

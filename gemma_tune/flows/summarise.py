@@ -31,8 +31,8 @@ def summarise(
     from gemma_tune.evaluation.answers import choose_examples, pair_answers, spread_over_categories
 
     run, section, datasets = parts.context.run, decisions.recipe.evaluation, parts.datasets
-    write_base_record(run.adapter, decisions.base)
     write_text(run.adapter / run.template.name, decisions.inputs.template.source_text)
+    write_base_record(run.adapter, decisions.base)
     answers = pair_answers(choose_examples(datasets.eval_examples, section=section), before, after)
     write_text(run.answers, to_json_lines(map(asdict, answers)))
     count = len(answers) if section.exact_match else 0

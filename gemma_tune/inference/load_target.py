@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from peft import PeftModel, get_peft_model_state_dict
-
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.template import DataTemplate
 from gemma_tune.engines.base import Engine
 from gemma_tune.engines.choose import start_engine
+from gemma_tune.engines.lora import load_adapter
 from gemma_tune.errors import ModelError
 from gemma_tune.inference.answer_settings import AnswerSettings
 from gemma_tune.inference.generate import Completion, TransformersModel
@@ -23,7 +22,6 @@ from gemma_tune.inference.target import GgufTarget, Target
 from gemma_tune.machine.device import detect_device
 from gemma_tune.machine.precision import decide_precision
 from gemma_tune.models.tokenizer import load_tokenizer
-from gemma_tune.runs.adapter_dir import AdapterDir
 
 
 class Complete(Protocol):
@@ -86,7 +84,7 @@ def load_target(
     )
     model = loaded.model
     if target.adapter is not None:
-        model = _attach_adapter(model, target.adapter)
+        model = load_adapter(model, target.adapter)
     engine.set_mode(replace(loaded, model=model), training=False)
     return loaded_target(model, tokenizer_directory=target.tokenizer, template=target.template)
 
@@ -98,26 +96,12 @@ def loaded_target(model: Any, *, tokenizer_directory: Path, template: DataTempla
     tokenizer = load_tokenizer(tokenizer_directory)
     encoder = Encoder(tokenizer)
     complete = TransformersModel(model, tokenizer, encoder.stop_token_ids).complete
-    chat = ChatRenderer.from_tokenizer(tokenizer) if template.kind == "chat" else None
+    chat = ChatRenderer.from_tokenizer(tokenizer) if template.needs_chat else None
     return LoadedTarget(model, tokenizer, encoder, template, chat, complete)
 
 
 def _load_gguf(target: GgufTarget) -> LoadedTarget:
     model = GgufModel(target.path)
     tokenizer = model.tokenizer
-    chat = ChatRenderer.from_tokenizer(tokenizer) if target.template.kind == "chat" else None
+    chat = ChatRenderer.from_tokenizer(tokenizer) if target.template.needs_chat else None
     return LoadedTarget(None, tokenizer, Encoder(tokenizer), target.template, chat, model.complete)
-
-
-def _attach_adapter(model: Any, adapter: Path) -> Any:
-    """Put an adapter on its base; refuse one whose tensors do not all land: PEFT only warns, and adds nothing (F31)."""
-    # Before PEFT looks for the weights: it would open a pickle, or ask the hub for the path.
-    stored = set(AdapterDir(adapter, ModelError).read_header())
-    model = PeftModel.from_pretrained(model, str(adapter))
-    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))
-    if stored != expected:
-        odd = sorted(stored ^ expected)
-        raise ModelError(
-            f"the adapter {adapter} does not fit the base: {len(odd)} tensors find no partner, such as {odd[0]}"
-        )
-    return model

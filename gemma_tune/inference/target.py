@@ -12,12 +12,13 @@ from typing import Any
 from gemma_tune.data.rows.template import DataTemplate, load_template
 from gemma_tune.errors import ModelError
 from gemma_tune.identity import file_stamp, files_sha256
+from gemma_tune.models.directory import require_recorded
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.resolve import resolve
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.recipe.schema import ModelSection
 from gemma_tune.runs.adapter_base import find_base
-from gemma_tune.runs.adapter_dir import TEMPLATE_FILE, AdapterDir, open_run_adapter
+from gemma_tune.runs.adapter_dir import TEMPLATE_FILE, AdapterDir, open_run_adapter, trained_template
 from gemma_tune.runs.layout import RunDir, open_run
 
 
@@ -89,6 +90,7 @@ def find_target(
 def _from_gguf(path: Path, *, template: str | None, without_adapter: bool) -> GgufTarget:
     if without_adapter:
         raise ModelError(f"{path} holds one merged model, whose base cannot be asked", hint="name the run instead")
+    require_recorded(path.parent, only=(path.name, TEMPLATE_FILE))
     neighbor = path.with_name(TEMPLATE_FILE)
     return GgufTarget(path, load_template(template or (neighbor if neighbor.is_file() else "chat")))
 
@@ -101,7 +103,7 @@ def _from_run(run: RunDir, *, template: str | None, without_adapter: bool) -> Ta
         base=found.model,
         adapter=adapter,
         tokenizer=adapter or found.model.directory,
-        template=load_template(template or run.template),
+        template=load_template(template or trained_template(run)),
         section=recipe.model,
         note=found.note,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import write_json
+from gemma_tune.disk import read_json_object, write_json
 from gemma_tune.errors import GemmaTuneError
 from gemma_tune.identity import files_sha256, text_sha256
 from gemma_tune.paths import cache_dir
@@ -25,7 +24,7 @@ def cached_sha256(paths: Sequence[Path]) -> dict[str, str]:
     store = cache_dir() / "hashes" / f"{text_sha256(str(paths[0].parent.resolve()))[:32]}.json"
     known = _read(store)
     stamps = {path.name: _stamp(path) for path in paths}
-    unknown = [path for path in paths if known.get(path.name, {}).get("stamp") != stamps[path.name]]
+    unknown = [path for path in paths if path.name not in known or known[path.name]["stamp"] != stamps[path.name]]
     hashes = files_sha256(unknown)
     settled_ns = time.time_ns() - _UNSETTLED_NS
     fresh = {
@@ -42,10 +41,12 @@ def cached_sha256(paths: Sequence[Path]) -> dict[str, str]:
 
 def _read(store: Path) -> dict[str, Any]:
     try:
-        known = json.loads(store.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        known = read_json_object(store)
+    except GemmaTuneError:
         return {}
-    return known if isinstance(known, dict) else {}
+    return {
+        name: entry for name, entry in known.items() if isinstance(entry, dict) and entry.keys() >= {"stamp", "sha256"}
+    }
 
 
 def _stamp(path: Path) -> list[int]:

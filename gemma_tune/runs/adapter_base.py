@@ -6,29 +6,37 @@ run's lock.json, in an export's export.json, and next to the adapter itself (bas
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_tune.disk import read_json_object, write_json
-from gemma_tune.errors import GemmaTuneError, ModelError, RunError
+from gemma_tune.errors import GemmaTuneError, ModelError
+from gemma_tune.identity import files_sha256
+from gemma_tune.models.directory import BASE_FILE, EXPORT_FILE, require_recorded
 from gemma_tune.models.fetch import LocalModel, fetch_model
 from gemma_tune.models.resolve import resolve
-from gemma_tune.models.safetensors import CONFIG_FILE, file_hashes, read_config, stored_tensors
-from gemma_tune.runs.adapter_dir import AdapterDir
+from gemma_tune.models.safetensors import (
+    CHAT_TEMPLATE_FILES,
+    CONFIG_FILE,
+    TOKENIZER_FILES,
+    file_hashes,
+    read_config,
+    stored_tensors,
+)
+from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE, TEMPLATE_FILE, AdapterDir
 from gemma_tune.runs.adapter_fit import require_fit
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.text import listed
 
-BASE_FILE = "base.json"
-_EXPORT_FILE = "export.json"
+# What an answer depends on besides the config, of which a user may change the name of the base.
+_RECORDED = (ADAPTER_WEIGHTS_FILE, TEMPLATE_FILE, *TOKENIZER_FILES, *CHAT_TEMPLATE_FILES)
 _HINT = (
     "with another base the adapter means something else: put back what was trained on; merge, export and verify take "
     "an equal copy with --base DIR"
 )
-# How far above an adapter its run is: RUN/adapter, RUN/checkpoints/checkpoint-N, RUN/export/adapter.
-_LEVELS = 3
 
 
 @dataclass(frozen=True)
@@ -63,30 +71,67 @@ def base_record(base: LocalModel) -> dict[str, Any]:
 
 
 def write_base_record(adapter: Path, base: LocalModel) -> None:
-    """Record the base next to an adapter, whose config names it."""
-    write_json(adapter / BASE_FILE, {"base": base_record(base) | {"name": None, "directory": None}})
+    """Record next to an adapter, whose config names its base, what its base and its own files hold."""
+    record = base_record(base) | {"name": None, "directory": None}
+    own = files_sha256([adapter / name for name in _RECORDED if (adapter / name).is_file()])
+    write_json(adapter / BASE_FILE, {"base": record, "sha256": own})
+
+
+def require_recorded_adapter(adapter: AdapterDir) -> None:
+    """Refuse an adapter whose weights, tokenizer or template are not those that were recorded next to it."""
+    require_recorded(adapter.path, only=_RECORDED, error=adapter.error)
 
 
 def read_trained_on(adapter: AdapterDir) -> TrainedOn:
-    """Return what is recorded of an adapter's base: by the run above it, by itself, else what its config says."""
-    run = next((RunDir(above) for above in adapter.path.absolute().parents[:_LEVELS] if _is_run(above)), None)
-    files = [*([run.lock] if run is not None else []), adapter.path / BASE_FILE, adapter.path / _EXPORT_FILE]
-    records = [read_json_object(path, error=adapter.error).get("base") for path in files if path.is_file()]
-    known = [record for record in records if isinstance(record, dict)]
-    first: dict[str, Any] = known[0] if known else {}
-    hashes: dict[str, str] = known[-1].get("files") or {} if known else {}  # the nearest to the adapter
-    config = adapter.config if adapter.exists else {}
+    """Return what is recorded of an adapter's base: next to it, by its run, else what its config says.
+
+    Raises:
+        GemmaTuneError: a record is damaged. That of the run is not needed where one lies next to the adapter.
+    """
+    near = [
+        _read_record(adapter, read_json_object(path, error=adapter.error).get("base"), path)
+        for path in (adapter.path / BASE_FILE, adapter.path / EXPORT_FILE)
+        if path.is_file()
+    ]
+    run, above = _run_of(adapter.path), None
+    if run is not None and run.lock.is_file():
+        try:
+            above = _read_record(adapter, read_lock(run)["base"], run.lock)
+        except GemmaTuneError:
+            if not near:
+                raise
+    config = adapter.config if adapter.exists and above is None else {}
+    own, above = near[0] if near else above, above or TrainedOn()
+    own = own or above
     return TrainedOn(
-        name=(first.get("name") if run is not None else None) or config.get("base_model_name_or_path"),
-        revision=first.get("revision") or config.get("revision"),
-        files=hashes,
-        directory=first.get("directory"),
-        quantized=bool(first.get("quantized")),
+        name=above.name or config.get("base_model_name_or_path"),
+        revision=above.revision or own.revision or config.get("revision"),
+        files=own.files,
+        directory=above.directory,
+        quantized=own.quantized,
     )
 
 
-def _is_run(folder: Path) -> bool:
-    return RunDir(folder).manifest.is_file()
+def _read_record(adapter: AdapterDir, record: Any, path: Path) -> TrainedOn:
+    """What a file says of a base."""
+    known = record if isinstance(record, dict) else {"files": None}
+    texts, files = [known.get(name) for name in ("name", "revision", "directory")], known.get("files", {})
+    if not isinstance(files, dict) or not all(isinstance(each, str | None) for each in (*texts, *files.values())):
+        raise adapter.error(
+            f"{path} is damaged: it does not say what the base was", hint="put it back from a copy of the run"
+        )
+    name, revision, directory = texts
+    return TrainedOn(name, revision, files, directory, quantized=bool(known.get("quantized")))
+
+
+def _run_of(path: Path) -> RunDir | None:
+    """The run that an adapter was trained or exported in."""
+    for place in (path.absolute(), path.resolve()):
+        for run in map(RunDir, place.parents):
+            is_in = place == run.adapter or run.checkpoints in place.parents or run.exports in place.parents
+            if is_in and run.manifest.is_file():
+                return run
+    return None
 
 
 def find_base(
@@ -109,11 +154,13 @@ def find_base(
     if named is None and not trained_on.name:
         adapter.require_base_name(hint=hint)
     refused: GemmaTuneError | None = None
-    for model in [fetch_model(named)] if named is not None else _candidates(adapter, trained_on):
+    for place in [named] if named is not None else _places(adapter, trained_on):
         try:
+            model = fetch_model(place, revision=None if named is not None else trained_on.revision)
+            model = model if named else replace(model, name=trained_on.name or place)
             return _join(adapter, model, trained_on, with_adapter=with_adapter)
-        except _OtherBase as cause:
-            refused = refused or adapter.error(cause.message, hint=cause.hint)
+        except GemmaTuneError as cause:  # an equal copy may lie elsewhere
+            refused = refused or cause
     raise refused or adapter.error(
         f"the base {trained_on.name} of {adapter.path} is not here, in no folder above it, and not at "
         f"{trained_on.directory}",
@@ -133,23 +180,16 @@ def require_base(adapter: AdapterDir, model: LocalModel) -> str | None:
     return _join(adapter, model, read_trained_on(adapter), with_adapter=True).note
 
 
-class _OtherBase(RunError):
-    """The base has other files than the one of the training."""
-
-
-def _candidates(adapter: AdapterDir, trained_on: TrainedOn) -> Iterator[LocalModel]:
+def _places(adapter: AdapterDir, trained_on: TrainedOn) -> list[str]:
     """What a recorded name may stand for, the likeliest first."""
     name = trained_on.name or ""
     if _is_known(name):
-        yield fetch_model(name, revision=trained_on.revision)
-        return
-    places = [folder / name for folder in (Path(), *adapter.path.absolute().parents)]
-    places += [Path(trained_on.directory)] if trained_on.directory else []
-    found = [place for place in places if (place / CONFIG_FILE).is_file()]
-    for place in dict.fromkeys(found):
-        yield replace(fetch_model(str(place)), name=name)
-    if trained_on.directory is None and (trained_on.revision is not None or not found):
-        yield fetch_model(name, revision=trained_on.revision)
+        return [name]
+    above = [folder for path in (adapter.path.absolute(), adapter.path.resolve()) for folder in path.parents]
+    places = [folder / name for folder in (Path(), *above)] + [Path(trained_on.directory or name)]
+    found = [str(place) for place in dict.fromkeys(places) if (place / CONFIG_FILE).is_file()]
+    is_on_hub = trained_on.directory is None and (trained_on.revision is not None or not found)
+    return [*found, *([name] if is_on_hub else [])]
 
 
 def _is_known(name: str) -> bool:
@@ -161,6 +201,14 @@ def _is_known(name: str) -> bool:
 
 
 def _join(adapter: AdapterDir, model: LocalModel, trained_on: TrainedOn, *, with_adapter: bool) -> JoinedBase:
+    if with_adapter:  # before the base is read, which takes a minute
+        lora = adapter.require_sound()
+        try:
+            if lora is not None:
+                require_fit(lora, stored_tensors(model.directory), base_config=read_config(model.directory))
+        except GemmaTuneError as cause:
+            raise adapter.error(cause.message, hint=cause.hint) from None
+        require_recorded_adapter(adapter)
     files, note = file_hashes(model.directory), None
     if not trained_on.files:
         note = f"{adapter.path}: nobody recorded the weights that it was trained on"
@@ -170,15 +218,9 @@ def _join(adapter: AdapterDir, model: LocalModel, trained_on: TrainedOn, *, with
         differ = [name for name, digest in trained_on.files.items() if files.get(name) != digest]
         if differ:
             told = listed([name if name in files else f"{name} (missing)" for name in differ], shown=4)
-            raise _OtherBase(
+            raise adapter.error(
                 f"{model.directory} is not the base that {adapter.path} was trained on, {trained_on.name}: "
                 f"these files differ: {told}",
                 hint=_HINT,
             )
-    lora = adapter.require_sound() if with_adapter else None
-    if lora is not None:
-        try:
-            require_fit(lora, stored_tensors(model.directory), base_config=read_config(model.directory))
-        except GemmaTuneError as cause:
-            raise adapter.error(cause.message, hint=cause.hint) from None
     return JoinedBase(model, files, f"{note}: of {model.name} the shapes alone are compared" if note else None)

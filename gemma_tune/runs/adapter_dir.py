@@ -15,6 +15,7 @@ from gemma_tune.errors import ExportError, GemmaTuneError, RunError
 from gemma_tune.identity import files_sha256
 from gemma_tune.models.safetensors import StoredTensor, read_header
 from gemma_tune.runs.layout import RunDir
+from gemma_tune.runs.lock import read_lock
 from gemma_tune.text import in_shell, listed
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -23,7 +24,7 @@ TEMPLATE_FILE = "template.yaml"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 _HINT = "give a finished run, one of its checkpoints, or a directory that PEFT saved"
-_KEY_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 _KEY_PATTERN = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?|base_layer\.weight|original_module\.weight|modules_to_save\.weight)"
@@ -156,7 +157,8 @@ class AdapterDir:
         """adapter_config.json, whose values are of the kinds that PEFT writes."""
         config = read_json_object(self.config_file, error=self.error, hint=_HINT)
         for name, kinds in _KINDS.items():
-            if config.get(name) is not None and not isinstance(config[name], kinds):
+            value = config.get(name)
+            if value is not None and (not isinstance(value, kinds) or value in (math.inf, -math.inf) or value != value):
                 raise self.error(f"{self.config_file} is damaged: {name} is {config[name]!r}", hint=_HINT)
         if "peft_type" not in config:
             raise self.error(
@@ -238,13 +240,20 @@ class AdapterDir:
 
 
 def open_run_adapter(run: RunDir) -> AdapterDir:
-    """Return the adapter of a run; RunError when it has none yet."""
+    """Return the adapter of a run; RunError when it has none yet, or its lock is gone or damaged."""
     adapter = AdapterDir(run.adapter, RunError)
     if not adapter.exists:
         raise RunError(
             f"{run.path} has no adapter yet", hint=f"see how far it is: gemma-tune report {in_shell(run.path)}"
         )
+    read_lock(run)
     return adapter
+
+
+def trained_template(run: RunDir) -> Path:
+    """Return the data template of a run: the one next to its adapter, whose bytes are recorded, else the run's own."""
+    file = AdapterDir(run.adapter).template_file
+    return file if file.is_file() else run.template
 
 
 def _refuse_unsupported(directory: Path, config: Mapping[str, Any]) -> None:
@@ -317,7 +326,7 @@ def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[s
     copies: dict[str, StoredTensor] = {}
     strangers: list[str] = []
     for key, tensor in header.items():
-        name = key.removeprefix(_KEY_PREFIX)
+        name = key.removeprefix(KEY_PREFIX)
         match = _KEY_PATTERN.fullmatch(name)
         if tensor.dtype not in FLOAT_DTYPES or name == key:
             strangers.append(key)
@@ -332,7 +341,7 @@ def _group_tensors(directory: Path, config: Mapping[str, Any], header: Mapping[s
             copies[match["module"]] = tensor
         elif match["part"] == "modules_to_save.weight":
             # With save_embedding_layers PEFT writes a module trained as a whole a second time, under this name.
-            if f"{_KEY_PREFIX}{match['module']}.weight" not in header:
+            if f"{KEY_PREFIX}{match['module']}.weight" not in header:
                 strangers.append(key)
         else:
             parts.setdefault(match["module"], {})[match["part"].removesuffix(".weight")] = tensor

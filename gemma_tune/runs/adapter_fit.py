@@ -9,7 +9,7 @@ from typing import Any
 from gemma_tune.errors import ExportError
 from gemma_tune.models.families.known import canonical_name, tower_names
 from gemma_tune.models.safetensors import StoredTensor
-from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE, FLOAT_DTYPES, LoraAdapter
+from gemma_tune.runs.adapter_dir import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, FLOAT_DTYPES, LoraAdapter
 from gemma_tune.text import listed
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -49,6 +49,18 @@ def refuse_strangers(adapter: LoraAdapter, base_names: Iterable[str]) -> None:
             f"{listed(strangers)}",
             hint=f"was it trained on another model? The adapter names {adapter.base_name or 'no base'}",
         )
+    ends = (EMBEDDING.split(".")[-2], HEAD.split(".")[0], *tower_names())  # tied, and never trained on text
+    left_out = [
+        module
+        for module in adapter.factors
+        if not any(end in module for end in ends) and not _is_targeted(canonical_name(module), adapter, stored=module)
+    ]
+    if left_out:
+        raise ExportError(
+            f"{adapter.directory / ADAPTER_CONFIG_FILE} names no module like these of {ADAPTER_WEIGHTS_FILE}, so PEFT "
+            f"would leave them out: {listed(left_out)}; target_modules is {adapter.config.get('target_modules')!r}",
+            hint="config and weights do not belong together: copy or save the adapter again",
+        )
 
 
 def refuse_missing(adapter: LoraAdapter, base_names: Iterable[str], *, base_config: Mapping[str, Any]) -> None:
@@ -71,8 +83,12 @@ def refuse_missing(adapter: LoraAdapter, base_names: Iterable[str], *, base_conf
         )
 
 
-def _is_targeted(module: str, adapter: LoraAdapter) -> bool:
-    """Whether PEFT puts an adapter on a module of the language model (tuners_utils.check_target_module_exists)."""
+def _is_targeted(module: str, adapter: LoraAdapter, *, stored: str | None = None) -> bool:
+    """Whether PEFT puts an adapter on a module of the language model (tuners_utils.check_target_module_exists).
+
+    Args:
+        stored: its name in the adapter's file.
+    """
     config = adapter.config
     layer = _LAYER.search(f".{module}.")
     layers = config.get("layers_to_transform")
@@ -82,7 +98,8 @@ def _is_targeted(module: str, adapter: LoraAdapter) -> bool:
             return False
     if any(tower in module for tower in tower_names()) or _matches(module, config.get("exclude_modules"), adapter):
         return False
-    return _matches(module, config.get("target_modules"), adapter)
+    wanted = config.get("target_modules")
+    return _matches(module, wanted, adapter) or (stored is not None and _matches(stored, wanted, adapter))
 
 
 def _matches(module: str, wanted: Any, adapter: LoraAdapter) -> bool:

@@ -54,6 +54,8 @@ _KEYS_OF = {
     "packages": (),
 }
 
+_LOST_HINT = "restore it from a copy of the run, or start a new run; a copy of RUN/adapter can be used by itself"
+
 
 def read_lock(run: RunDir) -> dict[str, Any]:
     """Read a lock.json; a key that came later has its default.
@@ -62,7 +64,7 @@ def read_lock(run: RunDir) -> dict[str, Any]:
         RunError: there is none, or it lacks what every run has recorded.
     """
     defaults = {each.name: each.default for each in fields(Lock) if each.default is not MISSING}
-    lock = {**defaults, **read_json_object(run.lock)}
+    lock = {**defaults, **read_json_object(run.lock, hint=_LOST_HINT)}
     missing = [each.name for each in fields(Lock) if each.name not in lock]
     for part, keys in _KEYS_OF.items():
         if part in lock:
@@ -70,7 +72,6 @@ def read_lock(run: RunDir) -> dict[str, Any]:
             missing += [f"{part}.{key}" for key in keys if key not in content]
     if missing:
         raise RunError(
-            f"{run.lock} does not say {missing[0]}: it is damaged, or not of a run of gemma-tune",
-            hint="restore it from a copy of the run, or train the recipe again",
+            f"{run.lock} does not say {missing[0]}: it is damaged, or not of a run of gemma-tune", hint=_LOST_HINT
         )
     return lock

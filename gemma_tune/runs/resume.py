@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import read_json_object, write_text
+from gemma_tune.disk import write_text
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.recipe.load import LoadedRecipe, dump_recipe, load_recipe
@@ -16,7 +16,7 @@ from gemma_tune.recipe.schema import Recipe
 from gemma_tune.runs.checkpoints import go_back_to, has_checkpoints, last_complete_checkpoint, named_checkpoint, step_of
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
-from gemma_tune.runs.lock import Lock
+from gemma_tune.runs.lock import Lock, read_lock
 from gemma_tune.runs.manifest import read_manifest, update_manifest
 from gemma_tune.runs.metrics_log import keep_metrics_until
 from gemma_tune.runs.reporter import Reporter
@@ -97,8 +97,7 @@ def rewind_run(context: RunContext, recipe: Recipe, *, lock: Lock, resumption: R
     run, reporter = context.run, context.reporter
     differences = Differences([], [])
     if resumption.checkpoint is not None or run.lock.is_file():
-        before = read_json_object(run.lock, hint="what it was trained on is not known any more: start a new run")
-        differences = lock_differences(before, asdict(lock))
+        differences = lock_differences(read_lock(run), asdict(lock))
     _refuse(run, differences.refused)
     for line in resumption.changed:
         reporter.detail(f"changed: {line}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
-from gemma_tune.disk import read_json, write_json
+from gemma_tune.disk import read_json_object, write_json
+from gemma_tune.errors import RunError
 from gemma_tune.runs.layout import RunDir
 
 
@@ -54,7 +55,13 @@ def write_summary(run: RunDir, summary: RunSummary) -> None:
 
 
 def read_summary(run: RunDir) -> RunSummary:
-    """The summary of a finished run; a `RunError` when there is none yet."""
-    values = read_json(run.summary)
-    values.pop("tokens_per_second", None)
-    return RunSummary(**{**values, "questions": [Question(**question) for question in values["questions"]]})
+    """The summary of a finished run; a `RunError` when there is none yet, or it is damaged."""
+    values = read_json_object(run.summary)
+    try:
+        known = {each.name: values[each.name] for each in fields(RunSummary)}
+        return RunSummary(**{**known, "questions": [Question(**question) for question in known["questions"]]})
+    except (KeyError, TypeError) as cause:
+        raise RunError(
+            f"{run.summary} is damaged: {str(cause).strip()}",
+            hint="put it back from a copy of the run; its adapter is not touched",
+        ) from None

@@ -12,7 +12,7 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.models.resolve import refuse_other
 from gemma_tune.recipe.schema import LoraSection
 from gemma_tune.runs.adapter_base import require_base
-from gemma_tune.runs.adapter_dir import AdapterDir
+from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir
 
 
@@ -34,20 +34,19 @@ def find_adapter(name: str, *, lora: LoraSection, base: LocalModel | None = None
         RunError: there is none, it is damaged, or it was trained with other settings or on another base.
     """
     path = Path(name)
-    directory = RunDir(path).adapter if RunDir(path).manifest.is_file() else path
-    adapter = AdapterDir(directory, RunError)
+    adapter = open_run_adapter(RunDir(path)) if RunDir(path).manifest.is_file() else AdapterDir(path, RunError)
     if not adapter.exists:
         refuse_other(path, "a run or an adapter", error=RunError)
     weights = adapter.require_weights()
     different = [
-        f"lora.{field} is {wanted}, the adapter has {found}"
+        f"lora.{field} is {wanted}, the adapter has {found!r}"
         for field, wanted, found in _settings(lora, adapter.config)
         if wanted != found
     ]
     if different:
         raise RunError(f"model.adapter={name}: {'; '.join(different)}", hint="set lora to what the adapter has")
     note = require_base(adapter, base) if base is not None else None
-    return StartAdapter(name, directory, adapter.base_name, file_sha256(weights), note)
+    return StartAdapter(name, adapter.path, adapter.base_name, file_sha256(weights), note)
 
 
 def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -56,6 +55,7 @@ def _settings(lora: LoraSection, config: dict[str, Any]) -> list[tuple[str, Any,
     Which modules it is on shows when its weights are put in.
     """
     return [
+        ("peft_type", "LORA", config["peft_type"]),
         ("rank", lora.rank, config.get("r")),
         ("alpha", float(lora.alpha), float(config.get("lora_alpha", 0))),
         ("use_rslora", lora.use_rslora, bool(config.get("use_rslora"))),

@@ -10,6 +10,7 @@ from peft import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from gemma_tune.engines.lora import rename_keys
 from gemma_tune.errors import RunError
 from gemma_tune.machine.world import ALONE, World
 from gemma_tune.runs.adapter_dir import ADAPTER_WEIGHTS_FILE
@@ -59,7 +60,8 @@ def read_adapter(model: Any, directory: Path, *, world: World = ALONE) -> None:
 
     tensors = world.broadcast(load)
     try:
-        result = set_peft_model_state_dict(model, tensors)
+        renamed = rename_keys(model, tensors)
+        result = set_peft_model_state_dict(model, {renamed[key]: tensor for key, tensor in tensors.items()})
     except RuntimeError as error:
         raise _unreadable(directory, error) from None
     missing = sorted(set(result.missing_keys) & set(trained_weights(model)))

@@ -11,7 +11,6 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemma_tune.errors import TrainingStopped
-from gemma_tune.machine.world import World
 from gemma_tune.runs.context import RunContext
 from gemma_tune.training.adapter_weights import trained_weights
 from gemma_tune.training.sharding import is_sharded, local_part
@@ -104,13 +103,23 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def require_changed_adapter(model: Any, *, before: str, step: int, world: World) -> None:
-    """Raise when no step has moved a bit of the adapter in any process; `before`: `weights_sha256` at its start."""
-    if not any(world.all_gather(weights_sha256(model) != before)):
-        raise TrainingStopped(
-            f"after step {step} the adapter is as it began, so nothing was learned; it is not saved",
-            hint="raise training.learning_rate; with float16 every step may have overflowed: model.dtype=float32",
+def refuse_unchanged(state: TrainerState, *, context: RunContext) -> None:
+    """Say that what a training keeps is bit for bit what it began with.
+
+    Raises:
+        TrainingStopped: no step moved anything. Where the best of several checkpoints was chosen, the later ones may
+            have, so that the run is kept and the sentence is a warning.
+    """
+    if state.best_global_step:
+        context.reporter.warn(
+            f"the best checkpoint, of step {state.best_global_step}, is the adapter as it began: by the loss of the "
+            "eval rows nothing was learned; a smaller training.learning_rate may help, and later checkpoints are kept"
         )
+        return
+    raise TrainingStopped(
+        f"after step {state.global_step} the adapter is as it began, so nothing was learned; it is not saved",
+        hint="raise training.learning_rate; with float16 every step may have overflowed: model.dtype=float32",
+    )
 
 
 def likely_cause(model: Any, *, float16: bool, learning_rate: float) -> str:

@@ -20,7 +20,7 @@ from gemma_tune.runs.manifest import read_manifest, update_manifest
 from gemma_tune.training.adapter_weights import write_adapter
 from gemma_tune.training.callbacks import CheckpointCallback, InterruptCallback, MetricsCallback
 from gemma_tune.training.dry_run import rehearse
-from gemma_tune.training.guards import GuardCallback, require_changed_adapter, require_finite_adapter, weights_sha256
+from gemma_tune.training.guards import GuardCallback, refuse_unchanged, require_finite_adapter, weights_sha256
 from gemma_tune.training.leak_probe import find_leak
 from gemma_tune.training.loop import Loop
 from gemma_tune.training.methods.method import start_method
@@ -118,9 +118,8 @@ def _train(trainer: Loop, parts: TrainerParts, *, resume_from: Path | None) -> N
             f"everything is saved",
             hint=None,
         )
-    # One last step after a resume may be too small to move anything; the best checkpoint may be of a warm-up step.
-    if resume_from is None and not trainer.args.load_best_model_at_end:
-        require_changed_adapter(trainer.model, before=before, step=trainer.state.global_step, world=context.world)
+    if not any(context.world.all_gather(weights_sha256(trainer.model) != before)):
+        refuse_unchanged(trainer.state, context=context)
 
 
 def _position_here(checkpoint: Path, context: RunContext) -> Path:

@@ -22,6 +22,7 @@ from gemma_tune.exporting.formats.format import ExportTask, Facts, Format
 from gemma_tune.exporting.text_files import licence_notice
 from gemma_tune.models.config import read_config
 from gemma_tune.recipe.load import load_recipe
+from gemma_tune.runs.adapter_dir import trained_template
 from gemma_tune.runs.layout import RunDir
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def write_modelfile(
     from gemma_tune.models.tokenizer import load_tokenizer
 
     section = load_recipe(run.resolved_recipe).recipe.data
-    template = load_template(run.template)
+    template = load_template(trained_template(run))
     tokenizer = load_tokenizer(run.adapter)
     shape = translate_template(template, tokenizer=tokenizer)
     notes = describe_shape(shape, template)

@@ -12,10 +12,10 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from peft import PeftModel
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from gemma_tune.engines.attention import choose_attention
+from gemma_tune.engines.lora import load_adapter
 from gemma_tune.engines.quantized import keep_trainable_layout
 from gemma_tune.engines.transformers import to_quantization_config
 from gemma_tune.exporting.verify.forms import Form
@@ -113,5 +113,5 @@ def _with_adapter(form: Form, model: Any) -> TransformersForm:
     if form.num_rows is not None and form.num_rows != model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(form.num_rows, mean_resizing=False)
     if form.adapter is not None:
-        model = PeftModel.from_pretrained(model, str(form.adapter))
+        model = load_adapter(model, form.adapter)
     return TransformersForm(model, load_tokenizer(form.tokenizer))
