@@ -11,7 +11,6 @@ from gemma_tune.identity import file_sha256
 from gemma_tune.machine.quiet import libraries_to
 from gemma_tune.machine.world import ALONE
 from gemma_tune.recipe.load import load_recipe
-from gemma_tune.runs.adapter_base import require_recorded_adapter
 from gemma_tune.runs.adapter_dir import AdapterDir, open_run_adapter
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.lock import read_lock
@@ -39,9 +38,7 @@ def reproduce_run(run: RunDir, *, reporter: Reporter, check_only: bool) -> Repro
     Raises:
         RunError: the run has no adapter yet, or its base or rows are not those of then.
     """
-    adapter = open_run_adapter(run)
-    adapter.require_sound()
-    require_recorded_adapter(adapter)
+    open_run_adapter(run).require_sound()
     before = read_lock(run)
     fresh = ("run.name=", "run.resume=never", "export.formats=[]", f"run.output_dir={run.path.parent}")
     loaded = replace(load_recipe(run.resolved_recipe, fresh), name=f"{run.name}-again", overrides=())

@@ -77,11 +77,6 @@ def write_base_record(adapter: Path, base: LocalModel) -> None:
     write_json(adapter / BASE_FILE, {"base": record, "sha256": own})
 
 
-def require_recorded_adapter(adapter: AdapterDir) -> None:
-    """Refuse an adapter whose weights, tokenizer or template are not those that were recorded next to it."""
-    require_recorded(adapter.path, only=_RECORDED, error=adapter.error)
-
-
 def read_trained_on(adapter: AdapterDir) -> TrainedOn:
     """Return what is recorded of an adapter's base: next to it, by its run, else what its config says.
 
@@ -208,7 +203,7 @@ def _join(adapter: AdapterDir, model: LocalModel, trained_on: TrainedOn, *, with
                 require_fit(lora, stored_tensors(model.directory), base_config=read_config(model.directory))
         except GemmaTuneError as cause:
             raise adapter.error(cause.message, hint=cause.hint) from None
-        require_recorded_adapter(adapter)
+        require_recorded(adapter.path, only=_RECORDED, error=adapter.error)
     files, note = file_hashes(model.directory), None
     if not trained_on.files:
         note = f"{adapter.path}: nobody recorded the weights that it was trained on"
