@@ -28,7 +28,8 @@ def judge_answers(
 ) -> tuple[Scores, JudgeFacts]:
     """Rule on every pair that no stored ruling covers; a judge that ends early leaves the rest unjudged."""
     shown = JUDGE_PROMPT if judge.asks_both_orders else None
-    file = directory / f"judgments-{_slug(judge, shown)}.jsonl"
+    judge_id = judge.name if shown is None else "model-" + text_sha256(f"{judge.name}\n{shown}")[:8]
+    file = directory / f"judgments-{judge_id}.jsonl"
     _drop_cut_line(file)
     found = {
         (row["prompt"], row["first"], row["second"]): Ruling(row["verdict"], row["reply"]) for row in read_lines(file)
@@ -62,12 +63,6 @@ def judge_answers(
     )
 
 
-def _slug(judge: Judge, shown: str | None) -> str:
-    if shown is None:
-        return judge.name
-    return "model-" + text_sha256(f"{judge.name}\n{shown}")[:8]
-
-
 def _turns(prompts: Prompts, labels: Sequence[str], *, both_orders: bool) -> Iterator[Turn]:
     """Every pair on every prompt: in both orders, or in one that a hash draws, the same in every run."""
     for prompt in prompts.items:
@@ -80,12 +75,9 @@ def _turns(prompts: Prompts, labels: Sequence[str], *, both_orders: bool) -> Ite
 
 def _rulings(turns: Sequence[Turn], duels: Sequence[Duel], judge: Judge) -> Iterator[tuple[Turn, Ruling]]:
     """Equal answers are a tie without asking."""
-    asked = []
-    for turn, duel in zip(turns, duels, strict=True):
-        if duel.first == duel.second:
-            yield turn, Ruling("tie", _SAME_TEXT)
-        else:
-            asked.append((turn, duel))
+    shown = [*zip(turns, duels, strict=True)]
+    yield from ((turn, Ruling("tie", _SAME_TEXT)) for turn, duel in shown if duel.first == duel.second)
+    asked = [(turn, duel) for turn, duel in shown if duel.first != duel.second]
     if asked:
         # Not strict: a person may stop.
         for (turn, _), ruling in zip(asked, judge.rule([duel for _, duel in asked]), strict=False):

@@ -75,7 +75,8 @@ def download_model(model: HubModel, *, progress: Progress | None = None) -> Path
             store, todo, what=f"the rest of {model.hub_id}", error=ModelError, spare_bytes=_SPARE_BYTES,
             hint="free some space, or keep the hub cache on another disk: export HF_HOME=/path/with/room",
         )  # fmt: skip
-    meter = _Meter(present, sum(file.num_bytes for file in files), progress)
+    total = sum(file.num_bytes for file in files)
+    meter = _Meter(present, total, progress or (lambda done, total: None))
     with ThreadPoolExecutor(_NUM_AT_ONCE) as pool:
         try:
             for done in as_completed(pool.submit(_fetch, model, file, blob, meter) for file, blob in missing):
@@ -92,14 +93,14 @@ def download_model(model: HubModel, *, progress: Progress | None = None) -> Path
         _keep_reference(store, model)
     except OSError as error:
         raise _broken_off(model.hub_id, error) from None
-    meter.finish()
+    meter.progress(meter.total, meter.total)
     return Path(directory)
 
 
 class _Meter:
     """Counts the bytes of files that are fetched at the same time."""
 
-    def __init__(self, done: int, total: int, progress: Progress | None) -> None:
+    def __init__(self, done: int, total: int, progress: Progress) -> None:
         self.done, self.total = done, total
         self.progress = progress
         self.is_stopped = False
@@ -109,12 +110,7 @@ class _Meter:
         """`num_bytes` may be negative: a file that begins again."""
         with self.lock:
             self.done += num_bytes
-            if self.progress is not None:
-                self.progress(self.done, self.total)
-
-    def finish(self) -> None:
-        if self.progress is not None:
-            self.progress(self.total, self.total)
+            self.progress(self.done, self.total)
 
 
 def _store(hub_id: str) -> Path:
