@@ -63,20 +63,25 @@ def report(
 
 
 def _as_json(run: RunDir) -> dict[str, Any]:
+    manifest = describe_state(run)
     if not run.summary.is_file():
-        return asdict(describe_state(run))
+        return asdict(manifest)
     summary = read_summary(run)
-    return {"run": str(run.path), **asdict(summary), "tokens_per_second": summary.tokens_per_second}
+    facts = {"run": str(run.path), "status": manifest.status, **asdict(summary)}
+    return {**facts, "tokens_per_second": summary.tokens_per_second}
 
 
 def _print_one(terminal: Terminal, run: RunDir) -> None:
-    if run.summary.is_file():
+    manifest = describe_state(run)
+    has_summary = run.summary.is_file()
+    if has_summary:
         print_results(terminal, run, as_json=False)
         print_files(terminal, run)
-        return
-    manifest = describe_state(run)
-    done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
-    terminal.plain(f"{run.path}: {manifest.status} at {done}" + (f": {manifest.error}" if manifest.error else ""))
+    if manifest.status != "finished":
+        done = f"step {manifest.step}" + (f" of {manifest.total_steps}" if manifest.total_steps else "")
+        why = f": {manifest.error}" if manifest.error else ""
+        earlier = "; the figures above are of its earlier end" if has_summary else ""
+        terminal.plain(f"{run.path}: {manifest.status} at {done}{why}{earlier}")
 
 
 def _print_side_by_side(terminal: Terminal, runs: Sequence[RunDir]) -> None:

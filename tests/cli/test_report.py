@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tune.cli.report import report
+from gemma_tune.runs.index import hold_run
 from gemma_tune.runs.manifest import update_manifest
 from tests.reporting.made_runs import make_run_in
 
@@ -69,3 +70,29 @@ def test_a_run_without_a_summary(tmp_path: Path, capsys: pytest.CaptureFixture[s
     report([run.path])
     assert f"{run.path}: stopped at step 5 of 20" in capsys.readouterr().out
     assert (run.path / "report.html").is_file()
+
+
+@pytest.mark.parametrize("has_summary", [False, True])
+def test_a_run_whose_process_is_gone_is_never_running(
+    has_summary: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In no command, page or file: killed before its end, or while it was trained on after one."""
+    run, other = make_run_in(tmp_path), make_run_in(tmp_path, "other")
+    update_manifest(run, status="running")
+    if not has_summary:
+        run.summary.unlink()
+    texts = []
+    for runs in ([run.path], [run.path, other.path]):
+        for as_json in (False, True):
+            report(runs, as_json=as_json)
+            texts.append("".join(capsys.readouterr()))
+        report(runs, html=tmp_path / "page.html", md=tmp_path / "page.md")
+        texts += [(tmp_path / name).read_text(encoding="utf-8") for name in ("page.html", "page.md")]
+    for text in texts:
+        assert "running" not in text
+    for number in (0, 1, 2, 3):
+        assert "stopped" in texts[number]
+    capsys.readouterr()
+    with hold_run(run):
+        report([run.path], as_json=True)
+        assert json.loads(capsys.readouterr().out)["status"] == "running"

@@ -70,12 +70,13 @@ def test_a_process_killed_while_it_saves_ends_the_job_and_the_run_goes_on(
 
 
 def test_a_stop_saves_in_all_and_the_run_goes_on(recipe: Path, unbroken: Path, tmp_path: Path) -> None:
-    starter = start(tmp_path, recipe, NEVER_AUTO)
-    wait_for(tmp_path, "runs/chaos/checkpoints/checkpoint-4", starter)
-    starter.send_signal(signal.SIGTERM)
-    _, told = starter.communicate(timeout=120)
-    assert starter.returncode == 75, told
-    assert "stopped by SIGTERM after step" in told and "--nproc 2 --resume" in " ".join(told.split())
+    for number, step, arguments in ((signal.SIGTERM, 4, ()), (signal.SIGHUP, 10, ("--resume",))):
+        starter = start(tmp_path, recipe, NEVER_AUTO, *arguments)
+        wait_for(tmp_path, f"runs/chaos/checkpoints/checkpoint-{step}", starter)
+        starter.send_signal(number)
+        _, told = starter.communicate(timeout=120)
+        assert starter.returncode == 75, told
+        assert f"stopped by {number.name} after step" in told and "--nproc 2 --resume" in " ".join(told.split())
 
     alone = subprocess.run(
         [sys.executable, "-m", "gemma_tune.cli.app", "train", str(recipe)],
