@@ -16,7 +16,7 @@ from rich.text import Text
 
 from gemma_tune.errors import DataError, GemmaTuneError, RecipeError
 from gemma_tune.terminal import Terminal, make_table
-from gemma_tune.text import counted, format_bytes, format_seconds, in_shell, shorten
+from gemma_tune.text import counted, format_bytes, format_seconds, in_shell, shorten, without_controls
 
 if TYPE_CHECKING:
     from gemma_tune.data.look.glance import RenderedRows
@@ -122,13 +122,13 @@ def init(
 
 
 def _warn(terminal: Terminal, text: str) -> None:
-    terminal.note(f"[yellow]![/] {escape(text)}")
+    terminal.note(f"[yellow]![/] {escape(without_controls(text))}")
 
 
 def _show_rows(terminal: Terminal, reading: Reading, rows: RenderedRows) -> None:
     """What was chosen and found, and the first row as it is trained."""
     for note in reading.notes:
-        terminal.note(Text(f"  {note}"))
+        terminal.note(Text(without_controls(f"  {note}")))
     for note in rows.notes:
         _warn(terminal, note)
     terminal.note(f"{counted(rows.num_rows, 'row')} can be used; {escape(rows.first.where)} as it is trained:")

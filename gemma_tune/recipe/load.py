@@ -94,7 +94,8 @@ def read_data_settings(settings: Sequence[str]) -> dict[str, Any]:
 def find_recipe(path: Path) -> Path:
     """Return the recipe file that `path` names: a file, or a shipped recipe by name or as `recipes/<name>.yaml`."""
     if path.is_file():
-        if _ROWS_SUFFIXES.intersection(suffix.lower() for suffix in path.suffixes[-2:]):
+        is_yaml = path.suffix.lower() in (".yaml", ".yml")  # rows.csv.yaml is a recipe for rows.csv
+        if not is_yaml and _ROWS_SUFFIXES.intersection(suffix.lower() for suffix in path.suffixes[-2:]):
             raise RecipeError(
                 f"{path} holds rows, and a recipe is expected",
                 hint=f"gemma-tune init {in_shell(path)} writes a recipe for them",

@@ -321,6 +321,17 @@ REFUSED: dict[str, tuple[tuple[str, bytes], str, str]] = {
         "unknown roles 'guest', 'host'",
         "'data.roles={guest: user, host: assistant}' behind the command",
     ),
+    "300 columns": (
+        jsonl(rows(lambda i: {f"c{column}": answer(i + column) for column in range(300)})),
+        r"no column is clearly the instruction or the response\n  c0 (.|\n)*  c23  text .*\n  and 276 more$",
+        "--column instruction=COLUMN --column response=COLUMN",
+    ),
+    "one question": (
+        jsonl(rows(lambda i: {"question": question(1), "answer": answer(i)})),
+        r"no column is clearly the instruction\n  question  the same in every row",
+        "add a column of questions",
+    ),
+    "rows of nothing": (jsonl(rows(lambda i: {})), "no row has a column", ""),
     "an empty file": (("rows.csv", b""), "is empty", ""),
     "a header alone": (("rows.csv", b"question,answer\n"), "no row", ""),
     "all rows are equal": (jsonl(rows(lambda i: dolly(7))), "30 rows, and all of them are equal", "differ"),
@@ -417,6 +428,15 @@ def test_hints_work_as_typed(command: Callable[..., str]) -> None:
     on_card = said.partition("gemma-tune init ")[2].splitlines()[0]
     command(*on_card.split())
     assert load_recipe(Path("it-t4.yaml")).recipe.model.name != "gemma-tiny"
+
+
+def test_names_of_columns_write_nothing_but_text(command: Callable[..., str]) -> None:
+    path = Path("rows.jsonl")
+    path.write_bytes(jsonl(rows(lambda i: pair(i, "[bold]the question\x1b[2J", "answer = 'x'")))[1])
+    said = command("rows.jsonl", "--yes", "-o", "rows.jsonl.yaml")
+    assert "instruction is the column [bold]the question␛[2J (text of" in said
+    recipe = load_recipe(Path("rows.jsonl.yaml")).recipe
+    assert recipe.data.columns == {"instruction": "[bold]the question\x1b[2J", "response": "answer = 'x'"}
 
 
 def test_settings_of_the_rows_are_taken_and_stand_in_the_recipe(command: Callable[..., str]) -> None:

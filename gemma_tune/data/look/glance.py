@@ -55,6 +55,8 @@ def read_columns(source: str) -> tuple[Column, ...]:
     opened = open_source(split_count(source)[0])
     if not opened.columns:
         read_whole(opened)  # raises: there is not one row among the first lines
+    if not opened.columns:
+        raise DataError(f"{opened.label}: no row has a column", hint="rows need a question and an answer as text")
     rows = (item.fields for item in opened.rows() if isinstance(item, SourceRow))
     return describe_columns(list(itertools.islice(rows, MAX_COLUMN_ROWS)))
 

@@ -47,6 +47,7 @@ _PAIRS = (
     ("chosen", "rejected"), ("preferred", "rejected"), ("accepted", "rejected"), ("preferred", "dispreferred"),
     ("better", "worse"), ("response_j", "response_k"), ("chosen_response", "rejected_response"),
 )  # fmt: skip
+_MAX_SHOWN = 24
 _PROSE = ("text", "constant", "label")
 _TWO, _LETTERS = ("true or false", "2 numbers"), ("A", "B", "C", "D", "E")
 
@@ -248,11 +249,12 @@ def _undecided(
     clear = {field: column.name for field, column in pair.items() if field not in mapped}
     fields = [field for field in GOALS[goal or "instruct"].fields if field not in mapped]
     missing = [field for field in fields if field not in clear]
-    width = max(len(column.name) for column in columns)
-    message = f"{label}: no column is clearly the {' or the '.join(missing)}\n" + "\n".join(
-        f"  {column.name:<{width}}  {column.about}" for column in columns
-    )
     texts = [column for column in columns if column.kind == "text"]
+    shown = columns if len(columns) <= _MAX_SHOWN else texts[:_MAX_SHOWN]
+    width = max((len(column.name) for column in shown), default=0)
+    told = [f"  {column.name:<{width}}  {column.about}" for column in shown]
+    told += [f"  and {len(columns) - len(shown)} more"] if len(columns) > len(shown) else []
+    message = "\n".join([f"{label}: no column is clearly the {' or the '.join(missing)}", *told])
     free = [column for column in texts if column.name not in (*mapped.values(), *clear.values())]
     is_exact = len(free) == len(missing) and ("response" not in missing or free[-1].can_answer)
     named = iter([column.name for column in free] if is_exact else ["COLUMN"] * len(missing))
@@ -265,7 +267,8 @@ def _undecided(
         return Undecided(message, hint=f"say which: {command} {flags}")
     if len(texts) == 1 and goal is None:
         whole = f"{command} --goal complete {_flags({'text': texts[0].name})}"
-        return Undecided(message, hint=f"add a column of answers; or learn {texts[0].name} whole, as text: {whole}")
+        what = "answers" if "response" in missing else "questions"
+        return Undecided(message, hint=f"add a column of {what}; or learn {texts[0].name} whole, as text: {whole}")
     example = '{"instruction": "…", "response": "…"}'
     return Undecided(message, hint=f"each row needs a question and an answer as text: {example}, or two such columns")
 
