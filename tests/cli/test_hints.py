@@ -126,6 +126,7 @@ def test_a_name_in_a_command_is_one_word_of_it() -> None:
 def test_the_commands_after_a_run_work_in_a_folder_with_blanks(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "my runs").mkdir()
     run = make_run_in(tmp_path / "my runs")
     report([run.path])
     out = re.sub(r" +", " ", capsys.readouterr().out)
