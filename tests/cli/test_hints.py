@@ -22,7 +22,7 @@ from tests.reporting.made_runs import make_run_in
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = typer.main.get_command(app)
 # What follows the package's name in a sentence.
-WORDS = set(str.split("that does did knows in and runs trains unless cannot itself split finishes gets from"))
+WORDS = set(str.split("that does did knows in and runs trains unless cannot itself split finishes gets from wrote"))
 _NAMED = re.compile(r"gemma-tune (?P<words>[a-z][a-z-]*(?: [a-z|-]+)?)(?P<rest>[^`\n;]*)")
 
 
