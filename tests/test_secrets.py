@@ -19,7 +19,7 @@ from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import start_manifest, update_manifest
 from gemma_tune.runs.metrics_log import append_metrics
-from gemma_tune.secrets import mask_private, mask_secrets
+from gemma_tune.secrets import SECRET_KINDS, mask_private, mask_secrets
 from gemma_tune.terminal import Terminal, TerminalReporter, make_table
 from tests.made_secrets import SECRETS, telling_part
 
@@ -27,9 +27,28 @@ HUB = "hf_" + "AbCd1234" * 4
 WANDB = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.mark.parametrize("secret", [HUB, "ghp_" + "a1" * 18, "sk-" + "x" * 40, "github_pat_" + "b2" * 20])
+# Written here and not made of the table, so that a form that is taken out of it is missed.
+FORMS = {
+    "hf_": 34, "api_org_": 34, "wandb_v1_": 32, "KGAT_": 32, "ghp_": 36, "gho_": 36, "ghs_": 36, "ghu_": 36, "ghr_": 36,
+    "github_pat_": 40, "glpat-": 20, "sk-": 40, "sk-ant-": 40, "sk_live_": 24, "rk_test_": 24, "AIza": 35, "xoxb-": 24,
+    "xoxp-": 24, "npm_": 36, "pypi-AgEI": 40,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [*(mark + ("a1B2" * 10)[:length] for mark, length in FORMS.items()), "AKIA" + "A1B2" * 4, "ASIA" + "C3D4" * 4],
+)
 def test_tokens_are_known_by_their_form(secret: str) -> None:
     assert mask_secrets(f"login with '{secret}', please") == "login with '***', please"
+
+
+def test_no_kind_is_taken_out_of_the_table() -> None:
+    assert {kind.name for kind in SECRET_KINDS} >= {
+        "Hugging Face", "Weights & Biases", "Kaggle", "GitHub", "GitHub, fine-grained", "GitLab", "OpenAI, Anthropic",
+        "Stripe", "AWS", "Google", "Slack", "npm", "PyPI", "JSON web token", "private key", "key in a web address",
+        "web address with a password",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

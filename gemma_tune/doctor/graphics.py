@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +11,11 @@ from functools import partial
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.run_probes import Probed
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.child import run_command
+from gemma_tune.machine.cards import run_smi
 from gemma_tune.machine.device import Device
 from gemma_tune.machine.precision import decide_precision
 
 _GET_TORCH = "https://pytorch.org/get-started/locally/"
-_SMI_SECONDS = 10.0
 # Unsloth and bitsandbytes have kernels from here on.
 _MIN_CAPABILITY = (7, 0)
 
@@ -33,16 +31,14 @@ class Driver:
 
 def read_driver() -> Driver | str | None:
     """The NVIDIA driver; None where there is no nvidia-smi, a string where it does not work."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
     try:
-        listed = run_command(query, seconds=_SMI_SECONDS)
+        listed = run_smi("--query-gpu=driver_version,name,memory.total", "--format=csv,noheader")
+        shown = run_smi()
+        if listed is None or shown is None:
+            return None
         if listed.code != 0:
             said = (listed.stdout.strip() or listed.stderr.strip() or "no answer").splitlines()[0]
             return f"nvidia-smi: {said}"
-        shown = run_command([program], seconds=_SMI_SECONDS)
     except OSError as error:
         return f"nvidia-smi cannot be started: {error.strerror}"
     rows = [[cell.strip() for cell in line.split(",")] for line in listed.stdout.strip().splitlines()]

@@ -11,6 +11,16 @@ from gemma_tune.recipe.schema import LoraSection, ModelSection
 
 
 @dataclass(frozen=True)
+class LoadSettings:
+    """How a base is loaded."""
+
+    section: ModelSection
+    precision: Precision
+    max_seq_tokens: int  # of the longest row, or what the model takes
+    will_be_sharded: bool = False  # over several processes, each of which holds a part of every weight
+
+
+@dataclass(frozen=True)
 class LoadedModel:
     """A base model in memory, possibly with an adapter attached."""
 
@@ -35,15 +45,7 @@ class Engine(Protocol):
 
     name: str
 
-    def load(
-        self,
-        directory: Path,
-        *,
-        section: ModelSection,
-        precision: Precision,
-        max_seq_tokens: int,
-        will_be_sharded: bool = False,
-    ) -> LoadedModel:
+    def load(self, directory: Path, settings: LoadSettings) -> LoadedModel:
         """Load the base from a local Hugging Face directory."""
         ...
 

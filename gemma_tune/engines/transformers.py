@@ -10,10 +10,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, set_seed
 
 from gemma_tune.engines.attention import choose_attention
-from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.engines.base import AttachedLora, LoadedModel, LoadSettings
 from gemma_tune.engines.lora import check_attached, is_in_tower, require_targets, to_lora_settings
 from gemma_tune.engines.quantized import keep_trainable_layout, require_quantized
-from gemma_tune.machine.precision import Precision
 from gemma_tune.models.families.known import tower_names
 from gemma_tune.recipe.schema import LoraSection, ModelSection
 
@@ -42,21 +41,14 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def load(
-        self,
-        directory: Path,
-        *,
-        section: ModelSection,
-        precision: Precision,
-        max_seq_tokens: int,
-        will_be_sharded: bool = False,
-    ) -> LoadedModel:
+    def load(self, directory: Path, settings: LoadSettings) -> LoadedModel:
+        section, precision = settings.section, settings.precision
         options: dict[str, Any] = {}
         quantization = to_quantization_config(
             section,
             compute=getattr(torch, precision.compute),
             # FSDP gathers the weights of a layer in one dtype.
-            container=getattr(torch, precision.storage) if will_be_sharded else torch.uint8,
+            container=getattr(torch, precision.storage) if settings.will_be_sharded else torch.uint8,
         )
         if quantization is not None:
             options["quantization_config"] = quantization

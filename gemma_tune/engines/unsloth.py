@@ -14,12 +14,11 @@ from unsloth import FastLanguageModel, tokenizer_utils  # isort: skip  (must pre
 import torch
 
 from gemma_tune.engines.attention import choose_attention
-from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.engines.base import AttachedLora, LoadedModel, LoadSettings
 from gemma_tune.engines.engine_facts import ENGINES, Checkpointing
 from gemma_tune.engines.lora import check_attached, require_targets, to_lora_settings
 from gemma_tune.engines.quantized import require_quantized
-from gemma_tune.machine.precision import Precision
-from gemma_tune.recipe.schema import LoraSection, ModelSection
+from gemma_tune.recipe.schema import LoraSection
 
 # Its probes would render the base's chat template in this process without limits; the tokenizer it loads is not used.
 tokenizer_utils._fix_chat_template_for_tokenizer = lambda _, chat_template: chat_template
@@ -33,22 +32,15 @@ class UnslothEngine:
     name = "unsloth"
     _checkpointing: str | bool = False
 
-    def load(
-        self,
-        directory: Path,
-        *,
-        section: ModelSection,
-        precision: Precision,
-        max_seq_tokens: int,
-        will_be_sharded: bool = False,
-    ) -> LoadedModel:
+    def load(self, directory: Path, settings: LoadSettings) -> LoadedModel:
+        section, precision = settings.section, settings.precision
         # On CUDA Unsloth brings its own capped attention for Gemma 2; on a CPU it takes what transformers takes.
         leaves_choice = section.attention == "auto" and torch.cuda.is_available()
         attention = None if leaves_choice else choose_attention(directory, asked=section.attention)
         options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
         model, _ = FastLanguageModel.from_pretrained(
             model_name=str(directory),
-            max_seq_length=max_seq_tokens,
+            max_seq_length=settings.max_seq_tokens,
             # Unsloth keeps its own float32 islands where it computes in float16, and wants the compute dtype.
             dtype=getattr(torch, precision.compute),
             load_in_4bit=section.load_in_4bit,

@@ -10,7 +10,7 @@ from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.encode.pack import require_rows_fit
 from gemma_tune.data.open import load_data
 from gemma_tune.disk import write_json, write_text
-from gemma_tune.engines.base import AttachedLora, Engine
+from gemma_tune.engines.base import AttachedLora, Engine, LoadSettings
 from gemma_tune.engines.choose import start_engine
 from gemma_tune.errors import RunError
 from gemma_tune.flows.decide import Decisions, lock_of, report_plan
@@ -98,13 +98,13 @@ def _load_model(context: RunContext, decisions: Decisions, *, engine: Engine) ->
 
     reporter, world, recipe, base = context.reporter, context.world, decisions.recipe, decisions.base
     reporter.stage("model")
-    model = engine.load(
-        base.directory,
-        section=recipe.model,
-        precision=decisions.engine.precision,
+    settings = LoadSettings(
+        recipe.model,
+        decisions.engine.precision,
         max_seq_tokens=recipe.data.max_seq_tokens,
         will_be_sharded=world.shards(recipe.training.data_parallel),
     )
+    model = engine.load(base.directory, settings)
     attached = engine.attach_lora(
         model,
         section=recipe.lora,

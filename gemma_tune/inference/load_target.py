@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from gemma_tune.data.encode.encoder import Encoder
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.template import DataTemplate
-from gemma_tune.engines.base import Engine
+from gemma_tune.engines.base import Engine, LoadSettings
 from gemma_tune.engines.choose import start_engine
 from gemma_tune.engines.lora import load_adapter
 from gemma_tune.errors import ModelError
@@ -76,12 +76,9 @@ def load_target(
     changes = {"load_in_4bit": load_in_4bit, "dtype": dtype}
     section = target.section.model_copy(update={name: value for name, value in changes.items() if value is not None})
     engine = engine or start_engine("transformers")
-    loaded = engine.load(
-        target.base.directory,
-        section=section,
-        precision=decide_precision(section.dtype, device=detect_device()),
-        max_seq_tokens=target.base.config.context_tokens,
-    )
+    precision = decide_precision(section.dtype, device=detect_device())
+    settings = LoadSettings(section, precision, max_seq_tokens=target.base.config.context_tokens)
+    loaded = engine.load(target.base.directory, settings)
     model = loaded.model
     if target.adapter is not None:
         model = load_adapter(model, target.adapter)

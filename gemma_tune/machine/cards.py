@@ -7,7 +7,7 @@ import shutil
 from dataclasses import dataclass, replace
 
 from gemma_tune.errors import EngineError
-from gemma_tune.machine.child import run_command
+from gemma_tune.machine.child import Ended, run_command
 from gemma_tune.machine.device import Device
 from gemma_tune.paths import read_table
 from gemma_tune.text import suggestion
@@ -16,7 +16,7 @@ _MIB = 2**20
 _GIB = 2**30
 # Of the total, the driver keeps some for itself: a T4 of 15,360 MiB has 14.748 GiB for PyTorch (Unsloth's notebooks).
 _USABLE = 0.98
-_SMI_SECONDS = 5.0
+_SMI_SECONDS = 10.0  # without its daemon a driver starts anew for each call
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,17 @@ def _slug(text: str) -> str:
 
 def detect_card() -> Card | None:
     """The first card that `nvidia-smi` lists; None where there is none, or no driver."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    query = [program, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        done = run_command(query, seconds=_SMI_SECONDS)
+        done = run_smi("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
     except OSError:
         return None
-    return parse_smi(done.stdout) if done.code == 0 else None
+    return parse_smi(done.stdout) if done is not None and done.code == 0 else None
+
+
+def run_smi(*arguments: str) -> Ended | None:
+    """Run `nvidia-smi`; None where there is none, OSError where it cannot be started."""
+    program = shutil.which("nvidia-smi")
+    return None if program is None else run_command([program, *arguments], seconds=_SMI_SECONDS)
 
 
 def parse_smi(output: str) -> Card | None:

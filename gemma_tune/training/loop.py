@@ -162,9 +162,9 @@ class Loop(OwnCheckpoints, SFTTrainer):
         loss = self.mean_of_step(self.method.loss_of(self, inputs), num_items_in_batch).float()
         return (loss, None) if return_outputs else loss
 
-    def trl_loss(self, *args: Any) -> Any:
+    def trl_loss(self, *args: Any, **kwargs: Any) -> Any:
         """Return what TRL's `compute_loss` does."""
-        return super().compute_loss(*args)
+        return super().compute_loss(*args, **kwargs)
 
     def mean_of_step(self, sums: LossSums, num_items_in_batch: torch.Tensor | int | None) -> Any:
         """Divide by what the forward passes of a step count in all processes, where the Trainer has counted it."""

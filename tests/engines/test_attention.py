@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, GemmaConfig
 
 from gemma_tune.engines.attention import choose_attention
+from gemma_tune.engines.base import LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import EngineError
 from gemma_tune.machine.precision import Precision
@@ -38,7 +39,7 @@ def capped(tmp_path: Path) -> Path:
 def test_the_cap_is_computed(capped: Path) -> None:
     precision = Precision("float32", "float32", None, "test")
     section = ModelSection(load_in_4bit=False)
-    loaded = TransformersEngine().load(capped, section=section, precision=precision, max_seq_tokens=32)
+    loaded = TransformersEngine().load(capped, LoadSettings(section, precision, max_seq_tokens=32))
     ids = torch.randint(4, 320, (1, 12), generator=torch.Generator().manual_seed(1))
     plain = {
         name: AutoModelForCausalLM.from_pretrained(capped, dtype=torch.float32, attn_implementation=name).eval()

@@ -15,7 +15,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.engines.base import AttachedLora, LoadedModel, LoadSettings
 from gemma_tune.engines.quantized import require_quantized
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import EngineError
@@ -64,7 +64,7 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def load(directory: Path, **settings: object) -> tuple[TransformersEngine, LoadedModel]:
     engine = TransformersEngine()
     section = ModelSection.model_validate({"name": str(directory), **settings})
-    return engine, engine.load(directory, section=section, precision=FLOAT32, max_seq_tokens=64)
+    return engine, engine.load(directory, LoadSettings(section, FLOAT32, max_seq_tokens=64))
 
 
 def attach(directory: Path, *, load_in_4bit: bool = True, **lora: object) -> AttachedLora:

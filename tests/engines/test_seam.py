@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from gemma_tune.cli.app import main
-from gemma_tune.engines.base import AttachedLora, LoadedModel
+from gemma_tune.engines.base import AttachedLora, LoadedModel, LoadSettings
 from gemma_tune.engines.engine_facts import ENGINES
 
 Command = Callable[..., tuple[str, str]]
@@ -28,8 +28,8 @@ class ToyEngine:
 
         self._plain = TransformersEngine()
 
-    def load(self, directory: Path, **settings: Any) -> LoadedModel:
-        return replace(self._plain.load(directory, **settings), engine=self.name)
+    def load(self, directory: Path, settings: LoadSettings) -> LoadedModel:
+        return replace(self._plain.load(directory, settings), engine=self.name)
 
     def attach_lora(self, loaded: LoadedModel, **settings: Any) -> AttachedLora:
         attached = self._plain.attach_lora(loaded, **settings)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
+from gemma_tune.engines.base import LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.machine.precision import Precision
 from gemma_tune.models.config import TextConfig, read_config
@@ -67,9 +68,9 @@ def build(tmp_path: Path) -> Callable[..., tuple[Any, TextConfig]]:
         engine = TransformersEngine()
         loaded = engine.load(
             tmp_path,
-            section=ModelSection(load_in_4bit=load_in_4bit, attention=attention),
-            precision=_PRECISIONS[precision],
-            max_seq_tokens=512,
+            LoadSettings(
+                ModelSection(load_in_4bit=load_in_4bit, attention=attention), _PRECISIONS[precision], max_seq_tokens=512
+            ),
         )
         attached = engine.attach_lora(
             loaded, section=LoraSection(**(lora or {})), gradient_checkpointing=checkpointing, seed=0

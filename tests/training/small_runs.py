@@ -13,7 +13,7 @@ from transformers import GemmaConfig, GemmaForCausalLM
 
 from gemma_tune.data.encode.encode_rows import Datasets
 from gemma_tune.data.encode.encoder import Encoder
-from gemma_tune.engines.base import Engine, LoadedModel
+from gemma_tune.engines.base import Engine, LoadedModel, LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.machine.precision import Precision
 from gemma_tune.machine.world import ALONE, World
@@ -68,13 +68,9 @@ def recipe_of(**training: Any) -> Recipe:
 def attach(base: Path, recipe: Recipe, *, world: World = ALONE) -> LoadedModel:
     engine = TransformersEngine()
     precision = Precision("float32", "float32", None, "test")
-    loaded = engine.load(
-        base,
-        section=recipe.model,
-        precision=precision,
-        max_seq_tokens=64,
-        will_be_sharded=world.shards(recipe.training.data_parallel),
-    )
+    sharded = world.shards(recipe.training.data_parallel)
+    settings = LoadSettings(recipe.model, precision, max_seq_tokens=64, will_be_sharded=sharded)
+    loaded = engine.load(base, settings)
     return engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
 
 

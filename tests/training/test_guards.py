@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from gemma_tune.engines.base import LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import TrainingStopped
 from gemma_tune.machine.precision import Precision
@@ -195,7 +196,7 @@ def test_a_float16_hot_gemma_3_is_stopped_or_trained_right(tmp_path: Path) -> No
     recipe = recipe_of(max_steps=30, learning_rate=1e-3)
     engine = TransformersEngine()
     precision = Precision("float16", "float32", "fp16", "test")
-    loaded = engine.load(tmp_path / "hot", section=recipe.model, precision=precision, max_seq_tokens=64)
+    loaded = engine.load(tmp_path / "hot", LoadSettings(recipe.model, precision, max_seq_tokens=64))
     loaded = engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
     try:
         run, _ = train(tmp_path / "hot", tmp_path / "r", rows=ROWS, recipe=recipe, loaded=loaded)

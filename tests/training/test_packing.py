@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
 from gemma_tune.data.encode.arrays import IGNORED, EncodedRow, EncodedRows
-from gemma_tune.engines.base import Engine, LoadedModel
+from gemma_tune.engines.base import Engine, LoadedModel, LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.errors import DataError
 from gemma_tune.machine.precision import Precision
@@ -87,7 +87,7 @@ def recipe_of(**training: Any) -> Recipe:
 def attach(base: Path, recipe: Recipe, *, engine: Engine | None = None) -> LoadedModel:
     engine = engine or TransformersEngine()
     precision = Precision("float32", "float32", None, "test")
-    loaded = engine.load(base, section=recipe.model, precision=precision, max_seq_tokens=PACK_TOKENS)
+    loaded = engine.load(base, LoadSettings(recipe.model, precision, max_seq_tokens=PACK_TOKENS))
     return engine.attach_lora(loaded, section=recipe.lora, gradient_checkpointing="off", seed=0).loaded
 
 

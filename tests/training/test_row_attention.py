@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, PretrainedConfig
 
-from gemma_tune.engines.base import LoadedModel
+from gemma_tune.engines.base import LoadedModel, LoadSettings
 from gemma_tune.engines.transformers import TransformersEngine
 from gemma_tune.machine.precision import Precision
 from gemma_tune.recipe.schema import LoraSection, ModelSection
@@ -40,7 +40,7 @@ def load(config: PretrainedConfig, folder: Path) -> tuple[LoadedModel, torch.nn.
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     engine = TransformersEngine()
     precision = Precision("float32", "float32", None, "test")
-    loaded = engine.load(folder, section=ModelSection(load_in_4bit=False), precision=precision, max_seq_tokens=128)
+    loaded = engine.load(folder, LoadSettings(ModelSection(load_in_4bit=False), precision, max_seq_tokens=128))
     loaded = engine.attach_lora(loaded, section=LoraSection(rank=4), gradient_checkpointing="off", seed=0).loaded
     return loaded, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 

@@ -24,35 +24,31 @@ class Sft:
         return layout(groups)
 
     def loss_of(self, trainer: Loop, batch: dict[str, Any]) -> LossSums:
+        if "head_targets" in batch:
+            return _loss_of_kept_logits(trainer, batch)
         mean = trainer.forward_model(**batch, use_cache=False).loss
         count = int((batch["labels"][:, 1:] != IGNORED).sum())
         return LossSums(mean.double() * count, count)
 
 
+def _loss_of_kept_logits(trainer: Loop, batch: dict[str, Any]) -> LossSums:
+    """Return TRL's loss from the logits that the batch says are needed, in one piece.
+
+    TRL computes the head in checkpointed chunks of tokens, for a vocabulary of 256,000 and a small card, and its
+    entropy and accuracy along. Where the logits are small that costs a third of a step.
+    """
+    targets = batch["head_targets"]
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "head_targets")}
+    logits_SV = trainer.forward_model(**inputs, use_cache=False).logits.flatten(0, 1).float()  # no copy of the gradient
+    return LossSums(torch.nn.functional.cross_entropy(logits_SV, targets, reduction="sum"), len(targets))
+
+
 class SftLoop(Loop):
-    """Trains with TRL's loss, which engines have kernels for."""
+    """Trains with TRL's loss, which engines have kernels for, where the batch does not say which logits are needed."""
 
     takes_head_targets = True
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Return TRL's loss; where the batch says which logits are needed, the same from those alone, in one piece.
-
-        TRL computes the head in checkpointed chunks of tokens, for a vocabulary of 256,000 and a small card, and its
-        entropy and accuracy along. Where the logits are small that costs a third of a step.
-        """
-        if "head_targets" not in inputs:
-            return self.trl_loss(model, inputs, return_outputs, num_items_in_batch)
-        targets = inputs["head_targets"]
-        outputs = model(
-            **{name: value for name, value in inputs.items() if name not in ("labels", "head_targets")}, use_cache=False
-        )
-        logits_SV = outputs.logits.flatten(0, 1).float()  # a view: indexing would copy the gradient
-        total = torch.nn.functional.cross_entropy(logits_SV, targets, reduction="sum")
-        loss = self.mean_of_step(LossSums(total, len(targets)), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Return the loss of a forward pass; see `Loop.compute_loss`."""
+        compute = super().compute_loss if "head_targets" in inputs else self.trl_loss
+        return compute(model, inputs, *args, **kwargs)

@@ -16,8 +16,16 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 from gemma_tune.cli.app import main
+from gemma_tune.data.encode.encoder import Encoder
+from gemma_tune.exporting.export_formats import verify_directories
+from gemma_tune.exporting.export_record import read_record
+from gemma_tune.exporting.export_source import open_source
+from gemma_tune.exporting.verify.forms import measure_here
+from gemma_tune.exporting.verify.probe_texts import built_in_probe
 from gemma_tune.models.families.known import FAMILIES
+from gemma_tune.models.tokenizer import load_tokenizer
 from gemma_tune.paths import TINY_MODEL_DIR
+from gemma_tune.runs.reporter import SilentReporter
 
 TYPE = "toygemma"
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -86,10 +94,15 @@ def test_a_toy_family_is_trained_and_merged_from_the_command_line(
     settings = (*SHORT, f"model.name={model_dir}", f"run.output_dir={tmp_path}", f"run.name={run.name}")
     run_command("plan", "quickstart", *settings)
     run_command("train", "quickstart", *settings)
-    # The check of an export runs in a process of its own, which this test has not given the family to.
     run_command("merge", str(run), "--skip-verify")
 
+    # The command checks in a process of its own, which reads the table as it is installed, so the check is called here.
     export = run / "export" / "merged-16bit"
+    probe = built_in_probe(Encoder(load_tokenizer(model_dir)), num_positions=40)
+    report = verify_directories(
+        open_source(run), [export], probe=probe, reporter=SilentReporter(), measure=measure_here
+    )
+    assert [each.passed for each in report.exports] == [True] and read_record(export).passed
     merged = load_file(export / "model.safetensors")
     base = load_file(model_dir / "model.safetensors")
     assert merged.keys() == base.keys()
