@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ from typing import Any
 
 from gemma_tune.errors import DataError
 from gemma_tune.evaluation.answer_metrics import count_words, is_exact_match, is_json, rouge_l, token_f1
+from gemma_tune.machine.child import LimitedChild
 from gemma_tune.members import Members
-from gemma_tune.text import suggestion
+from gemma_tune.text import shorten, suggestion
 
 # A refusal says so at its beginning. Phrases of English models; a refusal in other words counts as an answer.
 _REFUSAL_CHARS = 300
@@ -67,9 +69,34 @@ def _is_range(value: Any) -> bool:
 def _is_pattern(value: Any) -> bool:
     try:
         re.compile(value)
-    except (re.error, TypeError):
+    except (re.error, TypeError, RecursionError, OverflowError):
         return False
     return isinstance(value, str)
+
+
+_SEARCH_SECONDS = 2  # of computing
+
+
+@functools.cache
+def _searcher() -> LimitedChild:
+    return LimitedChild(f"{__name__}:open_search", {}, cpu_seconds=_SEARCH_SECONDS, memory_bytes=400_000_000)
+
+
+def open_search() -> Callable[[str, str], bool]:
+    """Return what searches a text, for a `LimitedChild`."""
+    return lambda pattern, text: re.search(pattern, text) is not None
+
+
+def _has_match(_: str, answer: str, pattern: str) -> bool:
+    """Search in a process under limits: `(a+)+$` takes for ever, and nothing in this one could stop it."""
+    end = _searcher().call(pattern=pattern, text=answer)
+    if not end.has_result:
+        raise DataError(
+            f"the rule regex {shorten(pattern, num_chars=100)!r} takes more than {_SEARCH_SECONDS} seconds of "
+            "computing to search an answer",
+            hint="write it without a repetition inside of a repetition",
+        )
+    return bool(end.result)
 
 
 def _has_json(answer: str, keys: bool | list[str]) -> bool:
@@ -100,7 +127,7 @@ RULES = Members(
         AnswerRule("contains", lambda _, answer, texts: any(has_words(answer, it) for it in texts), *_TEXTS),
         AnswerRule("contains_all", lambda _, answer, texts: all(has_words(answer, it) for it in texts), *_TEXTS),
         AnswerRule("excludes", lambda _, answer, texts: not any(has_words(answer, it) for it in texts), *_TEXTS),
-        AnswerRule("regex", lambda _, answer, pattern: re.search(pattern, answer) is not None, *_PATTERN),
+        AnswerRule("regex", _has_match, *_PATTERN),
         AnswerRule("json", lambda _, answer, keys: _has_json(answer, keys), *_KEYS),
         AnswerRule("words", lambda _, answer, span: span[0] <= count_words(answer) <= span[1], *_RANGE),
         AnswerRule("lines", lambda _, answer, span: span[0] <= _count_lines(answer) <= span[1], *_RANGE),

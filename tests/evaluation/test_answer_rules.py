@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from gemma_tune.errors import DataError
+from gemma_tune.evaluation import answer_rules
 from gemma_tune.evaluation.answer_rules import RULES, broken_rules, check_rules, has_words, is_refusal
 
 
@@ -110,3 +111,20 @@ def test_scores_are_functions_of_prompt_answer_and_what_is_expected() -> None:
     assert RULES["token_f1"].score("Who?", "a red house", "the red car") == 0.5
     assert RULES["rouge_l"].score("Who?", "the red house", "the red car") == pytest.approx(2 / 3)
     assert RULES["exact_match"].score("Who?", "x", "x") is True
+
+
+def test_a_regular_expression_that_takes_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answer_rules, "_SEARCH_SECONDS", 0.3)
+    answer_rules._searcher.cache_clear()
+    rules = check_rules({"regex": "^(a+)+$"}, where="here")
+    with pytest.raises(DataError, match=r"the rule regex '\^\(a\+\)\+\$' takes more than 0\.3 seconds"):
+        broken_rules(rules, prompt="", answer="a" * 60 + "!")
+    assert broken_rules(rules, prompt="", answer="b") == ["regex"]
+    assert broken_rules(rules, prompt="", answer="aa") == []
+    answer_rules._searcher.cache_clear()
+
+
+@pytest.mark.parametrize("pattern", ["(" * 5000 + ")" * 5000, "a{99999999999}", "a{2,1}"])
+def test_a_regular_expression_that_cannot_be_compiled_is_refused(pattern: str) -> None:
+    with pytest.raises(DataError, match="the rule regex has the value"):
+        check_rules({"regex": pattern}, where="here")
