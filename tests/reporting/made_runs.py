@@ -67,7 +67,7 @@ def make_run_in(
 ) -> RunDir:
     """A finished run; `text` stands wherever a run holds text of somebody else."""
     run = RunDir(folder / name)
-    run.path.mkdir()
+    run.path.mkdir(parents=True)
     start_manifest(run)
     update_manifest(run, status="finished", step=20, total_steps=20, error=text)
     values = {"data": {"source": text or "rows.jsonl", "max_seq_tokens": 128}, "training": settings}
