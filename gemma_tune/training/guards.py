@@ -103,14 +103,14 @@ def weights_sha256(model: Any) -> str:
     return digest.hexdigest()
 
 
-def refuse_unchanged(state: TrainerState, *, context: RunContext) -> None:
+def refuse_unchanged(state: TrainerState, *, keeps_best: bool, context: RunContext) -> None:
     """Say that what a training keeps is bit for bit what it began with.
 
     Raises:
         TrainingStopped: no step moved anything. Where the best of several checkpoints was chosen, the later ones may
             have, so that the run is kept and the sentence is a warning.
     """
-    if state.best_global_step:
+    if keeps_best and state.best_global_step:
         context.reporter.warn(
             f"the best checkpoint, of step {state.best_global_step}, is the adapter as it began: by the loss of the "
             "eval rows nothing was learned; a smaller training.learning_rate may help, and later checkpoints are kept"

@@ -119,7 +119,7 @@ def _train(trainer: Loop, parts: TrainerParts, *, resume_from: Path | None) -> N
             hint=None,
         )
     if not any(context.world.all_gather(weights_sha256(trainer.model) != before)):
-        refuse_unchanged(trainer.state, context=context)
+        refuse_unchanged(trainer.state, keeps_best=trainer.args.load_best_model_at_end, context=context)
 
 
 def _position_here(checkpoint: Path, context: RunContext) -> Path:

@@ -86,6 +86,30 @@ def test_an_adapter_that_no_step_moved_is_not_called_finished(base: Path, tmp_pa
     assert not RunDir(tmp_path / "r").adapter.exists()
 
 
+def test_a_best_checkpoint_that_no_step_moved_is_kept_and_said(base: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+
+    class Told(SilentReporter):
+        def warn(self, text: str) -> None:
+            told.append(text)
+
+    still = {"learning_rate": 1e-60, "optimizer": "sgd", "max_steps": 3, "eval_every": 1}
+    recipe = recipe_of(**still, early_stop_patience=3)
+    run, _ = train(base, tmp_path / "r", rows=ROWS, recipe=recipe, reporter=Told())
+    assert run.adapter.is_dir()
+    assert [text[:41] for text in told if "as it began" in text] == ["the best checkpoint, of step 1, is the ad"]
+    with pytest.raises(TrainingStopped, match=r"after step 3 the adapter is as it began"):
+        train(base, tmp_path / "last", rows=ROWS, recipe=recipe_of(**still))
+
+
+def test_a_resumed_run_that_no_step_moved_is_not_called_finished(base: Path, tmp_path: Path) -> None:
+    still = {"learning_rate": 1e-60, "optimizer": "sgd", "save_every_steps": 1}
+    for steps, resume_from in ((2, None), (3, tmp_path / "r" / "checkpoints" / "checkpoint-2")):
+        with pytest.raises(TrainingStopped, match=rf"after step {steps} the adapter is as it began"):
+            recipe = recipe_of(**still, max_steps=steps)
+            train(base, tmp_path / "r", rows=ROWS, recipe=recipe, resume_from=resume_from)
+
+
 @pytest.mark.parametrize("learning_rate", [1e3, 1e30])
 def test_an_absurd_learning_rate_is_stopped_with_good_checkpoints(
     base: Path, tmp_path: Path, learning_rate: float
