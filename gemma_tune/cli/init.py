@@ -19,6 +19,7 @@ from gemma_tune.terminal import Terminal, make_table
 from gemma_tune.text import counted, format_bytes, format_seconds, in_shell, shorten, without_controls
 
 if TYPE_CHECKING:
+    from gemma_tune.data.look.columns import Column
     from gemma_tune.data.look.glance import RenderedRows
     from gemma_tune.data.look.recognise import Goal, Reading
     from gemma_tune.flows.new_recipe import NewRecipe
@@ -84,12 +85,16 @@ def init(
     asks = not yes and sys.stdin.isatty() and terminal.err.is_terminal
     if output.exists():
         raise RecipeError(f"{output} exists already, and is not overwritten", hint="name another one with --output")
-    mapped = _parse_columns(column or ())
+    mapped, given = _parse_columns(column or ()), read_data_settings(settings or ())
     if data is not None:
-        source, columns = data, read_columns(data)
+        source, columns = data, read_columns(data, given=given)
     elif asks:
+
+        def look(name: str) -> tuple[str, tuple[Column, ...]]:
+            return name, read_columns(name, given=given)
+
         question = "Your rows: a file, a pattern of files, or a hub dataset owner/name"
-        source, columns = _ask(terminal, question, default="tiny-world", read=lambda name: (name, read_columns(name)))
+        source, columns = _ask(terminal, question, default="tiny-world", read=look)
     else:
         raise DataError("init needs rows", hint="name them: gemma-tune init rows.jsonl")
     if not (asks or yes):
@@ -102,7 +107,6 @@ def init(
     else:
         reading = decide(goal=goal or likely, mapped=mapped)
     require_kind(model, goal=reading.goal)
-    given = read_data_settings(settings or ())
     rows = render_all(source, reading, given=given)
     _show_rows(terminal, reading, rows)
     new = NewRecipe(source, reading, rows, _settle_card(terminal, gpu, asks=asks), given)

@@ -50,9 +50,10 @@ class RenderedRows:
         return tuple(sorted(len(encoding.ids) + 2 for encoding in encoded))
 
 
-def read_columns(source: str) -> tuple[Column, ...]:
-    """Look at the columns of a source, as `data.source` names it, in its first rows."""
-    opened = open_source(split_count(source)[0])
+def read_columns(source: str, *, given: Mapping[str, Any] | None = None) -> tuple[Column, ...]:
+    """Look at the columns of a source, as `data.source` names it, in its first rows; `given` as in `render_all`."""
+    of_hub = {key: value for key, value in (given or {}).items() if key in ("subset", "split", "revision")}
+    opened = open_source(split_count(source)[0], **of_hub)
     if not opened.columns:
         read_whole(opened)  # raises: there is not one row among the first lines
     if not opened.columns:
