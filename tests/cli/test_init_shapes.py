@@ -452,6 +452,12 @@ def test_settings_of_the_rows_are_taken_and_stand_in_the_recipe(command: Callabl
         command(file, "--yes", "-o", "other.yaml", "data.seed=much")
 
 
+def test_the_split_that_is_named_is_looked_at(command: Callable[..., str]) -> None:
+    said = command("tiny-world", "--yes", "data.split=eval")
+    assert "115 rows can be used; eval.jsonl:1" in said
+    assert load_recipe(Path("recipe.yaml")).recipe.data.split == "eval"
+
+
 def test_system_turns_need_a_model_that_takes_them(command: Callable[..., str]) -> None:
     (file, content), _, _ = READ["a system turn"]
     Path(file).write_bytes(content)
