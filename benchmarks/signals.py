@@ -107,7 +107,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 def result_of(folder: Path, command: Command) -> dict[str, str]:
     """What a command made, without what names its time."""
-    found = {}
+    found: dict[str, str] = {}
+    users = {(folder / name).resolve() for name in USERS}
     for output in command.outputs:
         place = (folder / output).resolve()
         entries = {output: place} if place.is_file() else {}
@@ -115,7 +116,11 @@ def result_of(folder: Path, command: Command) -> dict[str, str]:
         found |= {
             name: hashlib.sha256(path.read_bytes()).hexdigest()
             for name, path in entries.items()
-            if path.is_file() and not any(path.match(pattern) for pattern in (*command.varies, *USERS))
+            # Which checkpoints are kept depends on where a run was resumed; its adapter does not.
+            if path.is_file()
+            and "checkpoints" not in path.parts
+            and path not in users
+            and not any(path.match(pattern) for pattern in command.varies)
         }
     return found
 
@@ -178,6 +183,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=None, help="where the files are made (a temporary directory)")
     arguments = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup and some runners of jobs leave it ignored
     draw, console = random.Random(arguments.seed), Console()
     with tempfile.TemporaryDirectory(dir=arguments.workdir, prefix="signals-") as name:
         root = Path(name)

@@ -14,6 +14,8 @@ from transformers import set_seed
 from gemma_tune.disk import replaced_directory
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.main_memory import peak_memory_bytes
+from gemma_tune.models.directory import BASE_FILE
+from gemma_tune.runs.checkpoints import set_aside
 from gemma_tune.runs.context import RunContext
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.manifest import read_manifest, update_manifest
@@ -187,7 +189,8 @@ def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: An
             hint="make space, and resume with --resume: the last checkpoint holds everything",
         )
 
-    # What is there already is of a run that was trained on after its end.
-    with replaced_directory(directory, explain=explain) as partial:
+    # What is there already is of a run that was trained on after its end; or somebody put it there.
+    displace = None if (directory / BASE_FILE).is_file() else set_aside
+    with replaced_directory(directory, explain=explain, displace=displace) as partial:
         write_adapter(model, partial, weights=weights)
         tokenizer.save_pretrained(str(partial))

@@ -12,6 +12,7 @@ import pytest
 
 from gemma_tune import load
 from gemma_tune.data.rows.template import load_template
+from gemma_tune.disk import locked
 from gemma_tune.errors import DataError, ModelError
 from gemma_tune.evaluation import compare
 from gemma_tune.evaluation.compare import compare_models, find_contenders
@@ -262,6 +263,17 @@ def test_a_directory_of_something_else_is_left_alone(run: Callable[..., Comparis
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match=r"holds other files"):
         run("strong", "weak", judge=None)
+    (tmp_path / "out" / "thesis.txt").rename(tmp_path / "out" / "comparison.json")
+    with pytest.raises(DataError, match=r"comparison\.json is damaged"):
+        run("strong", "weak", judge=None)
+
+
+def test_a_killed_start_and_another_process(run: Callable[..., Comparison], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".comparison.json.77.tmp").write_text("{", encoding="utf-8")
+    with locked(tmp_path / "out"), pytest.raises(DataError, match=r"another process compares in"):
+        run("strong", "weak", judge=ScriptedJudge(better))
+    run("strong", "weak", judge=ScriptedJudge(better))
 
 
 # --- real models ------------------------------------------------------------------------------------------------------

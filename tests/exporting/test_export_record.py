@@ -75,3 +75,10 @@ def test_a_record_of_a_later_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / RECORD_FILE).write_text(json.dumps({**asdict(record), "schema": 2}), encoding="utf-8")
     with pytest.raises(RunError, match="has schema 2, this version reads 1"):
         read_record(tmp_path)
+
+
+def test_a_folder_of_the_users_in_an_export_is_no_part_of_it(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "notes").mkdir()
+    record = finish_record(tmp_path, ExportRecord("adapter", "f", {}, {}), {})
+    assert record.files == {"model.safetensors": 7} and list(record.sha256) == ["model.safetensors"]

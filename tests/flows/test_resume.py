@@ -111,8 +111,9 @@ def test_the_same_command_goes_on_to_the_same_run(recipe: Path, whole: Path) -> 
 
 def test_a_run_that_died_before_its_first_checkpoint_starts_again(recipe: Path, whole: Path) -> None:
     run = interrupt(recipe)
-    shutil.rmtree(run.checkpoints)
+    run.checkpoints.rename(run.adapter)  # the user's own, under our name
     _, told = train(recipe)
+    assert (run.path / "set-aside" / "adapter" / "checkpoint-1").is_dir()
     assert any("ended before its first checkpoint" in line for line in told.warnings)
     assert outcome(Path()) == outcome(whole)
 

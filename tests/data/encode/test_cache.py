@@ -208,4 +208,8 @@ def test_entries_are_the_users_own_and_can_be_cleared(own_cache: Path, tmp_path:
     num_entries, num_bytes = cache.clear_cache()
     assert num_entries == 1 and num_bytes > 0
     assert not list(own_cache.iterdir())
+    users = own_cache / "mine" / "facts.json"  # a name of ours in a folder that is not
+    users.parent.mkdir()
+    users.write_text("mine", encoding="utf-8")
+    assert cache.clear_cache() == (0, 0) and users.read_text(encoding="utf-8") == "mine"
     assert not build(path, tokenizer).cached
