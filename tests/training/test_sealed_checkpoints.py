@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from gemma_tune.errors import RunError
 from gemma_tune.runs.checkpoints import SEAL, last_complete_checkpoint, seal_checkpoint, step_of
+from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.metrics_log import read_metrics
 from gemma_tune.training.state_file import read_state, write_state
 from tests.training.random_rows import Rows, make_rows
@@ -80,6 +82,23 @@ def test_a_prolonged_run_takes_the_rates_of_its_new_length(base: Path, tmp_path:
     rates = [[row["learning_rate"] for row in read_metrics(each)] for each in (run, whole)]
     assert rates[0][2:] == rates[1][2:]
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_the_adapter_is_on_the_disk_before_it_bears_its_name(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, fsync = RunDir(tmp_path / "run"), os.fsync
+    synced: list[tuple[Path, bool]] = []
+
+    def record(descriptor: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{descriptor}")), run.adapter.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    train(base, run.path, rows=Rows(make_rows(4, seed=1), []), recipe=recipe_of(max_steps=1))
+    files = {path.name for path, has_name in synced if run.path == path.parent.parent and not has_name}
+    assert files >= {path.name for path in run.adapter.iterdir()}
+    assert (run.path, True) in synced
 
 
 def test_a_trained_embedding_is_saved_once(base: Path, tmp_path: Path) -> None:
