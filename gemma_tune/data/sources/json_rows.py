@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from gemma_tune.data.sources.items import (
@@ -24,6 +25,11 @@ from gemma_tune.data.sources.items import (
     utf8_hint,
 )
 from gemma_tune.errors import DataError
+from gemma_tune.text import format_bytes
+
+# A line of a compressed file can be a thousand times as long as the file. The longest row that is rendered, its 16
+# million characters written as \uXXXX, has 100 MB.
+MAX_LINE_BYTES = 128_000_000
 
 
 def _kind(value: object) -> str:
@@ -41,8 +47,11 @@ def _decoder() -> tuple[json.JSONDecoder, list[str]]:
     def to_dict(pairs: list[tuple[str, object]]) -> dict[str, object]:
         made = dict(pairs)
         if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice.extend(key for index, key in enumerate(keys) if key in keys[:index])
+            seen: set[str] = set()
+            for key, _ in pairs:
+                if key in seen:
+                    twice.append(key)
+                seen.add(key)
         return made
 
     return json.JSONDecoder(object_pairs_hook=to_dict), twice
@@ -82,7 +91,12 @@ def read_jsonl(stream: io.BufferedReader, file: RowFile) -> Iterator[SourceItem]
     decode = decoder.decode
     is_first = True
     # Bytes are split at \n only: U+2028 and its like are allowed inside a JSON string and end no line.
-    for number, raw in enumerate(stream, start=1):
+    for number, raw in enumerate(iter(partial(stream.readline, MAX_LINE_BYTES + 1), b""), start=1):
+        if len(raw) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{name}:{number}: a line of more than {format_bytes(MAX_LINE_BYTES)}, which no row is",
+                hint="write one object a line",
+            )
         if raw.isspace():
             continue
         where = f"{name}:{number}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 import subprocess
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from hypothesis import given
 from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
+from gemma_tune.data.sources import json_rows
 from gemma_tune.data.sources.source import BrokenLine, SourceRow, open_source, read_whole
 from gemma_tune.errors import DataError
 
@@ -129,3 +133,23 @@ def test_every_form_gives_the_same_rows(
         for ascii_only in (True, False):
             path = saved(folder / "rows.json", content, indent=indent, ensure_ascii=ascii_only)
             assert fields(path) == rows
+
+
+def test_a_line_that_a_small_file_unpacks_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2_000_000)
+    path = tmp_path / "rows.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"a": 1}\n{"a": "' + "x" * 50_000_000 + '"}\n')
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz:2: a line of more than 2 MB, which no row is"):
+        list(open_source(str(path)).rows())
+    assert tracemalloc.get_traced_memory()[1] < 15e6
+    tracemalloc.stop()
+
+
+def test_a_row_of_many_keys_one_of_them_twice_is_read_soon(tmp_path: Path) -> None:
+    keys = ", ".join(f'"k{number}": 1' for number in [*range(200_000), 7])
+    started = time.process_time()
+    rows = list(open_source(str(saved(tmp_path / "rows.jsonl", f"{{{keys}}}\n"))).rows())
+    assert rows == [BrokenLine("rows.jsonl:1", "key 'k7' twice")]
+    assert time.process_time() - started < 5
