@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma_tune.data.rows.render import CONTENT_KEYS, ROLE_KEYS
 from gemma_tune.data.rows.template import DataTemplate, list_templates, load_template
 from gemma_tune.data.rows.unread import RowFormat
+from gemma_tune.data.sources.cells import CONTENT_KEYS, ROLE_KEYS, as_messages
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.data.sources.source import TINY_WORLD, Source, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
@@ -17,6 +17,8 @@ from gemma_tune.text import suggestion
 
 # What `template: auto` tries, in this order: for a base model, and before those for a model that knows chat turns.
 _AUTO = ("dolly", "alpaca", "preference", "chat", "completion", "chat-completion", "text")
+# Fields that one shipped template reads as text and another as messages.
+_TEXT_OR_MESSAGES = ("prompt", "completion")
 _AUTO_CHAT = ("dolly-chat", "alpaca-chat")
 
 
@@ -142,12 +144,14 @@ def detect_template(columns: Sequence[str], *, prefers_chat: bool, lists: Collec
 
 def list_columns(source: Source, columns: Mapping[str, str]) -> frozenset[str]:
     """The columns, and the fields mapped to them, whose value in the first row is a list of messages."""
-    first = next((row for row in source.rows() if isinstance(row, SourceRow)), None)
-    lists = {name for name, value in (first.fields if first else {}).items() if _holds_messages(value)}
-    return frozenset(lists | {field for field, column in columns.items() if column in lists})
+    first = next((row.fields for row in source.rows() if isinstance(row, SourceRow)), {})
+    values = {name: first.get(column) for name, column in ({name: name for name in first} | dict(columns)).items()}
+    return frozenset(name for name, value in values.items() if _holds_messages(value, name))
 
 
-def _holds_messages(value: object) -> bool:
+def _holds_messages(value: object, name: str) -> bool:
+    if isinstance(value, str) and name in _TEXT_OR_MESSAGES:
+        value = as_messages(value)
     return isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
 
 

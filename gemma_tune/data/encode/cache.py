@@ -40,7 +40,7 @@ _FILES = (_TOKEN_IDS, _SUPERVISED, _ROWS, *_LINES.values())
 _NO_ROWS = np.zeros(0, dtype=np.int64)
 # Raise it with every change that makes other token ids, labels, places or reports of the same rows: entries of an older
 # format are then encoded again. tests/data/encode/test_golden.py fails where that was forgotten.
-ENCODING_FORMAT = 1
+ENCODING_FORMAT = 2
 # What renders and tokenizes; a new release of one of them may read the same rows otherwise.
 _PACKAGES = ("jinja2", "tokenizers", "transformers")
 _PII_PACKAGES, _ENCODING_PACKAGES = ("phonenumbers", "python-stdnum"), ("ftfy",)

@@ -18,7 +18,7 @@ from gemma_tune.data.inputs import Input, Inputs
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.cleaner import RowCleaner
 from gemma_tune.data.rows.divide import RowKeys
-from gemma_tune.data.rows.render import Example, render_example
+from gemma_tune.data.rows.render import Example, prepare_fields, render_example
 from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.spool import Chosen, ExampleSpool
 from gemma_tune.data.rows.unread import Tally, unread_notes
@@ -169,6 +169,11 @@ def render_rows(
         if isinstance(row, BrokenLine):
             yield None, row
             continue
+        fields, spelled = prepare_fields(item.template, row.fields, item.row_format.columns)
+        if fields is not row.fields:
+            row = replace(row, fields=dict(fields))
+        if tally is not None:
+            tally.spelled.update(spelled)
         try:
             clean = replace(row, fields=cleaner.fields(row.fields)) if cleaner and cleaner.changes_text else row
             example = render_example(item.template, clean, chat=chat, row_format=item.row_format, tally=tally)

@@ -11,6 +11,7 @@ from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.jinja_text import render_pieces, render_text
 from gemma_tune.data.rows.segments import RowError, Segment
 from gemma_tune.data.rows.unread import AS_THEY_STAND, RowFormat, Tally, Unread, drop_setting
+from gemma_tune.data.sources.cells import CONTENT_KEYS, ROLE_KEYS, read_cells
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError
 from gemma_tune.members import Members
@@ -28,7 +29,6 @@ ROLES: Mapping[str, str] = {
 }
 _TOOL_ROLES = frozenset({"tool", "function", "function_call", "function_response", "observation", "ipython"})
 # The names of a message's keys; the first one that it has is read.
-ROLE_KEYS, CONTENT_KEYS = ("from", "role"), ("value", "content", "text", "parts")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 END_OF_TEXT = Segment("", supervised=True, control=True, stop=True)
 
@@ -129,6 +129,15 @@ def question_fields(template: DataTemplate, question: str) -> dict[str, object]:
     return {template.question: question}
 
 
+def prepare_fields(
+    template: DataTemplate, fields: Mapping[str, object], columns: Mapping[str, str]
+) -> tuple[Mapping[str, object], list[str]]:
+    """Make text and messages of what a row holds where the template reads them; see `read_cells`."""
+    messages = {columns.get(name, name) for name in (*template.conversation, *template.answers, *template.opening)}
+    texts = {columns.get(name, name) for name in (*template.fields, template.category) if name}
+    return read_cells(fields, texts=texts, messages=messages)
+
+
 class _Row:
     """A row, and what it is rendered with."""
 
@@ -145,6 +154,7 @@ class _Row:
         columns = row_format.columns
         self._opening = [name for name in template.opening if name in columns or name not in columns.values()]
         names = (*template.conversation, *template.fields, *self._opening, template.category)
+        fields, _ = prepare_fields(template, fields, columns)
         self.fields = self.unread.keep(fields, {self.column(name) for name in names if name})
         present = [name for name in template.conversation if self.fields.get(self.column(name)) is not None]
         for name in present[1:]:

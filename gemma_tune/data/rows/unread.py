@@ -104,6 +104,7 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     roles: dict[str, str] = field(default_factory=dict)
     developer_rows: int = 0
+    spelled: Counter[str] = field(default_factory=Counter)  # columns whose numbers and the like are read as text
 
     def add(self, unread: Unread) -> None:
         """Count one row."""
@@ -125,6 +126,9 @@ class Tally:
         if self.lost:
             rows = ", ".join(f"{name} in {counted(count, 'row')}" for name, count in self.lost.items())
             yield f"refused for what cannot be rendered: {rows}; {drop_setting(self.lost)} trains such rows without"
+        for name, count in self.spelled.items():
+            said = "numbers, truth values or dates, which are read as text (42, 1.5, true, 2024-01-05)"
+            yield f"{name} holds {said} in {counted(count, 'row')}"
         if self.developer_rows:
             yield f"developer turns are read as system turns (in {counted(self.developer_rows, 'row')})"
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from contextlib import suppress
 from decimal import Decimal
 
-ROLE_KEYS = ("from", "role")  # those that make an object a message
+ROLE_KEYS, CONTENT_KEYS = ("from", "role"), ("value", "content", "text", "parts")  # of a message
 # Python's own spelling of a list is read by its parser, which takes memory and time.
 _MAX_LITERAL_CHARS = 1_000_000
 
@@ -24,18 +24,27 @@ def read_cells(
     changed: dict[str, object] = {}
     spelled = []
     for name in (*messages, *texts):
-        value = fields.get(name)
-        if isinstance(value, str):
-            read = as_messages(value) if name in messages else value
-        elif name in texts and value is not None:
-            read = as_text(value)
-            if isinstance(read, str):
-                spelled.append(name)
-        else:
-            read = None if value != value else value
+        value = read = changed.get(name, fields.get(name))
+        if name in messages:
+            read = _with_texts(as_messages(value) if isinstance(value, str) else value)
+        if name in texts and not isinstance(read, str):
+            read = as_text(read)
         if read is not value:
             changed[name] = read
+            if read is not None and not isinstance(value, str):
+                spelled.append(name)
     return ({**fields, **changed} if changed else fields), spelled
+
+
+def _with_texts(value: object) -> object:
+    """Messages whose numbers are text; None for NaN."""
+    if isinstance(value, list):
+        items = [_with_texts(item) for item in value]
+        return value if all(new is old for new, old in zip(items, value, strict=True)) else items
+    if isinstance(value, Mapping):
+        found = {key: value[key] for key in CONTENT_KEYS if isinstance(value.get(key), bool | int | float)}
+        return {**value, **{key: as_text(content) for key, content in found.items()}} if found else value
+    return None if value != value else value
 
 
 def as_text(value: object) -> object:

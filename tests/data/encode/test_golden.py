@@ -42,7 +42,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 # Format → template → for each of the settings the rows' tokens, those in the loss, and a hash of ids and labels.
 PINNED: dict[int, dict[str, tuple[tuple[int, int, str], ...]]] = {
-    1: {
+    2: {
         "alpaca": ((67, 8, "551c53d11fd2a5df"), (67, 65, "7549e266450bcec0"), (67, 8, "551c53d11fd2a5df")),
         "alpaca-chat": ((54, 8, "b163b77ddf7d5a46"), (54, 52, "845f5e705d061918"), (54, 8, "b163b77ddf7d5a46")),
         "chat": ((70, 12, "c6bee00152b285b3"), (70, 68, "097be0655a494dc3"), (70, 12, "c6bee00152b285b3")),

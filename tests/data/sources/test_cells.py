@@ -80,3 +80,10 @@ def test_a_row_is_only_changed_where_it_must_be() -> None:
     told = {"m": json.dumps(TALK), "t": json.dumps(TALK), "e": float("nan")}
     assert read_cells(told, texts=("t", "e"), messages=("m",)) == ({**told, "m": TALK, "e": None}, [])
     assert read_cells({"m": float("nan")}, texts=(), messages=("m",)) == ({"m": None}, [])
+
+
+def test_numbers_in_messages_are_text() -> None:
+    answers = [{"role": "user", "content": 3}, {"from": "gpt", "value": True}, "no message", {"content": [1]}]
+    row, spelled = read_cells({"m": answers, "one": answers[0], "same": TALK}, texts=(), messages=("m", "one", "same"))
+    texts = [{"role": "user", "content": "3"}, {"from": "gpt", "value": "true"}, "no message", {"content": [1]}]
+    assert (row, spelled) == ({"m": texts, "one": texts[0], "same": TALK}, ["m", "one"])
