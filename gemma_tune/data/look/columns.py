@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from gemma_tune.data.rows.render import ROLE_KEYS
+from gemma_tune.data.sources.cells import ROLE_KEYS
 from gemma_tune.paths import read_table
 from gemma_tune.text import counted, listed
 
