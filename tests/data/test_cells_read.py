@@ -13,9 +13,10 @@ import pyarrow.parquet
 import pytest
 
 from gemma_tune.data.inputs import open_inputs
-from gemma_tune.data.look.glance import gemma_turns
+from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.read import Examples, read_examples
 from gemma_tune.errors import DataError
+from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import DataSection
 
 Rows = list[dict[str, Any]]
@@ -49,6 +50,12 @@ CONTAINERS = {
     "rows.parquet": as_parquet,
     "rows": as_saved,
 }
+
+
+def gemma_turns() -> ChatRenderer:
+    template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+    marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+    return ChatRenderer(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
 
 
 def read(path: Path, **settings: Any) -> Examples:
