@@ -56,6 +56,12 @@ class ReadReport:
         labels = [source.label for source in self.sources] + ([self.eval_label] if self.eval_label else [])
         return " + ".join(dict.fromkeys(labels))
 
+    def bad_lines(self) -> list[str]:
+        """The rows that cannot be used: how many, and the first of them."""
+        more = self.rows_bad - len(self.bad_samples)
+        count, tail = f"{counted(self.rows_bad, 'row')} left out:", [f"  and {more:,} more"] if more else []
+        return [count, *(f"  {sample}" for sample in self.bad_samples), *tail] if self.rows_bad else []
+
 
 @dataclass(frozen=True)
 class DataReport(ReadReport):
@@ -99,11 +105,7 @@ class DataReport(ReadReport):
             f"{self.train_tokens:,} tokens to train on, {share:.0%} of them in the loss; row length "
             f"{self.length_p50} (median), {self.length_p99} (99 %), {self.length_max} (longest, {self.longest_row})"
         )
-        if self.rows_bad:
-            told.append(f"{counted(self.rows_bad, 'row')} left out:")
-            told += [f"  {sample}" for sample in self.bad_samples]
-            more = self.rows_bad - len(self.bad_samples)
-            told += [f"  and {more:,} more"] if more else []
+        told += self.bad_lines()
         facts: list[tuple[int, str, str]] = [
             (
                 self.dropped_too_long,

@@ -161,7 +161,7 @@ def test_a_mutated_template_is_answered_in_a_sentence(kind: str, validate: Calla
         file.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
         told = ""
         if number % 3 == 0:
-            told = validate("quickstart", "data.template=rows.yaml")
+            told = validate("quickstart", "data.template=rows.yaml", "data.source=elsewhere.jsonl")
         else:  # without the command line around it, for the time that it takes
             try:
                 load_template("rows.yaml")

@@ -161,5 +161,5 @@ def test_a_chat_template_without_turn_ends_is_refused_by_validate(
     path = folder / "base/chat_template.jinja"
     path.write_text(path.read_text(encoding="utf-8").replace("<end_of_turn>", "\n"), encoding="utf-8")
     assert "which is not a control token" in told("validate", "data.template=chat", code=2, capsys=capsys)
-    told("validate", "data.template=completion", code=0, capsys=capsys)
-    told("validate", code=0, capsys=capsys)
+    told("validate", "data.template=dolly", code=0, capsys=capsys)
+    assert "which is not a control token" in told("validate", code=2, capsys=capsys)  # `auto` finds dolly-chat
