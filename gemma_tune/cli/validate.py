@@ -12,7 +12,6 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     """Check a recipe without loading a model: keys, values, model, data template, first rows, export formats."""
     from gemma_tune.data.rows.template import named_templates
     from gemma_tune.flows.check_base import check_base
-    from gemma_tune.flows.check_rows import check_rows
     from gemma_tune.models.fetch import fetch_model
     from gemma_tune.models.resolve import resolve_model
     from gemma_tune.recipe.load import dump_recipe, load_recipe
@@ -28,7 +27,10 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     if loaded.recipe.model.adapter:
         found = find_adapter(loaded.recipe.model.adapter, lora=loaded.recipe.lora, base=base)
         notes += (found.note,) if found.note else ()
-    notes += check_rows(loaded.recipe, base) if base else ()
+    if base:
+        from gemma_tune.flows.check_rows import check_rows
+
+        notes += check_rows(loaded.recipe, base)
     if as_json:
         terminal.json(loaded.recipe.model_dump(mode="json"))
         return

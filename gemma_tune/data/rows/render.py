@@ -387,6 +387,8 @@ def _render_preference(row: _Row) -> Example:
     for side in row.template.answers:
         column = row.column(side)
         messages = row.answers(column)
+        if not messages:
+            raise RowError(row.where, f"{column} holds no answer")
         if prompt is None and len(messages) < 2:
             raise RowError(
                 row.where, f"{' and '.join(names)} are missing, and {column} holds no question before its answer"

@@ -160,3 +160,9 @@ def test_what_the_template_needs_cannot_be_dropped(gemma3_tokenizer: Any, tmp_pa
     for name in ("messages", "content"):
         with pytest.raises(DataError, match=rf"data\.drop_fields: {name} is what the template chat reads"):
             read(tmp_path, [conversation()], gemma3_tokenizer, drop_fields=[name])
+
+
+def test_a_pair_whose_answer_is_dropped_has_none(gemma3_tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"prompt": "Who sings?", "chosen": [{"role": "system", "content": "Ann."}], "rejected": "Bob."}]
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: chosen holds no answer"):
+        read(tmp_path, rows, gemma3_tokenizer, drop_fields=["system"])
