@@ -153,6 +153,14 @@ READ: dict[str, tuple[tuple[str, bytes], str, dict[str, str]]] = {
         "chat",
         {"messages": "dialog"},
     ),
+    "numbers of JSON": (jsonl(rows(lambda i: {"question": question(i), "answer": i * 17})), "dolly", PAIR),
+    "truth values": (jsonl(rows(lambda i: {"question": question(i), "answer": i % 2 == 0})), "dolly", PAIR),
+    "a class as a number": (
+        jsonl(rows(lambda i: {"text": question(i), "label": i % 2})),
+        "dolly",
+        {"instruction": "text", "response": "label"},
+    ),
+    "messages as JSON in a cell": (table(rows(lambda i: {"id": i, "messages": json.dumps(turns(i))})), "chat", {}),
     "TRL messages": (
         jsonl(rows(lambda i: {"prompt": turns(i)[:1], "completion": turns(i)[1:]})),
         "chat-completion",
