@@ -59,7 +59,7 @@ _HARMLESS = frozenset(
 _MAX_TEXT_CHARS, _MAX_TEXT_CHARS_PER_MESSAGE = 64_000, 1_000
 # A row of a harmless template that is rendered in this process has at most so many characters: time may be quadratic.
 _MAX_OWN_CHARS = 30_000
-_OR = ", or a plain data template such as dolly"
+_OR = ", or take a plain data template such as dolly"
 # White space that str.strip (Jinja's trim) removes and that no template writes itself.
 _PAD = "\u2002\u2003"
 
