@@ -11,8 +11,6 @@ the same `fingerprint` of everything that decides the content, and `keep_file` r
 `write_generated` replaces only what it wrote. Text that is written here has its credentials masked.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -4,8 +4,6 @@ Every error carries a message (what is wrong, where, what was found) and a hint 
 The command line prints both and exits with `exit_code`; nothing else in the package calls `sys.exit` or prints.
 """
 
-from __future__ import annotations
-
 
 class GemmaTuneError(Exception):
     """A problem that the user can fix. `exit_code` is 2 unless a subclass says otherwise."""

@@ -1,7 +1,5 @@
 """What decides a result, in a form to keep and to compare: files and values by SHA-256, packages by their version."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

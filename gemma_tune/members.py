@@ -1,7 +1,5 @@
 """Tables of named members: an engine, method, export format or model family is one file and one row of one of these."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, Protocol, TypeVar
 

@@ -1,7 +1,5 @@
 """Where the shipped files are, in a checkout next to the package, in a wheel inside it; and where the cache is."""
 
-from __future__ import annotations
-
 import os
 import tomllib
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Credentials: one table of their forms, for all that is printed, written, uploaded, audited or refused (S5)."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

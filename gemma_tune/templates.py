@@ -1,7 +1,5 @@
 """Render a template file of the package: pages (`*.html.j2`), model cards and reports (`*.md.j2`), job files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

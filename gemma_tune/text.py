@@ -1,7 +1,5 @@
 """Words, sizes and times as a person reads them."""
 
-from __future__ import annotations
-
 import datetime
 import difflib
 import shlex

@@ -3,8 +3,6 @@
 YAML 1.2 reads `2e-4` as a number and `no` as text; kubectl and SkyPilot read 1.1, where `no` is false and 1:30 is 90.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping

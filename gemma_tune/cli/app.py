@@ -1,7 +1,5 @@
 """The command line: one registration line a command. Heavy libraries are imported inside the commands."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 

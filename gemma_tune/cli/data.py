@@ -1,7 +1,5 @@
 """`gemma-tune data preview|audit|clear-cache`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal

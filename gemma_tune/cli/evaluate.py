@@ -1,7 +1,5 @@
 """`gemma-tune evaluate`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated

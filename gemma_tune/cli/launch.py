@@ -1,7 +1,5 @@
 """`gemma-tune launch`."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal

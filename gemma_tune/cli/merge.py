@@ -1,7 +1,5 @@
 """`gemma-tune merge`."""
 
-from __future__ import annotations
-
 from gemma_tune.cli.arguments import AsJson
 from gemma_tune.cli.export import (
     BaseName,

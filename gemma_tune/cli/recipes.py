@@ -1,7 +1,5 @@
 """`gemma-tune recipes list|show|copy|schema`."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Annotated

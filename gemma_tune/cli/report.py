@@ -1,7 +1,5 @@
 """`gemma-tune report`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path

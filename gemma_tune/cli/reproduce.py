@@ -1,7 +1,5 @@
 """`gemma-tune reproduce`."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """`gemma-tune validate`."""
 
-from __future__ import annotations
-
 from rich.markup import escape
 
 from gemma_tune.cli.arguments import AsJson, Overrides, RecipePath

@@ -1,7 +1,5 @@
 """`gemma-tune verify`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """What was read, left out and encoded, as facts and as lines for a person."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gemma_tune.text import counted, listed

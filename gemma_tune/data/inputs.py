@@ -1,7 +1,5 @@
 """Which sources a recipe names, and which data template reads each of them."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

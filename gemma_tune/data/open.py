@@ -1,7 +1,5 @@
 """From a recipe to rows that can be trained: the base, the opened sources, the encoded rows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

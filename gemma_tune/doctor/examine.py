@@ -1,7 +1,5 @@
 """Every check of this machine, and of a recipe on it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The graphics card, its driver, the PyTorch build next to it, and the precision that a run will use."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

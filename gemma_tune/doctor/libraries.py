@@ -1,7 +1,5 @@
 """What the probes of the training libraries, of the hub and of a recipe's parts come to."""
 
-from __future__ import annotations
-
 from gemma_tune.doctor.finding import Finding
 from gemma_tune.doctor.packages import install_command, read_tested_set
 from gemma_tune.doctor.run_probes import Probed

@@ -1,7 +1,5 @@
 """Python, memory, disks and the limits of this machine or container, from the operating system alone."""
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

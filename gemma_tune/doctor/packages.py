@@ -3,8 +3,6 @@
 All of it from package metadata: nothing is imported.
 """
 
-from __future__ import annotations
-
 import importlib.metadata
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """The block that goes into a bug report: versions, hardware and findings, and nothing that says whose machine it is."""
 
-from __future__ import annotations
-
 import getpass
 import platform
 import re

@@ -1,7 +1,5 @@
 """Runs the probes of worker.py, each in a process of its own: imports of native libraries, drivers, the network."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time

@@ -1,7 +1,5 @@
 """The probes: each runs in a process of its own (run_probes.py) and sends its facts, and as `step` what comes next."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Mapping

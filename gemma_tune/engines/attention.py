@@ -1,7 +1,5 @@
 """Which attention implementation computes what a model was trained with."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gemma_tune.errors import EngineError

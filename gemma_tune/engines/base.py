@@ -1,7 +1,5 @@
 """What the rest of the package sees of an engine: a small protocol and the loaded model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol

@@ -1,7 +1,5 @@
 """Engine and precision of a recipe on a device: decided here, for training, plans and checks alike."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The engines: what is known of each without importing it. To add one, write its class in a file and its row here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

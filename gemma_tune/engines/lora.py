@@ -1,7 +1,5 @@
 """From a recipe's `lora` section, or an adapter on disk, to PEFT's names, and the check of what was attached (LEAF)."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """What is true of quantised layers in every engine (LEAF)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

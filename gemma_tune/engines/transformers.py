@@ -1,7 +1,5 @@
 """The plain engine: transformers, bitsandbytes and PEFT (LEAF)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

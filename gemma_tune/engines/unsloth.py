@@ -4,8 +4,6 @@ Unsloth patches transformers, PEFT and TRL when it is imported, so it is importe
 stdout by `engines.quiet`.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Figures over one answer, in plain Python."""
 
-from __future__ import annotations
-
 import json
 import re
 import string

@@ -1,7 +1,5 @@
 """Rules that an answer is held against, without a judge."""
 
-from __future__ import annotations
-
 import functools
 import json
 import re

@@ -1,7 +1,5 @@
 """Eval rows answered by the model, before and after training (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar

@@ -1,7 +1,5 @@
 """The benchmarks of the Gemma report by name: the harness's task, the shots, the measure, and the published figures."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

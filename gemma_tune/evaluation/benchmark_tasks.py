@@ -1,7 +1,5 @@
 """The tasks of a benchmark run: named ones of lm-evaluation-harness, and files of the user's own."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence

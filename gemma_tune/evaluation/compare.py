@@ -4,8 +4,6 @@ A comparison is a directory: `comparison.json` (what decides the answers), `answ
 `judgments-….jsonl` of each judge. What is there already is not made again.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence

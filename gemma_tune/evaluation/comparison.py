@@ -1,7 +1,5 @@
 """What a comparison found, as it is stored and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

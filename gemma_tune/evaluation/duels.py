@@ -1,7 +1,5 @@
 """Every pair of answers before a judge: in which order, what was ruled before, and who wins by it."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From what was measured of each row to figures with intervals, over all rows and by category."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

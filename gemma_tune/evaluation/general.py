@@ -1,7 +1,5 @@
 """The texts of the forgetting check: whether the tuned model still reads plain text as well as its base."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """How sure a figure over rows is: 95 % intervals, by resampling the rows."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Who wins: win rates with intervals, and Bradley-Terry scores where there are more than two."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Write the model card into an exported directory: what the run and its data template say, handed to `reporting`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from ruamel.yaml.scalarstring import LiteralScalarString

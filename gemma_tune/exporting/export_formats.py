@@ -4,8 +4,6 @@ What a format is made from (a GGUF from the merged weights) is taken from a fini
 written to `.parts` and removed at the end. A killed export is resumed: what was finished is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

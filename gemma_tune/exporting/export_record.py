@@ -1,7 +1,5 @@
 """export.json: what an exported directory holds, what it was made of, and how its check came out."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path

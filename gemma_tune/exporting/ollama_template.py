@@ -10,8 +10,6 @@ it is cut behind .Response. The BOS is added when the text is tokenized (tokeniz
 must hold none.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

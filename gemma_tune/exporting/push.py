@@ -5,8 +5,6 @@ All of it goes in one commit, so that a repository never holds half an export; w
 is not uploaded again. The token comes from the login or HF_TOKEN; it is not an argument of anything here.
 """
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterator, Sequence

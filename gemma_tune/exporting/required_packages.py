@@ -1,7 +1,5 @@
 """Packages that an export needs and a user may lack."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The small files of an exported directory: where each comes from, and what they must not carry away."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

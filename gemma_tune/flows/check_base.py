@@ -3,8 +3,6 @@
 Loads nothing heavy.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the first rows of a recipe say about it, read as a training reads them. Loads nothing heavy."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from itertools import islice

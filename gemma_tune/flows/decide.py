@@ -1,7 +1,5 @@
 """What a run works with on this machine, decided before anything heavy is loaded."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Exports of a run or an adapter, and their proof: the entry that the commands and Python call."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path

@@ -1,7 +1,5 @@
 """From rows, a goal and a card to the recipe that `gemma-tune init` writes."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """From decisions to everything that a training needs in memory: rows, lock, model, adapter."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A run made again from its lock, and compared bit by bit."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 
 from gemma_tune.errors import RunError

@@ -3,8 +3,6 @@
 Nothing heavy is imported at the top, as the engine must be the first to import transformers.
 """
 
-from __future__ import annotations
-
 import shlex
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What can be set of an answer. Every setting is declared once: type, bounds, and the help text of its option."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Answers from a transformers model: batched, left-padded, order kept (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

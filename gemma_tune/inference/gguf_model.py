@@ -1,7 +1,5 @@
 """A GGUF file run by llama.cpp: its weights and its tokenizer, with our prompts and transformers' samplers (LEAF)."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass

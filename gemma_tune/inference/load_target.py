@@ -1,7 +1,5 @@
 """A target in memory, ready to be asked (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

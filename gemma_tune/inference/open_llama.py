@@ -1,7 +1,5 @@
 """Opens a GGUF file in llama.cpp."""
 
-from __future__ import annotations
-
 from typing import Any
 
 

@@ -1,7 +1,5 @@
 """What a model is asked: rows for its data template, from single questions, a file, or stdin."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Sequence

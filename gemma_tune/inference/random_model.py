@@ -1,7 +1,5 @@
 """A Gemma of random weights, to look at an architecture and to try code out (LEAF)."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """How the next token is chosen: the samplers by name, their settings, and a function of the user's own."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

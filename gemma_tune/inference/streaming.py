@@ -1,7 +1,5 @@
 """Text that is passed on while it is generated."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 OnText = Callable[[str], None]

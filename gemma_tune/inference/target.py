@@ -3,8 +3,6 @@
 No heavy imports: a wrong path is reported at once.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

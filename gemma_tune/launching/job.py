@@ -1,7 +1,5 @@
 """Describe what a job runs and on what, before it is written for a scheduler."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Write a Kubernetes Job whose pods resume by themselves after an eviction, a drained node or a lost one."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Make the job file of a recipe for one scheduler, and hand it to that scheduler."""
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import subprocess

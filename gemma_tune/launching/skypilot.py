@@ -1,7 +1,5 @@
 """Write a SkyPilot managed job: it looks for machines, and for others when they are taken away."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write a SLURM batch script that resumes by itself after its time limit, a preemption or a lost node."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

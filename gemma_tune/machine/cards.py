@@ -1,7 +1,5 @@
 """The cards that a plan can be made for, whose rows are in cards.toml, and the one in this machine."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ function sends, and last what it returns or raises, on a copy of stdout. What li
 as the end of a log. A `LimitedChild` answers call after call in the same way, under limits of time and memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib

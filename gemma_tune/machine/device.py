@@ -1,7 +1,5 @@
 """The device that trains: the first CUDA card, else the processor."""
 
-from __future__ import annotations
-
 import platform
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Main memory: what this machine and its container have and leave free, and what a process took."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

@@ -5,8 +5,6 @@
 used with the embeddings, the norms and the adapter kept in float32 (https://github.com/huggingface/transformers/issues/39972).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

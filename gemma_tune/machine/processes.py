@@ -5,8 +5,6 @@ works as well. Our own start keeps what torchrun's loses: the exit code, the fir
 however long a step takes, and one message for a mistake that all processes meet.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

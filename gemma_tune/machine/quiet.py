@@ -1,7 +1,5 @@
 """Keeps what libraries print, and what no user can act on, off the terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

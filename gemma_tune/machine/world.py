@@ -4,8 +4,6 @@
 0 writes, and what it reads from a run it sends to the others, so that they need no disk in common.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

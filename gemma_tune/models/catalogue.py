@@ -1,7 +1,5 @@
 """Every Gemma that can be asked for by name; the rows are in catalogue.toml."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A hub config leaves out what equals the class default (google/gemma-3-4b-pt name
 defaults of each configuration class are repeated in `families/`; the tests compare them with transformers' own.
 """
 
-from __future__ import annotations
-
 import math
 import reprlib
 from collections.abc import Mapping

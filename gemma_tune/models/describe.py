@@ -3,8 +3,6 @@
 Names are those of transformers' `Gemma…ForCausalLM`; the tests compare every row with such a model on the meta device.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

@@ -1,7 +1,5 @@
 """The check of a model directory before anything opens its files."""
 
-from __future__ import annotations
-
 from collections.abc import Container
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """From a model's name to a directory on this machine, downloading it once."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

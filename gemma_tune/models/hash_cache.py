@@ -1,7 +1,5 @@
 """SHA-256 of large files that is asked for again: kept in the cache under a stamp that every change of a file moves."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """What a name stands for: a known model, one on a hub, or what lies at a path of this machine."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ A safetensors file is an 8-byte little-endian header length, a JSON header (name
 raw bytes; https://github.com/huggingface/safetensors#format.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

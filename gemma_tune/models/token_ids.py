@@ -1,7 +1,5 @@
 """The token ids of a tokenizer.json next to the rows of an embedding, without transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

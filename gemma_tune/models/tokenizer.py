@@ -1,7 +1,5 @@
 """The tokenizer of a model directory (LEAF)."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

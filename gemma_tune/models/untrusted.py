@@ -1,7 +1,5 @@
 """What a file that came with a model may not make the loader do: run code, or download a kernel."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

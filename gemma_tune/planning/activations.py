@@ -7,8 +7,6 @@ Symbols: T tokens of a batch (rows · tokens a row), S tokens a row, H hidden si
 rank, L layers; a bytes of the compute type, s bytes of the residual stream.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections import Counter

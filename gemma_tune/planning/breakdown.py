@@ -1,7 +1,5 @@
 """The parts of a plan: what lies on the card, in the host's memory and on the disk, each with its formula."""
 
-from __future__ import annotations
-
 import functools
 from dataclasses import replace
 

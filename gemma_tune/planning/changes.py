@@ -1,7 +1,5 @@
 """What would make a recipe fit: the smallest changes to it, verified by planning again."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import math

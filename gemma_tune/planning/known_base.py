@@ -1,7 +1,5 @@
 """The model that a recipe names, as far as it is known without its weights and without a network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gemma_tune.errors import ModelError

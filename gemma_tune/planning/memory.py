@@ -3,8 +3,6 @@
 Each function names the formula and its source. Symbols: r LoRA rank; s bytes of the residual stream.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable

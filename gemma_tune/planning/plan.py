@@ -1,7 +1,5 @@
 """Does a recipe fit on a card, how long does it take, and what would make it fit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A recipe for given rows, a model and a card: length, batch, optimizer and epochs, each with its reason."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

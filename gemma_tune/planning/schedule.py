@@ -11,8 +11,6 @@ The coefficients are fitted to one published table and to nothing else: LLaMA-Fa
 more after its first steps.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A recipe's training step as the planner counts it, each setting as the engine's own deciders settle it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

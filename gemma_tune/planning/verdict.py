@@ -1,7 +1,5 @@
 """What a plan says: the parts of the memory, what they come to on a card, and what would make a recipe fit."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Settings whose allowed values are a table's: read when a recipe is, so that a member added later is allowed, too."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any

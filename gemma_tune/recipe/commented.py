@@ -1,7 +1,5 @@
 """A new recipe file: only what differs from the defaults, with the reason next to a value."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which keys a recipe has, within which bounds, and where a key belongs that stands elsewhere or comes from others."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args

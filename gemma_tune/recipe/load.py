@@ -1,7 +1,5 @@
 """From a YAML file and `section.field=value` overrides to a frozen `Recipe`, or to one error with every problem."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The training methods: what recipe, rows, planner and report know of each without torch; one row a member."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """What is wrong with a recipe: one `Problem` a mistake, all of them in one message."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Rules that concern more than one setting. Each is a small function from a recipe to problems, listed in `RULES`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from gemma_tune.engines.engine_facts import ENGINES

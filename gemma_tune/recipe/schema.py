@@ -4,8 +4,6 @@ A recipe is a YAML file with the sections below. Unknown keys are refused, value
 changes. A setting that depends on the machine is `auto` here and is decided, with its reason, when the run starts.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints

@@ -5,8 +5,6 @@ paths, overrides, output directories and the machine's name are never read into 
 path of a home folder is masked in the whole text (S5). The template escapes text of a user.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Work out where the curves of a chart lie; `templates/charts.html.j2` draws them as SVG."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping, Sequence

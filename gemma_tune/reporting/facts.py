@@ -1,7 +1,5 @@
 """Gather what a report says of a run from the files of its directory; a file that is not there yet is left out."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

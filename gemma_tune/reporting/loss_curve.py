@@ -1,7 +1,5 @@
 """Draw the loss of a training by step into loss.png (matplotlib is imported when it draws)."""
 
-from __future__ import annotations
-
 from gemma_tune.reporting.charts import points_of, smoothed
 from gemma_tune.runs.layout import RunDir
 from gemma_tune.runs.metrics_log import read_metrics

@@ -1,7 +1,5 @@
 """Escape, quote and tabulate text of others in Markdown templates."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 

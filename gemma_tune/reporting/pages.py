@@ -1,7 +1,5 @@
 """Write HTML pages: one file each, no script, nothing from elsewhere, light and dark."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 from collections.abc import Callable, Mapping

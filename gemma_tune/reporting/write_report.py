@@ -1,7 +1,5 @@
 """Write the report of one run, or of several side by side, as HTML and as Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Every command that loads both comes through here. What an adapter was trained on
 run's lock.json, in an export's export.json, and next to the adapter itself (base.json), so that a copy still knows it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A PEFT adapter directory, read without PEFT: its base, weights and template, and what was trained by module."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Whether an adapter and a base fit: every tensor has its weight there, and no module of its config is missing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -5,8 +5,6 @@ renamed. What is listed therefore is complete, and the seal tells so even where 
 Drive. Nothing of it is a pickle.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shutil

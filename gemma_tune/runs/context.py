@@ -1,7 +1,5 @@
 """What every step of a run is handed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gemma_tune.machine.world import World

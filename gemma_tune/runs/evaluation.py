@@ -1,7 +1,5 @@
 """What `gemma-tune evaluate` found of a run, as it is stored in evaluation.json and shown."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal

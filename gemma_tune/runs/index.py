@@ -1,7 +1,5 @@
 """The runs of a folder: which is the newest of a recipe, and the state that one is in."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace

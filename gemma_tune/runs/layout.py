@@ -3,8 +3,6 @@
 A run directory is the interface between the stages: every later command takes one and needs nothing else.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

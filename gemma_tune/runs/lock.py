@@ -1,7 +1,5 @@
 """Everything that a run depends on, in lock.json."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields

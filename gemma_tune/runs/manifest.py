@@ -1,7 +1,5 @@
 """The state of a run, in manifest.json. The file is replaced atomically, so that a reader never sees half of it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, get_args
 

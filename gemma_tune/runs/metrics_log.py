@@ -1,7 +1,5 @@
 """The lines of metrics.jsonl: one JSON object a logged step or evaluation."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

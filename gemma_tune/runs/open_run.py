@@ -1,7 +1,5 @@
 """Open the run that a training writes: find the one to resume or create a new one, hold it, and record how it ended."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

@@ -1,7 +1,5 @@
 """How the long-running stages tell the user where they are, without printing themselves."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """Resume a run: what may differ from its start, from which checkpoint it continues, and how it is taken back to it."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

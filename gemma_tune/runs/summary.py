@@ -1,7 +1,5 @@
 """What came out of a run, as it is stored in summary.json and shown at the end."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, fields
 
 from gemma_tune.disk import read_json_object, write_json

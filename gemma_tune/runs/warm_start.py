@@ -1,7 +1,5 @@
 """The adapter that a training starts from (`model.adapter`): found and compared before anything is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The adapter between the model in memory and PEFT's files, without the base and without a pickle (LEAF)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

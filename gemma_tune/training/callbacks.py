@@ -1,7 +1,5 @@
 """What happens between the steps: metrics and progress, checkpoints on a clock, early and asked-for ends (LEAF)."""
 
-from __future__ import annotations
-
 import math
 import signal
 import threading

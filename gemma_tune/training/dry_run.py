@@ -1,7 +1,5 @@
 """What would otherwise fail after hours is tried before the first step (LEAF; F10, F39, F40)."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What stops a training that would be lost, before the weights or a checkpoint take harm (LEAF; F23, F24, F32)."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Mapping

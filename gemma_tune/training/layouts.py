@@ -1,7 +1,5 @@
 """How rows become tensors: padded one by one, or joined into packs (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

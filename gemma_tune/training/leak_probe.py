@@ -1,7 +1,5 @@
 """Whether joined rows stay apart: the model itself is asked before a packed training starts (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

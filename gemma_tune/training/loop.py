@@ -3,8 +3,6 @@
 Import it after the engine has started: Unsloth replaces `trl.SFTTrainer` when it is imported.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import replace

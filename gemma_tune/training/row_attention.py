@@ -6,8 +6,6 @@ pack costs what its rows cost. It is an attention function as transformers' `Att
 in for `sdpa` while a packed training runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise

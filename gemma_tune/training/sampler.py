@@ -1,7 +1,5 @@
 """The order of the rows, a function of seed and epoch alone: a resumed run sees what it would have seen (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -4,8 +4,6 @@ The Trainer's checkpoints are written in place, are pickles but for the adapter,
 training, tokens included (F33, S1, S5). It calls the methods here in their place.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from pathlib import Path

@@ -3,8 +3,6 @@
 What is written is whole: process 0 gathers it, so that a checkpoint of a sharded training is one as any other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A tree of dicts, lists, tuples, tensors, numbers and strings comes back equal, k
 can only build these: there is no pickle (S1).
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

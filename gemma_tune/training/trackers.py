@@ -1,7 +1,5 @@
 """The experiment trackers that a recipe names: installed, and ready to run without a question (F3)."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import netrc

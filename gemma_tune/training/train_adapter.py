@@ -1,7 +1,5 @@
 """One training: from a model with an adapter and encoded rows to a trained adapter on disk (LEAF)."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -4,8 +4,6 @@ An entry is written beside and renamed, so that a reader sees a whole one or non
 entry do not disturb each other. Entries hold the user's rows and are readable by the user alone (S9).
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

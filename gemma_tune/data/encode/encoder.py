@@ -4,8 +4,6 @@ One code path for training and for asking, for all templates: row text is never 
 tokens of a template are looked up instead of parsed, and the labels follow from the segments, never from a search.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Rows into packs: sequences of at most so many tokens that hold several rows, with hardly a token left empty."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from gemma_tune.data.encode.arrays import Ints

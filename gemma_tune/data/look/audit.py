@@ -1,7 +1,5 @@
 """The audit of fine-tuning rows: counts, lengths, languages and findings, with 0.2 kB of memory a row."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What the columns of rows hold, by the values of the first rows and by the words in their names."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import re

@@ -1,7 +1,5 @@
 """What answers and prompts of many rows begin or end with: looked for in a sample, counted in all rows."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """How many rows a recipe trains on and how long they are, without a tokenizer or a download."""
 
-from __future__ import annotations
-
 import functools
 import glob
 import json

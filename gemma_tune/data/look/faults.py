@@ -3,8 +3,6 @@
 No value of a personal find leaves this module: samples carry its first character and its length.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 

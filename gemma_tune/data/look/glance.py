@@ -1,7 +1,5 @@
 """A first look at rows without a recipe: their columns, and every row as a training would render it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Encoded rows, token by token, for a person or a program to read."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import groupby

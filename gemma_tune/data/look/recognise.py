@@ -1,7 +1,5 @@
 """Which template reads rows without a recipe, and which of their columns is asked and which answers."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress

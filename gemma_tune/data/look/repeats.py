@@ -1,7 +1,5 @@
 """Rows that occur twice, and eval rows that are trained on, exactly or nearly."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

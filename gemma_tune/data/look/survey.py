@@ -1,7 +1,5 @@
 """Every row of a recipe as it stands, for the audit: nothing is cleaned, dropped or left out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """The recipe's `data.clean`, applied to one row: its text before it is templated, and whether it is left out."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 

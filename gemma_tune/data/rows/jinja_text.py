@@ -4,8 +4,6 @@ No loops, calls or assignments, and few nodes that are nested little, so that co
 the output is bounded. Row text is only ever a value, never a template.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """From opened sources to rendered rows: clean, render, check, divide, mix, order."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

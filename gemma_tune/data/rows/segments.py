@@ -1,7 +1,5 @@
 """What a rendered row is made of: text that knows whether it is trained and whose text it is."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gemma_tune.errors import DataError

@@ -4,8 +4,6 @@ Values are written as JSON, a line each, and read back one by one; nothing of th
 does not count as memory of the process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import tempfile

@@ -1,7 +1,5 @@
 """Data templates: YAML files that say how one row becomes a prompt and a response."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

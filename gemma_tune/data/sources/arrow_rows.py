@@ -1,7 +1,5 @@
 """Rows out of Arrow tables, Arrow files and parquet files."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """What a cell holds, as a template needs it: tables have numbers where text is meant, and messages as text."""
 
-from __future__ import annotations
-
 import ast
 import datetime
 import json

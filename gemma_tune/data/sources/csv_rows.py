@@ -1,7 +1,5 @@
 """Rows out of files of cells with a delimiter between them, as csv modules, pandas, Excel and databases write them."""
 
-from __future__ import annotations
-
 import csv
 import io
 import re

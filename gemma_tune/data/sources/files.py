@@ -1,7 +1,5 @@
 """Rows out of one file, read as a stream; every row and every broken piece has its line."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Rows of a dataset on the hub, through `datasets` and its cache."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """What a source of rows gives: rows, and the pieces of it that are none."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Rows out of JSON lines and out of one JSON list."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,7 +1,5 @@
 """Folders that `save_to_disk` of the library datasets wrote: Arrow files of one set of rows, or of several splits."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

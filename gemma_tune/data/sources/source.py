@@ -1,7 +1,5 @@
 """Rows from files, from the hub or from the package, each with the place it came from."""
 
-from __future__ import annotations
-
 import glob
 import hashlib
 import os

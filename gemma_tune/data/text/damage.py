@@ -1,7 +1,5 @@
 """Damage and marks in row text: mojibake, and the citation marks that encyclopedia text brings along."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -6,8 +6,6 @@ cards (Luhn, known prefixes and lengths); IBANs (mod 97 and the country's form);
 with a known prefix. National phone numbers of other countries look like any other number and are not found.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import re
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Beginnings and ends that many texts share: end markers and headings of other tools, phrases, signatures."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence

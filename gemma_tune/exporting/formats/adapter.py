@@ -5,8 +5,6 @@ trained with, and the licence; no optimizer state and no pickle. PEFT loads an a
 warning and no effect; here every tensor finds its module, with the right shape, or nothing is written.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """GGUF, for llama.cpp and LM Studio: a member a quantization. Some are converted; llama.cpp makes the others."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Merged: base + adapter as a plain Hugging Face directory in 16 or 32 bits, for transformers, vLLM and KerasHub."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import partial

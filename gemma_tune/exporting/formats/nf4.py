@@ -1,7 +1,5 @@
 """The merged model in 4 bits (bitsandbytes NF4), which loads without quantizing again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

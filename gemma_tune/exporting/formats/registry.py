@@ -1,7 +1,5 @@
 """The export formats by name. A new one is a file next to this one, a line in `FORMATS`, and its test."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from gemma_tune.errors import ExportError

@@ -4,8 +4,6 @@ A GGUF file has no field for the scale of the attention scores, the order of sli
 a bias: llama.cpp takes Gemma's own values for granted (`GgufFacts`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

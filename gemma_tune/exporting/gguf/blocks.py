@@ -1,7 +1,5 @@
 """Reads and encodes weights block by block in numpy: no tensor is ever whole in memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

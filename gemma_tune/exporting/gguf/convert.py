@@ -4,8 +4,6 @@ The `gguf` package writes the header; the weights are read, encoded, checked and
 of rows, several at a time. The file is written next to its destination and renamed when it is complete.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator

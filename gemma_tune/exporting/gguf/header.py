@@ -4,8 +4,6 @@ The `gguf` package's own reader makes an array object of every token: 17 seconds
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
-from __future__ import annotations
-
 import math
 import struct
 from collections import Counter

@@ -3,8 +3,6 @@
 llama.cpp ends its process instead of raising, so it works in a process of its own (quantize_worker.py).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """Calls llama.cpp's quantizer once, in a process of its own: llama.cpp aborts where a library should raise."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import re

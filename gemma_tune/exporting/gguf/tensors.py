@@ -1,7 +1,5 @@
 """Which tensor of a Gemma lands where in a GGUF file, decided from headers: names, types, places. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ strings of a Gemma 2 in another way than its tokenizer and llama.cpp. Source: `l
 `tokenizer_st_partition` in https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush

@@ -6,8 +6,6 @@ first merge that makes it, and when every split of a piece into two pieces is a 
 converted from SentencePiece. That, and each other thing the lists cannot say, is checked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import IntEnum

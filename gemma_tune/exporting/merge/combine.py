@@ -6,8 +6,6 @@ it. `cat` puts the factors side by side: exactly the weighted sum, at the sum of
 functions, one module at a time. The result is an adapter directory like any other, with scaling 1.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import warnings

@@ -6,8 +6,6 @@ adapter whose names do not fit with one warning and no effect; here every adapte
 nothing is written.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping

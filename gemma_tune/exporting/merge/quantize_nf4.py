@@ -5,8 +5,6 @@ what transformers writes when it saves a model that it quantised while loading. 
 of a multimodal checkpoint keep 16 bits.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping

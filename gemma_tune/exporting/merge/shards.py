@@ -1,7 +1,5 @@
 """The weight files of an output directory: what goes into which, names, headers, room on the disk, and the index."""
 
-from __future__ import annotations
-
 import ctypes
 import json
 import sys

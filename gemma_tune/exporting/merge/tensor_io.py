@@ -1,7 +1,5 @@
 """LEAF. Stored tensors into torch and back, by plain reads and writes: mapped pages would count as resident memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ raising, and the memory of a model goes back to the system with its process alon
 go straight to the disk.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A GGUF file as llama.cpp runs it. Only in a process of its own: llama.cpp aborts where Python would raise."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

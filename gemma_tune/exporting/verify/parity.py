@@ -1,7 +1,5 @@
 """How far two forms of a model are apart, what is expected of a format, and the verdict. NumPy only."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

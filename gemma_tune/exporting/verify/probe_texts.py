@@ -1,7 +1,5 @@
 """What the forms of a model are compared on: strings to tokenize, rows for logits, prompts to answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ without the size of what was to be kept. A run that trained on a 4-bit base is t
 model that was really trained (F41), on the 16-bit base and on the one that the 4 bits stand for.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass

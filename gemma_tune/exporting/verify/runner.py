@@ -1,7 +1,5 @@
 """How an export is run and compared with what was trained: what its format says of it. Nothing heavy is imported."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ Everything is computed in float32 from the files, unless the form says otherwise
 between two forms is the rounding of their weights. On the CPU: what is compared must not depend on a card.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ For machines that cannot run the model: it needs no more memory than a tensor's 
 with the merge. What it cannot see is whether a loader reads the file as we do; only running it shows that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

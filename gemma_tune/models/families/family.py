@@ -3,8 +3,6 @@
 The facts of each family are in a TOML file of this folder.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

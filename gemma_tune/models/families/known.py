@@ -1,7 +1,5 @@
 """The families that can be trained, and what holds for all of them together."""
 
-from __future__ import annotations
-
 from gemma_tune.members import Members
 from gemma_tune.models.families.family import Family, read_family
 

@@ -3,8 +3,6 @@
 Every question has a deadline, name resolution included: without a network the answer comes within HUB_SECONDS.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable

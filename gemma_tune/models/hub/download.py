@@ -5,8 +5,6 @@ huggingface_hub 1.33 begins a file again after an interruption: it downloads int
 where huggingface_hub looks for them; it does the rest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import threading

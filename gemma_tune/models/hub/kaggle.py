@@ -1,7 +1,5 @@
 """Gemma from Kaggle, through its own client `kagglehub` (the extra `kaggle`), which caches and resumes itself."""
 
-from __future__ import annotations
-
 import importlib.util
 from pathlib import Path
 

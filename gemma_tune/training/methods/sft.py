@@ -1,7 +1,5 @@
 """Supervised fine-tuning: cross-entropy on the tokens of the response (LEAF)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
