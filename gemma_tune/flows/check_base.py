@@ -12,6 +12,8 @@ from gemma_tune.data.rows.segments import RowError
 from gemma_tune.data.rows.template import named_templates
 from gemma_tune.errors import ExportError, ModelError, RecipeError
 from gemma_tune.models.config import TextConfig
+from gemma_tune.models.describe import list_rows
+from gemma_tune.models.families.known import canonical_name
 from gemma_tune.models.safetensors import StoredTensor, stored_tensors
 from gemma_tune.models.token_ids import ids_beyond, read_token_ids
 from gemma_tune.recipe.schema import DataSection, LoraSection, ModelSection, Recipe
@@ -36,6 +38,7 @@ def check_base(recipe: Recipe, config: TextConfig, directory: Path | None) -> tu
     if directory is not None:
         tensors = stored_tensors(directory)
         _check_embedding(directory, config, tensors)
+        _check_shapes(config, tensors)
         _check_targets(recipe.lora, tensors)
         _check_chat_template(recipe.data, directory)
     _check_formats(recipe, config, directory)
@@ -76,6 +79,24 @@ def _check_embedding(directory: Path, config: TextConfig, tensors: Mapping[str, 
             f"{path}: the tokenizer has {max(beyond.values()) + 1} tokens and the embedding {num_rows} rows; "
             f"{first!r} has id {beyond[first]}",
             hint="call model.resize_token_embeddings(len(tokenizer)) and save the model, or restore its own tokenizer",
+        )
+
+
+def _check_shapes(config: TextConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse weights of other shapes, or of fewer layers, than config.json says; quantised ones are packed."""
+    if config.quantization is not None:
+        return
+    stored = {canonical_name(name): tensor for name, tensor in tensors.items()}
+    hint = "download the model again: config.json and weights belong together"
+    for row in list_rows(config):
+        tensor = stored.get(f"{row.name}.weight")
+        if tensor is not None and row.weight_shape and tensor.shape != row.weight_shape:
+            shapes = f"shape {list(tensor.shape)}, and config.json means {list(row.weight_shape)}"
+            raise ModelError(f"{tensor.file}: {tensor.name} has {shapes}", hint=hint)
+    last = f"model.layers.{len(config.layers) - 1}."
+    if not any(name.startswith(last) for name in stored):
+        raise ModelError(
+            f"config.json means {len(config.layers)} layers, and the weights hold none of the last", hint=hint
         )
 
 

@@ -12,7 +12,6 @@ from gemma_tune.data.look.recognise import GOALS, Goal, Reading
 from gemma_tune.errors import EngineError, ModelError
 from gemma_tune.machine.cards import CARDS, Card
 from gemma_tune.models.catalogue import TINY
-from gemma_tune.models.families.known import FAMILIES
 from gemma_tune.models.resolve import resolve_model
 from gemma_tune.planning.propose import Proposal, RowFacts, choose_model, models_for, propose
 from gemma_tune.text import format_seconds, in_shell
@@ -48,11 +47,6 @@ class NewRecipe:
     def require(self, model: str) -> Proposal:
         """Return the recipe for this model; raises where it does not fit the goal or the card."""
         require_kind(model, goal=self.reading.goal)
-        if self.rows.has_system and not takes_system_turn(model):
-            raise ModelError(
-                f"the rows have system turns, and the chat template of {model} takes none",
-                hint="name a Gemma 3 or 4, or train without them: data.drop_fields=[system]",
-            )
         proposal = self.propose(model)
         if proposal is None:
             assert self.card is not None
@@ -65,7 +59,6 @@ class NewRecipe:
     def all(self) -> list[Proposal]:
         """Return a recipe for each model that fits, the largest first."""
         names = models_for(self.card, chat=self.reading.goal == "chat")
-        names = [name for name in names if not self.rows.has_system or takes_system_turn(name)]
         proposals = [found for name in names if (found := self.propose(name)) is not None]
         if not proposals:
             assert self.card is not None
@@ -134,12 +127,6 @@ def require_kind(model: str | None, *, goal: Goal) -> None:
         raise ModelError(
             f"{model} has learned chat turns, which --goal {goal} would undo", hint="use --goal chat, or a base model"
         )
-
-
-def takes_system_turn(model: str) -> bool:
-    """Whether a model's chat template renders a system turn, as far as that is known by its family."""
-    found = resolve_model(model)
-    return found.config is None or (FAMILIES[found.config.family].has_system_turn and model != TINY)
 
 
 def _tokenizer_of(model: str) -> Path | None:

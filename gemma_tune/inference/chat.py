@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ class Talk:
         self._turns: list[Message] = []
         self._system = ""
         self.is_over = False
-        self.has_system_turn = self._renders([{"role": "system", "content": "x"}, {"role": "user", "content": "x"}])
+        self.has_system_turn = self._chat.has_system_turn
 
     @property
     def num_answers(self) -> int:
@@ -56,17 +56,8 @@ class Talk:
 
     @property
     def messages(self) -> list[Message]:
-        """The talk as the model reads it.
-
-        A template without a system turn (Gemma 1 and 2) gets the system text in front of the first message, as Gemma
-        3's template puts it.
-        """
-        if not self._system:
-            return list(self._turns)
-        if self.has_system_turn:
-            return [{"role": "system", "content": self._system}, *self._turns]
-        first = [{**turn, "content": f"{self._system}\n\n{turn['content']}"} for turn in self._turns[:1]]
-        return [*first, *self._turns[1:]]
+        """The talk, with its system text as a turn."""
+        return [{"role": "system", "content": self._system}] * bool(self._system) + self._turns
 
     def ask(self, text: str, *, on_text: OnText | None = None) -> Completion:
         """Say something and get the answer; both are kept. Without an answer, neither is.
@@ -76,7 +67,7 @@ class Talk:
         """
         self._turns.append({"role": "user", "content": text})
         try:
-            prompt = self._loaded.encoder.encode_prompt(self._chat.prompt(self.messages))
+            prompt = self._loaded.encoder.encode_prompt(self._chat.prompt(self._chat.fold_system(self.messages)))
             (completion,) = self._loaded.complete([prompt], self._settings, on_text=on_text)
         except BaseException:
             self._turns.pop()
@@ -110,7 +101,7 @@ class Talk:
         if path.suffix != ".jsonl":
             raise DataError(f"{path} is not a .jsonl file", hint=f"for example: /save {path.with_suffix('.jsonl')}")
         try:
-            self._chat.row(self.messages, where="the talk")
+            self._chat.row(self._chat.fold_system(self.messages), where="the talk")
         except RowError as error:
             raise DataError(f"the talk cannot be trained on: {error.problem}", hint="/undo takes a turn back") from None
         line = to_json_lines([{"messages": self.messages}])
@@ -122,13 +113,6 @@ class Talk:
             reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
             raise DataError(f"cannot write {path}: {reason}") from None
         return len(before.splitlines()) + 1
-
-    def _renders(self, messages: Sequence[Message]) -> bool:
-        try:
-            self._chat.prompt(messages)
-        except (RowError, DataError):
-            return False
-        return True
 
 
 @dataclass(frozen=True)

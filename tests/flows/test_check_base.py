@@ -72,6 +72,9 @@ CASES: dict[str, tuple[str, Edit | None, list[str], str]] = {
         "config.json", quantised("bitsandbytes", load_in_4bit=True), ["export.formats=[merged-16bit]"],
         "export.formats: merged-16bit: the base is quantised",
     ),
+    "heads of another size": ("config.json", lambda config: config.update(head_dim=10**9), [], "shape [256, 256], and"),
+    "more layers": ("config.json", lambda config: config.update(num_hidden_layers=5), [], "means 5 layers, and the"),
+    "a wider MLP": ("config.json", lambda config: config.update(intermediate_size=513), [], "json means [513, 2"),
     "longer tokenizer": ("tokenizer.json", add_token, [], f"2305 tokens and the embedding {NUM_ROWS} rows; '<mood>'"),
     "other vocabulary": (
         "tokenizer.json", lambda tokenizer: tokenizer["model"]["vocab"].update(zzzz=9000), [], "'zzzz' has id 9000",

@@ -1,7 +1,7 @@
 """A first look at rows without a recipe: their columns, and every row as a training would render it."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from gemma_tune.data.look.recognise import Reading
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.read import read_examples, render_rows
 from gemma_tune.data.rows.render import Example
-from gemma_tune.data.rows.segments import Segment
 from gemma_tune.data.sources.items import BrokenLine, SourceRow, stop_if_broken
 from gemma_tune.data.sources.source import MAX_COLUMN_ROWS, open_source, read_whole, split_count
 from gemma_tune.errors import DataError
+from gemma_tune.paths import TINY_MODEL_DIR
 from gemma_tune.recipe.schema import DataSection
 from gemma_tune.text import counted
 
@@ -34,7 +34,6 @@ class RenderedRows:
     texts: tuple[str, ...]  # of each rendered row, prompt and response as one
     first: Example
     notes: tuple[str, ...]  # what the reading said, a sentence each
-    has_system: bool  # whether there are system turns, which not every model takes
 
     def num_tokens(self, tokenizer: Path | None) -> tuple[int, ...]:
         """Lengths in tokens, sorted. `tokenizer`: a tokenizer.json, where there is one; else bytes are counted."""
@@ -81,7 +80,7 @@ def render_all(source: str, reading: Reading, *, given: Mapping[str, Any]) -> Re
     stop_if_broken(broken)
     head = replace(item.source, _read=lambda: itertools.islice(item.source.rows(), MAX_RENDERED_ROWS))
     head_item = replace(item, source=head, num_rows=None)
-    chat = GemmaTurns() if inputs.needs_chat else None
+    chat = gemma_turns() if inputs.needs_chat else None
     examples = read_examples(section, Inputs((head_item,), None), chat=chat)
     report = examples.report
     if report.train_rows > 1 and report.num_duplicates == report.train_rows - 1:
@@ -99,20 +98,11 @@ def render_all(source: str, reading: Reading, *, given: Mapping[str, Any]) -> Re
     texts = tuple("".join(segment.text for segment in row.segments) for row in rows)
     rendered = (example for _, example in render_rows(head_item, cleaner=None, chat=chat))
     first = next(example for example in rendered if isinstance(example, Example))
-    has_system = chat is not None and chat.has_system
-    return RenderedRows(item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes), has_system)
+    return RenderedRows(item.num_rows or num_rows - report.rows_bad, texts, first, tuple(notes))
 
 
-class GemmaTurns(ChatRenderer):
-    """Renders the turns of every Gemma up to 3, and a system turn as Gemma 3 does, without loading a tokenizer."""
-
-    def __init__(self) -> None:
-        template = Path(__file__).with_name("gemma_turns.jinja").read_text(encoding="utf-8")
-        marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
-        super().__init__(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)
-        self.has_system = False
-
-    def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:
-        """Render a conversation as the base class does, and note a system turn."""
-        self.has_system |= any(message["role"] == "system" for message in messages)
-        return super().row(messages, where=where)
+def gemma_turns() -> ChatRenderer:
+    """Return what renders the turns of every Gemma up to 3, without loading a tokenizer."""
+    template = (TINY_MODEL_DIR / "chat_template.jinja").read_text(encoding="utf-8")
+    marks = ("<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>")
+    return ChatRenderer(template, bos_token="<bos>", eos_token="<eos>", control_strings=marks)

@@ -169,6 +169,21 @@ class ChatRenderer:
     def _fault(self, fault: str, *, hint: str | None = None) -> DataError:
         return DataError(f"{self._name} {fault}", hint=hint or "take another model" + _OR)
 
+    @functools.cached_property
+    def has_system_turn(self) -> bool:
+        """Whether the template renders a system turn; those of Gemma 1 and 2 refuse it."""
+        try:
+            return bool(self._skeleton(("system", "user"), generation=True, where=""))
+        except (RowError, DataError):
+            return False
+
+    def fold_system(self, messages: Sequence[dict[str, str]]) -> Sequence[dict[str, str]]:
+        """Put a system turn in front of the first user message, as Gemma 3's template does, where it has no place."""
+        if [message["role"] for message in messages[:2]] != ["system", "user"] or self.has_system_turn:
+            return messages
+        system, first, *others = messages
+        return [{**first, "content": f"{system['content']}\n\n{first['content'].strip()}"}, *others]
+
     def row(self, messages: Sequence[Mapping[str, str]], *, where: str) -> tuple[Segment, ...]:
         """The segments of a conversation that ends with an answer; every assistant turn and its stop token supervised.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gemma_tune.data.rows.chat_template import ChatRenderer
 from gemma_tune.data.rows.jinja_text import render_pieces, render_text
 from gemma_tune.data.rows.segments import RowError, Segment
-from gemma_tune.data.rows.unread import AS_THEY_STAND, RowFormat, Tally, Unread, drop_setting
+from gemma_tune.data.rows.unread import AS_THEY_STAND, RowFormat, Tally, Unread
 from gemma_tune.data.sources.cells import CONTENT_KEYS, ROLE_KEYS, read_cells
 from gemma_tune.data.sources.items import SourceRow
 from gemma_tune.errors import DataError
@@ -307,19 +307,12 @@ class _Row:
         *,
         where: str | None = None,
     ) -> tuple[Segment, ...]:
-        """Render messages of which nothing is cut; where only their system turn is refused, say how to drop it."""
+        """Render messages of which nothing is cut; a system turn that the model has no place for joins the next."""
         where = where or self.where
         self.unread.check(where)
-        try:
-            return render(messages, where=where)
-        except RowError as error:
-            others = [message for message in messages if message["role"] != "system"]
-            if len(others) == len(messages):
-                raise
-            render(others, where=where)  # raises: there is more that is wrong
-            self.unread.lost["system"] = "its system turn"
-            setting = drop_setting(["system"])
-            raise RowError(error.where, f"{error.problem}; {setting} trains the row without its system turn") from None
+        folded = self.renderer.fold_system(messages)
+        self.unread.is_folded |= folded is not messages
+        return render(folded, where=where)
 
     def answer(self, messages: Sequence[dict[str, str]], key_parts: Iterable[tuple[str, str]] | None = None) -> Example:
         """Render messages, the last of which is the answer."""

@@ -58,6 +58,7 @@ class Unread:
     lost: dict[str, str] = field(default_factory=dict)  # names that would be cut → the first place of each
     roles: dict[str, str] = field(default_factory=dict)  # unknown ones → what each probably is
     is_developer: bool = False  # whether a developer turn is read as a system turn
+    is_folded: bool = False  # whether a system turn stands in the first user message
 
     def keep(self, values: Mapping[str, object], read: Collection[str], *, at: str = "") -> dict[str, object]:
         """Return what stands under the names in `read`, and note the others. `at` names a message, such as `m[0]`."""
@@ -104,6 +105,7 @@ class Tally:
     lost: Counter[str] = field(default_factory=Counter)
     roles: dict[str, str] = field(default_factory=dict)
     developer_rows: int = 0
+    folded_rows: int = 0
     spelled: Counter[str] = field(default_factory=Counter)  # columns whose numbers and the like are read as text
 
     def add(self, unread: Unread) -> None:
@@ -115,6 +117,7 @@ class Tally:
         self.dropped.update(unread.dropped)
         self.lost.update(unread.lost.keys())
         self.developer_rows += unread.is_developer
+        self.folded_rows += unread.is_folded
 
     def notes(self) -> Iterator[str]:
         """Say what was met, a sentence each."""
@@ -131,6 +134,9 @@ class Tally:
             yield f"{name} holds {said} in {counted(count, 'row')}"
         if self.developer_rows:
             yield f"developer turns are read as system turns (in {counted(self.developer_rows, 'row')})"
+        if self.folded_rows:
+            rows = counted(self.folded_rows, "row")
+            yield f"the model has no system turn: its text stands before the first user message (in {rows})"
 
     def hint(self) -> str | None:
         """Say which setting makes the refused rows usable."""

@@ -59,7 +59,6 @@ class Family:
     towers: Sequence[str] = ()
     # beginnings of weight names within the towers that have changed, and what they are here
     tower_renames: Mapping[str, str] = field(default_factory=dict)
-    has_system_turn: bool = False  # the family's chat template takes a system turn
     turn_end: str = "<end_of_turn>"  # the token that ends a turn in the family's chat template
     gguf: GgufFacts | None = None  # what llama.cpp computes; None where no GGUF can be written
 

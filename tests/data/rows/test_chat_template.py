@@ -235,7 +235,8 @@ def test_hostile_templates_are_refused_in_time(attack: str, monkeypatch: pytest.
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     if sys.platform == "linux":  # macOS does not enforce it
-        assert after.ru_maxrss * 1024 < chat_template.MAX_BYTES + 50e6
+        # The largest child of this process so far, which an earlier test may have started.
+        assert after.ru_maxrss <= max(before.ru_maxrss, (chat_template.MAX_BYTES + 50e6) / 1024)
 
 
 def test_a_row_that_is_refused_spoils_no_other_row() -> None:
