@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from gemma_tune.errors import DataError
 from gemma_tune.text import counted
 
 MAX_SHOWN = 5
+_MAX_ALIKE = 3
 STOPPED = "reading stopped here"
 JSON_HINT = "a .json file is one list of objects: [{…}, {…}]"
 # What surrogateescape makes of bytes that are not UTF-8.
@@ -97,11 +99,16 @@ def _hint(line: BrokenLine) -> str:
 
 
 def told(problems: Sequence[str]) -> str:
-    """Problems a line each, the first of them, indented."""
-    shown = [f"  {problem}" for problem in problems[:MAX_SAMPLES]]
-    if len(problems) > MAX_SAMPLES:
-        shown.append(f"  and {len(problems) - MAX_SAMPLES:,} more")
-    return "\n".join(shown)
+    """Problems a line each, indented: the first of them, and of those that say the same the first few."""
+    said: Counter[str] = Counter()
+    shown: list[str] = []
+    for problem in problems:
+        what = problem.partition(": ")[2]
+        said[what] += 1
+        if said[what] <= _MAX_ALIKE and len(shown) < MAX_SAMPLES:
+            shown.append(f"  {problem}")
+    more = len(problems) - len(shown)
+    return "\n".join([*shown, *([f"  and {more:,} more"] if more else [])])
 
 
 def not_utf8(byte: int) -> str:

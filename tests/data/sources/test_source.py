@@ -564,9 +564,11 @@ def test_reading_costs_little_more_than_json(tmp_path: Path) -> None:
         read()
         return time.perf_counter() - started
 
-    plain = min(seconds(lambda: [json.loads(line) for line in path.read_bytes().splitlines()]) for _ in range(5))
-    ours = min(seconds(lambda: sum(1 for _ in open_source(str(path)).rows())) for _ in range(5))
-    assert ours < 3 * plain + 0.05
+    def ratio() -> float:  # both within moments, as the machine has other work, too
+        plain = seconds(lambda: [json.loads(line) for line in path.read_bytes().splitlines()])
+        return seconds(lambda: sum(1 for _ in open_source(str(path)).rows())) / plain
+
+    assert min(ratio() for _ in range(5)) < 3
 
 
 # --- tiny-world and the hub -------------------------------------------------------------------------------------------
