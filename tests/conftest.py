@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from typing import Any
 
 import pytest
 
+if sys.platform != "win32":
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests of a closed terminal, which nohup has every child ignore
 _connect = socket.socket.connect
 _resolve = socket.getaddrinfo
 _LOCAL_HOSTS = {None, "", "localhost", "127.0.0.1", "::1"}

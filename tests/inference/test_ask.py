@@ -74,8 +74,8 @@ def test_answers_come_with_their_rows_and_the_speed(target: Target) -> None:
 
 def test_a_row_that_cannot_be_asked_is_numbered(target: Target) -> None:
     questions = questions_of(target.template, WORDS[:2])
-    broken = type(questions)((*questions.rows, {"prompt": 3}), "")
-    with pytest.raises(DataError, match=r"question 3: prompt is int"):
+    broken = type(questions)((*questions.rows, {"prompt": {"a": 3}}), "")
+    with pytest.raises(DataError, match=r"question 3: prompt is dict"):
         answer_questions(target, broken, settings=AnswerSettings())
 
 

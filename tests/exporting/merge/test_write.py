@@ -781,7 +781,7 @@ def make_wide_pair(directory: Path, *, layers: int, vocab: int, width: int) -> t
     save_file(tensors, base / "model.safetensors")
     (base / "config.json").write_text('{"model_type": "gemma"}', encoding="utf-8")
     save_file(lora, adapter / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8}
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["up_proj"]}
     (adapter / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return base, adapter
 
