@@ -344,7 +344,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "other shapes": of_base(
         base(lambda t: t | {"model.layers.0.self_attn.q_proj.weight": torch.ones(8, 8)}),
-        r"a weight of shape|base\.files\.model\.safetensors",
+        r"a weight of shape|has shape \[8, 8\], and config\.json means \[256, 256\]|base\.files\.model\.safetensors",
     ),
     "half a base": of_base(files("base/model.safetensors", change=half), r"base/model\.safetensors: cut off"),
     "a shard missing": of_base(without_a_shard, r"model-00002-of-00002\.safetensors"),

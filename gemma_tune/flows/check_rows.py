@@ -12,7 +12,7 @@ from gemma_tune.models.fetch import LocalModel
 from gemma_tune.recipe.methods import METHODS
 from gemma_tune.recipe.schema import Recipe
 
-MAX_ROWS = 2_000  # of each source
+MAX_ROWS = 500  # of each source
 
 
 def check_rows(recipe: Recipe, base: LocalModel) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from gemma_tune.disk import replaced_directory
+from gemma_tune.disk import MARK, replaced_directory
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.main_memory import peak_memory_bytes
 from gemma_tune.models.directory import BASE_FILE
@@ -188,7 +188,8 @@ def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: An
         )
 
     # What is there already is of a run that was trained on after its end; or somebody put it there.
-    displace = None if (directory / BASE_FILE).is_file() else set_aside
-    with replaced_directory(directory, explain=explain, displace=displace) as partial:
+    is_ours = any((directory / name).is_file() for name in (BASE_FILE, MARK))
+    with replaced_directory(directory, explain=explain, displace=None if is_ours else set_aside) as partial:
+        (partial / MARK).touch()  # until the base is recorded
         write_adapter(model, partial, weights=weights)
         tokenizer.save_pretrained(str(partial))
