@@ -5,18 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_tune.disk import to_json_lines, write_text
 from gemma_tune.flows.decide import Decisions
 from gemma_tune.reporting.loss_curve import draw_loss_curve
 from gemma_tune.runs.adapter_base import write_base_record
+from gemma_tune.runs.adapter_dir import TEMPLATE_FILE
 from gemma_tune.runs.summary import Question, RunSummary, write_summary
 from gemma_tune.training.parts import TrainerParts
 
 if TYPE_CHECKING:
     from gemma_tune.inference.generate import Completion
     from gemma_tune.training.train_adapter import TrainingResult
+
+
+def describe_adapter(directory: Path, decisions: Decisions) -> None:
+    """Write next to an adapter the template that it is asked with, and what it was trained on."""
+    write_text(directory / TEMPLATE_FILE, decisions.inputs.template.source_text)
+    write_base_record(directory, decisions.base)
 
 
 def summarise(
@@ -27,12 +35,10 @@ def summarise(
     before: Sequence[Completion],
     after: Sequence[Completion],
 ) -> None:
-    """Write the template next to the adapter, answers.jsonl, summary.json and the loss curve into the run."""
+    """Write answers.jsonl, summary.json and the loss curve into the run."""
     from gemma_tune.evaluation.answers import choose_examples, pair_answers, spread_over_categories
 
     run, section, datasets = parts.context.run, decisions.recipe.evaluation, parts.datasets
-    write_text(run.adapter / run.template.name, decisions.inputs.template.source_text)
-    write_base_record(run.adapter, decisions.base)
     answers = pair_answers(choose_examples(datasets.eval_examples, section=section), before, after)
     write_text(run.answers, to_json_lines(map(asdict, answers)))
     count = len(answers) if section.exact_match else 0

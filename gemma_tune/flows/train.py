@@ -99,11 +99,15 @@ def _train_and_summarise(context: RunContext, decisions: Decisions, found: Found
     with recording_the_end(context, decisions.loaded):
         # Only now: Unsloth must have been imported before TRL and transformers.
         from gemma_tune.evaluation.answers import answer_rows
-        from gemma_tune.flows.summarise import summarise
+        from gemma_tune.flows.summarise import describe_adapter, summarise
         from gemma_tune.training.train_adapter import train_adapter
 
         before = answer_rows(parts, title="before training")
-        result = train_adapter(parts, resume_from=resumption.checkpoint if resumption else None)
+        result = train_adapter(
+            parts,
+            resume_from=resumption.checkpoint if resumption else None,
+            describe=lambda directory: describe_adapter(directory, decisions),
+        )
         after = answer_rows(parts, title="after training", is_sharded=parts.shards_model)
         if context.world.is_main:
             summarise(decisions, parts, result, before=before, after=after)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gemma_tune.disk import MARK, read_json_object, write_json
+from gemma_tune.disk import read_json_object, write_json
 from gemma_tune.errors import GemmaTuneError, ModelError
 from gemma_tune.identity import files_sha256
 from gemma_tune.models.directory import BASE_FILE, EXPORT_FILE, require_recorded
@@ -73,7 +73,6 @@ def write_base_record(adapter: Path, base: LocalModel) -> None:
     record = base_record(base) | {"name": None, "directory": None}
     own = files_sha256([adapter / name for name in _RECORDED if (adapter / name).is_file()])
     write_json(adapter / BASE_FILE, {"base": record, "sha256": own})
-    (adapter / MARK).unlink(missing_ok=True)
 
 
 def read_trained_on(adapter: AdapterDir) -> TrainedOn:

@@ -1,5 +1,6 @@
 """One training: from a model with an adapter and encoded rows to a trained adapter on disk (LEAF)."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from gemma_tune.disk import MARK, replaced_directory
+from gemma_tune.disk import replaced_directory
 from gemma_tune.errors import RunError, TrainingInterrupted
 from gemma_tune.machine.main_memory import peak_memory_bytes
 from gemma_tune.models.directory import BASE_FILE
@@ -46,11 +47,14 @@ class TrainingResult:
     peak_memory_bytes: int  # of the card on CUDA, of the process elsewhere
 
 
-def train_adapter(parts: TrainerParts, *, resume_from: Path | None = None) -> TrainingResult:
+def train_adapter(
+    parts: TrainerParts, *, resume_from: Path | None = None, describe: Callable[[Path], None] = lambda directory: None
+) -> TrainingResult:
     """Train, and save the adapter with its tokenizer into `run.adapter`; every process of the world calls this.
 
     Args:
         resume_from: the checkpoint to continue from, on the disk of process 0.
+        describe: puts further files next to the adapter, in process 0, before it bears its name.
 
     Raises:
         TrainingStopped: going on would ruin the run.
@@ -74,7 +78,9 @@ def train_adapter(parts: TrainerParts, *, resume_from: Path | None = None) -> Tr
     weights = trainer.whole_weights()
     require_finite_adapter(weights, step=trainer.state.global_step)
     world.broadcast(
-        lambda: _save_adapter(trainer.model, weights=weights, tokenizer=parts.tokenizer, directory=run.adapter)
+        lambda: _save_adapter(
+            trainer.model, weights=weights, tokenizer=parts.tokenizer, directory=run.adapter, describe=describe
+        )
     )
     return TrainingResult(
         steps=trainer.state.global_step,
@@ -176,8 +182,10 @@ def _closing_loss(trainer: Loop) -> float:
     return float(sum(last) / len(last))
 
 
-def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: Any, directory: Path) -> None:
-    """Write the adapter with the tokenizer next to it; the directory appears when it is whole."""
+def _save_adapter(
+    model: Any, *, weights: dict[str, torch.Tensor], tokenizer: Any, directory: Path, describe: Callable[[Path], None]
+) -> None:
+    """Write the adapter with what stands next to it; the directory appears when it is whole."""
 
     def explain(cause: Exception) -> Exception:
         if not isinstance(cause, OSError | SafetensorError):
@@ -188,8 +196,8 @@ def _save_adapter(model: Any, *, weights: dict[str, torch.Tensor], tokenizer: An
         )
 
     # What is there already is of a run that was trained on after its end; or somebody put it there.
-    is_ours = any((directory / name).is_file() for name in (BASE_FILE, MARK))
-    with replaced_directory(directory, explain=explain, displace=None if is_ours else set_aside) as partial:
-        (partial / MARK).touch()  # until the base is recorded
+    displace = None if (directory / BASE_FILE).is_file() else set_aside
+    with replaced_directory(directory, explain=explain, displace=displace) as partial:
         write_adapter(model, partial, weights=weights)
         tokenizer.save_pretrained(str(partial))
+        describe(partial)
