@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,24 @@ def read_only_directory(tmp_path: Path) -> Path:
     if sys.platform != "linux":
         pytest.skip("root may write anywhere here")
     return Path("/sys")
+
+
+@pytest.fixture
+def gemma(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[str, str]]:
+    """Run a command in tmp_path; returns stdout and stderr, which hold no escape sequence."""
+    from gemma_tune.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments: str, code: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["gemma-tune", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert (ended.value.code or 0) == code, err
+        assert "\x1b" not in out + err
+        return out, err
+
+    return command

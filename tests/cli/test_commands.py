@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jsonschema
 import pytest
 
-from gemma_tune.cli.app import main
 from gemma_tune.models.catalogue import MODELS
 from gemma_tune.paths import RECIPES_DIR
 from gemma_tune.recipe.load import load_recipe
 
 Gemma = Callable[..., tuple[str, str]]
-
-
-@pytest.fixture
-def gemma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Gemma:
-    """Run a command in an empty folder; returns stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["gemma-tune", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert (ended.value.code or 0) == code
-        out, err = capsys.readouterr()
-        assert "\x1b" not in out + err
-        return out, err
-
-    return command
 
 
 def test_validate_prints_a_recipe_that_is_the_same_recipe(gemma: Gemma) -> None:

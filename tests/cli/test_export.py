@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from gemma_tune.cli.app import main
 from gemma_tune.flows import train as flow
 from gemma_tune.recipe.load import load_recipe
 from gemma_tune.runs.layout import RunDir
@@ -55,23 +53,6 @@ def run(trained: RunDir, tmp_path: Path) -> str:
     """A copy that a test may export into; the base is built in, so it needs no more than itself."""
     shutil.copytree(trained.path, tmp_path / "run")
     return "run"
-
-
-@pytest.fixture
-def gemma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Gemma:
-    """Run a command in tmp_path; returns stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["gemma-tune", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        assert (ended.value.code or 0) == code, err
-        assert "\x1b" not in out + err
-        return out, err
-
-    return command
 
 
 def test_several_formats_are_written_proven_and_measured_again(gemma: Gemma, run: str) -> None:

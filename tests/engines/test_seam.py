@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from gemma_tune.cli.app import main
 from gemma_tune.engines.base import AttachedLora, LoadedModel, LoadSettings
 from gemma_tune.engines.engine_facts import ENGINES
 
@@ -47,22 +45,6 @@ def _toy() -> Iterator[None]:
     )
     yield
     ENGINES.remove("toy")
-
-
-@pytest.fixture
-def gemma(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Run a command in an empty folder; returns stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments: str, code: int = 0) -> tuple[str, str]:
-        monkeypatch.setattr(sys, "argv", ["gemma-tune", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        out, err = capsys.readouterr()
-        assert (ended.value.code or 0) == code, err
-        return out, err
-
-    return command
 
 
 @pytest.mark.usefixtures("_toy")
