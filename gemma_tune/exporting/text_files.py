@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tune.disk import to_json, write_text
-from gemma_tune.models.catalogue import LICENCE_IDS, GemmaModel
+from gemma_tune.models.catalogue import LICENCE_NOTICES, GemmaModel
 from gemma_tune.models.safetensors import CHAT_TEMPLATE_FILES, GENERATION_CONFIG_FILE, PROCESSOR_FILES, TOKENIZER_FILES
 
 NOTICE_FILE = "NOTICE"
@@ -97,6 +97,6 @@ def licence_notice(model: GemmaModel | None) -> str | None:
     """
     if model is None or model.licence_url is None:
         return None
-    if LICENCE_IDS[model.licence] == "gemma":
-        return "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms\n"
+    if model.licence in LICENCE_NOTICES:
+        return f"{LICENCE_NOTICES[model.licence]}\n"
     return f"Made from {model.hub_id or model.name}, which is licensed under {model.licence}: {model.licence_url}\n"

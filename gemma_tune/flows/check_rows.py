@@ -48,5 +48,4 @@ def _is_here(name: str) -> bool:
 
 
 def _head(item: Input) -> Input:
-    read = item.source.rows
-    return replace(item, source=replace(item.source, _read=lambda: islice(read(), MAX_ROWS)))
+    return replace(item, source=item.source.head(MAX_ROWS))

@@ -190,8 +190,6 @@ class Gemma:
         """Logits or losses of token ids; see `inference.score.score_tokens`."""
         from gemma_tune.inference.score import score_tokens
 
-        if self.model is None:
-            raise EngineError("a GGUF file is not scored", hint="load the run or the merged directory it was made of")
         return score_tokens(self.model, token_ids, padding_mask, scoring_mode, layer_intercept_fn, target_ids)
 
     def score_response(self, question: Question, response: str) -> TextScore:

@@ -52,8 +52,10 @@ def score_tokens(
         with those at padding. Gradients flow where `layer_intercept_fn` asks for them.
 
     Raises:
+        EngineError: the model is a GGUF.
         DataError: a mode that does not exist, no targets, shapes that do not fit, or ids outside the vocabulary.
     """
+    _require_weights(model)
     if scoring_mode not in ("logits", "loss"):
         raise DataError(f"scoring_mode is {scoring_mode!r}", hint="allowed: logits, loss")
     if scoring_mode == "loss" and target_ids is None:
@@ -77,6 +79,11 @@ def score_tokens(
         return logits
     assert targets is not None
     return cross_entropy(logits.float().transpose(1, 2), targets, reduction="none")
+
+
+def _require_weights(model: Any) -> None:
+    if model is None:
+        raise EngineError("a GGUF file is not scored", hint="score the run or the merged directory that it was made of")
 
 
 def _ids(name: str, values: Any, *, vocab_size: int, device: Any) -> torch.Tensor:
@@ -235,8 +242,7 @@ def score_rows(
         DataError: a row is longer than the model's context.
     """
     model = loaded.model
-    if model is None:
-        raise EngineError("a GGUF file is not scored", hint="score the run or the merged directory that it was made of")
+    _require_weights(model)
     context_tokens = model.config.get_text_config().max_position_embeddings
     for number, row in enumerate(rows, start=1):
         if len(row.token_ids) > context_tokens:

@@ -23,6 +23,10 @@ _TABLES: dict[str, dict[str, Any]] = read_table("models/catalogue.toml")
 ARCHITECTURES: dict[str, Mapping[str, Any]] = _TABLES["architectures"]
 # Name of a licence → its id on the hub, which model cards and GGUF metadata are written with.
 LICENCE_IDS: dict[str, str] = {row["name"]: row["id"] for row in _TABLES["licences"].values()}
+# Name of a licence → the sentence that it prescribes for what is made from a model.
+LICENCE_NOTICES: dict[str, str] = {
+    row["name"]: row["notice"] for row in _TABLES["licences"].values() if "notice" in row
+}
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def _read_row(name: str, entry: Mapping[str, Any]) -> GemmaModel:
         stop_tokens=tuple(_TABLES["stop_tokens"][entry.get("stops", "turn" if is_instruction_tuned else "base")]),
         licence=licence["name"],
         licence_url=licence["url"],
-        is_gated=licence["id"] == "gemma",
+        is_gated=licence.get("is_gated", False),
         mirror_16bit=next(iter(mirrors), None),
         mirror_4bit=next(iter(mirrors[1:]), None),
         other_mirrors=tuple(mirrors[2:]),

@@ -78,8 +78,7 @@ def render_all(source: str, reading: Reading, *, given: Mapping[str, Any]) -> Re
         num_rows += isinstance(row, SourceRow)
         broken += [row] if isinstance(row, BrokenLine) else []
     stop_if_broken(broken)
-    head = replace(item.source, _read=lambda: itertools.islice(item.source.rows(), MAX_RENDERED_ROWS))
-    head_item = replace(item, source=head, num_rows=None)
+    head_item = replace(item, source=item.source.head(MAX_RENDERED_ROWS), num_rows=None)
     chat = gemma_turns() if inputs.needs_chat else None
     examples = read_examples(section, Inputs((head_item,), None), chat=chat)
     report = examples.report

@@ -2,11 +2,13 @@
 
 import glob
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Self
 
 from gemma_tune.data.sources.files import find_file, is_row_file, known_kinds, near_hint, read_rows
 from gemma_tune.data.sources.hub_rows import hash_rows, load_hub_rows
@@ -40,6 +42,10 @@ class Source:
             DataError: a file turns out not to be whole, or was changed since the source was opened.
         """
         return (item for item in self._read() if not isinstance(item, SourceNote))
+
+    def head(self, count: int) -> Self:
+        """The first `count` rows and broken pieces as a source."""
+        return replace(self, _read=lambda: itertools.islice(self.rows(), count))
 
 
 def open_source(source: str, *, subset: str | None = None, split: str = "train", revision: str | None = None) -> Source:
